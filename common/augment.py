@@ -1,0 +1,181 @@
+"""The papers' views.
+
+A view is drawn first (`View.draw`, from a generator keyed by seed, epoch, sample and view) and
+applied after (`View.apply`), so that the number of workers, of ranks and a restart change nothing,
+and so that a faster path can use the same draws. Pixels go through Pillow, as in the released code
+of SimSiam, MoCo-v3 and SNCLR, and leave as uint8; `to_input` normalises a batch on the device.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+
+# The mean and standard deviation of ImageNet, in [0, 1]; GSG App. B.2 uses them on CIFAR-10 too.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn for one view. None: the transform is not applied."""
+
+    box: tuple[int, int, int, int]  # left, top, width, height of the crop, in pixels
+    colour_order: tuple[int, ...] | None  # 0 brightness, 1 contrast, 2 saturation, 3 hue
+    colour: tuple[float, float, float, float]  # factors, and the shift of the hue in turns
+    grey: bool
+    blur: float | None  # standard deviation in pixels
+    solarize: bool
+    flip: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """One random view of an image; the numbers of a paper's table.
+
+    `size` in pixels, `scale` the range of the crop's share of the area, `jitter` the strengths of
+    brightness, contrast, saturation and hue, each `…_p` the probability of its transform.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    jitter: tuple[float, float, float, float]
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    blur_p: float = 0.0
+    solarize_p: float = 0.0
+    flip_p: float = 0.5
+    interpolation: str = "bicubic"
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect of the crop, width over height
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+
+    def draw(self, rng: np.random.Generator, width: int, height: int) -> Draw:
+        """Draws all parameters for an image of width x height pixels."""
+        box = draw_crop(rng, width, height, self.scale, self.ratio)
+        order = tuple(map(int, rng.permutation(4))) if rng.random() < self.jitter_p else None
+        brightness, contrast, saturation, hue = self.jitter
+        colour = (
+            rng.uniform(max(0.0, 1 - brightness), 1 + brightness),
+            rng.uniform(max(0.0, 1 - contrast), 1 + contrast),
+            rng.uniform(max(0.0, 1 - saturation), 1 + saturation),
+            rng.uniform(-hue, hue),
+        )
+        grey = rng.random() < self.grey_p
+        sigma = rng.uniform(*self.blur_sigma)
+        blur = sigma if rng.random() < self.blur_p else None
+        solarize = rng.random() < self.solarize_p
+        return Draw(box, order, colour, grey, blur, solarize, flip=rng.random() < self.flip_p)
+
+    def apply(self, image: Image.Image, draw: Draw) -> Tensor:
+        """RGB image -> uint8 (3,size,size), in the order of BYOL's and MoCo-v3's code."""
+        left, top, width, height = draw.box
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((self.size, self.size), RESAMPLE[self.interpolation])
+        for step in draw.colour_order or ():
+            image = COLOUR_STEPS[step](image, draw.colour[step])
+        if draw.grey:
+            image = F.rgb_to_grayscale(image, num_output_channels=3)
+        if draw.blur is not None:
+            image = image.filter(ImageFilter.GaussianBlur(draw.blur))
+        if draw.solarize:
+            image = ImageOps.solarize(image, threshold=128)  # 0.5, BYOL Table 6
+        if draw.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image)
+
+    def small(self, size: int, scale: tuple[float, float]) -> "View":
+        """The same view as a small crop of multi-crop."""
+        return dataclasses.replace(self, size=size, scale=scale)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        return self.apply(image, self.draw(rng, *image.size))
+
+
+COLOUR_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+
+
+def byol_views(
+    size: int, crop_min: float = 0.08, interpolation: str = "bicubic"
+) -> tuple[View, View]:
+    """BYOL's T and T' (its Table 6; PAPER_FACTS 1.6): asymmetric blur and solarize."""
+    common = {
+        "size": size,
+        "scale": (crop_min, 1.0),
+        "jitter": (0.4, 0.4, 0.2, 0.1),
+        "jitter_p": 0.8,
+        "grey_p": 0.2,
+        "interpolation": interpolation,
+    }
+    return View(**common, blur_p=1.0, solarize_p=0.0), View(**common, blur_p=0.1, solarize_p=0.2)
+
+
+def simsiam_view(size: int, crop_min: float = 0.2, interpolation: str = "bilinear") -> View:
+    """SimSiam's only view (its code; GSG App. B.1 states the same): blur in half of them."""
+    jitter = (0.4, 0.4, 0.4, 0.1)
+    return View(size, (crop_min, 1.0), jitter, blur_p=0.5, interpolation=interpolation)
+
+
+def cifar_view(size: int, crop_min: float = 0.08, interpolation: str = "bilinear") -> View:
+    """GSG App. B.2: no blur. Interpolation is unstated there; bilinear, torchvision's default."""
+    return View(size, (crop_min, 1.0), (0.4, 0.4, 0.4, 0.1), interpolation=interpolation)
+
+
+def draw_crop(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Inception's random crop as torchvision's RandomResizedCrop draws it: ten tries of a random
+    share of the area and log-uniform aspect, else the largest central crop within the aspects.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+            return int(left), int(top), w, h
+    if width / height < ratio[0]:
+        w, h = width, round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w, h = round(height * ratio[1]), height
+    else:
+        w, h = width, height
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def view_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
+    """The generator of one view: a counter-based stream keyed by all four numbers."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, view, sample, 0]))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 (3,H,W)."""
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def center_view(image: Image.Image, size: int) -> Tensor:
+    """The view of evaluations: shorter side to size/0.875 (256 for 224), bilinear, and the central
+    square of `size`. An image that has just this size is taken as it is.
+    """
+    if image.size != (size, size):
+        image = F.center_crop(F.resize(image, round(size / 0.875)), [size, size])
+    return to_tensor(image)
+
+
+def to_input(views: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (N,3,H,W) -> normalised input of the encoder on `device`, channels last."""
+    views = views.to(device, non_blocking=True).to(dtype, memory_format=torch.channels_last)
+    mean = torch.tensor(MEAN, device=device, dtype=dtype).view(3, 1, 1)
+    std = torch.tensor(STD, device=device, dtype=dtype).view(3, 1, 1)
+    return views.div_(255).sub_(mean).div_(std)

@@ -1,0 +1,133 @@
+"""`backbone.safetensors`: an encoder's weights under torchvision's or timm's own names.
+
+Metadata say how to build the encoder (arch, loader, loader_kwargs), where it comes from (recipe,
+epoch, commit, configuration hash), how its input is made (image size, mean, std), and hold the
+features of one fixed input, so that a wrong build is noticed: two ViT-S with 6 and 12 heads have
+the same names and shapes.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.augment import MEAN, STD
+from common.errors import UserError, is_disk_error
+from common.models import build_encoder, timm_arguments
+
+NAME = "backbone.safetensors"
+CHECK_FEATURES = 16  # how many features of the fixed input are stored
+TOLERANCE = 1e-3  # of their largest: other machines round differently, other networks differ by far
+
+
+def loader_of(arch: str, image_size: int) -> tuple[str, dict[str, Any]]:
+    """The public function and arguments that build this arch (a ResNet with its classifier)."""
+    if arch.startswith("vit"):
+        return "timm.create_model", timm_arguments(arch, image_size)
+    if arch in ("resnet50", "resnet18"):
+        return f"torchvision.models.{arch}", {}
+    return "common.models.build_encoder", {"arch": arch}
+
+
+def fixed_input(image_size: int) -> Tensor:
+    """(1,3,S,S) float32: smooth waves of fixed frequencies, the same on every machine."""
+    y, x = np.mgrid[0:image_size, 0:image_size] / image_size
+    waves = [np.sin(2 * np.pi * ((c + 1) * x + (3 - c) * y) + c) for c in range(3)]
+    return torch.from_numpy(np.stack(waves)[None].astype(np.float32))
+
+
+@torch.no_grad()
+def check_features(encoder: nn.Module, image_size: int) -> list[float]:
+    """The first features of the fixed input, in eval mode, float32, on CPU."""
+    weight = next(encoder.parameters())
+    device, dtype, training = weight.device, weight.dtype, encoder.training
+    encoder = encoder.to("cpu", torch.float32).eval()
+    features = encoder(fixed_input(image_size))[0, :CHECK_FEATURES].tolist()
+    encoder.to(device, dtype).train(training)
+    return [float(f"{f:.7g}") for f in features]
+
+
+def export_backbone(
+    path: Path, encoder: nn.Module, arch: str, image_size: int, facts: dict[str, Any]
+) -> None:
+    """Writes the encoder in float32 with its metadata; `facts` adds recipe, epoch, commit, …"""
+    from safetensors.torch import save_file
+
+    loader, arguments = loader_of(arch, image_size)
+    metadata = {
+        "arch": arch,
+        "loader": loader,
+        "loader_kwargs": json.dumps(arguments),
+        "image_size": str(image_size),
+        "mean": json.dumps(MEAN),
+        "std": json.dumps(STD),
+        "feature_check": json.dumps(check_features(encoder, image_size)),
+        **{name: str(value) for name, value in facts.items()},
+    }
+    tensors = {
+        name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous().clone()
+        for name, t in encoder.state_dict().items()
+    }
+    beside = path.with_suffix(".partial")
+    try:
+        save_file(tensors, beside, metadata)
+        os.replace(beside, path)
+    except Exception as error:  # safetensors wraps the system's error in its own
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if not is_disk_error(error) and "os error" not in str(error).lower():
+            raise
+        raise UserError(
+            f"cannot write {path}: {error}; free space and start the same command again"
+        ) from None
+
+
+def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(encoder in eval mode on CPU, metadata) of a backbone file or of a run folder.
+
+    Names must match exactly, and the features of the fixed input must be those that the run
+    stored. Raises UserError otherwise.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    path = path / NAME if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a backbone: {error}") from None
+    if "arch" not in metadata or "feature_check" not in metadata:
+        raise UserError(f"{path} has no metadata of these recipes (arch, feature_check)")
+    image_size = int(metadata["image_size"])
+    encoder = build_encoder(metadata["arch"], image_size)
+    load_exactly(encoder, tensors, str(path))
+    stored, found = json.loads(metadata["feature_check"]), check_features(encoder, image_size)
+    largest = max(map(abs, stored))
+    if max(abs(a - b) for a, b in zip(stored, found, strict=True)) > TOLERANCE * largest:
+        raise UserError(
+            f"{path}: the features of the fixed input differ from those stored by the run; "
+            "the file was changed or this code builds another network"
+        )
+    return encoder.eval(), metadata
+
+
+def load_exactly(encoder: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Loads weights whose names and shapes match exactly; UserError that lists what does not."""
+    expected = encoder.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} is {(*tensors[name].shape,)}, not {(*expected[name].shape,)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise UserError(f"{where} does not fit the encoder: {', '.join(problems)}")
+    encoder.load_state_dict(tensors)

@@ -1,0 +1,84 @@
+"""A run's checkpoint: everything that the next step depends on, saved so that no crash loses it.
+
+Written beside and renamed, the one before kept: at every moment `checkpoint.pt` is a whole file.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError, is_disk_error
+
+NAME = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+FORMAT = "selfsup-recipes checkpoint 1"
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Saves `state` (tensors and plain values) as the folder's checkpoint.
+
+    Raises UserError where it cannot be written; the checkpoint before is then untouched.
+    """
+    path, beside = folder / NAME, folder / (NAME + ".partial")
+    try:
+        with open(beside, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        keep_previous(path, folder / PREVIOUS)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        if not (is_disk_error(error) or "writ" in str(error).lower()):
+            raise
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        reason = getattr(error, "strerror", None) or "the disk took no more"
+        kept = "the checkpoint before is kept: free" if path.exists() else "free"
+        raise UserError(
+            f"cannot save {path}: {reason}; {kept} space and start the same command again"
+        ) from None
+
+
+def keep_previous(path: Path, previous: Path) -> None:
+    """Gives the present checkpoint a second name, without a moment in which it has none."""
+    if not path.exists():
+        return
+    link = previous.with_suffix(".link")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            link.unlink()
+        os.link(path, link)
+        os.replace(link, previous)
+    except OSError as error:  # file systems without hard links: `find` then takes the previous one
+        if is_disk_error(error):
+            raise
+        os.replace(path, previous)
+
+
+def find(folder: Path) -> Path | None:
+    """The folder's checkpoint; the previous one where a crash left no other."""
+    for name in (NAME, PREVIOUS):
+        if (folder / name).exists():
+            return folder / name
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint of ours, on CPU. UserError for a truncated or foreign file."""
+    spare = path.with_name(PREVIOUS)
+    hint = (
+        f"to continue from the checkpoint before, move {spare.name} to {path.name}"
+        if spare.exists() and path != spare
+        else "to begin anew, give another --output or --resume never"
+    )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and stream errors of many types
+        text = str(error).split("\n")[0][:120]
+        raise UserError(f"{path} is truncated or no checkpoint ({text}): {hint}", True) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of these recipes: {hint}", True)
+    return state

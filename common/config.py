@@ -1,0 +1,259 @@
+"""A dataclass + presets + command line -> one frozen, saved configuration.
+
+A recipe's `Config` extends `RunConfig` and says in a comment beside each field where its value
+comes from; `--help` shows those comments. Values are taken, each layer over the one before, from
+the field's default, `--follow`, the presets for `--arch` and `--dataset`, `--config file.yaml`,
+and the flags.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from common.errors import UserError, nearest_name
+
+ARCHS = Literal[
+    "resnet50",
+    "resnet18",
+    "resnet18_cifar",
+    "vit_small",
+    "vit_small_mocov3",
+    "vit_base",
+    "tiny",
+]
+DATASETS = Literal["imagenet", "imagefolder", "cifar10", "photos"]
+
+C = TypeVar("C", bound="RunConfig")
+
+
+def free(default: Any) -> Any:
+    """A field that does not enter the numbers: it may change when a run is continued."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The flags that every recipe has and no paper decides."""
+
+    dataset: DATASETS = "imagenet"  # images to train on; cifar10 and photos bring presets
+    data: str = free("")  # folder of the images: train/ and val/; photos needs none
+    download: bool = free(False)  # cifar10: download torchvision's python batches into --data
+    arch: ARCHS = "resnet50"  # encoder, one exact network per name
+    image_size: int = 224  # side of a view in pixels
+    seed: int = 0  # keys initialisation, data order, views and the random start of the queue
+    output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
+    workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
+    precision: Literal["bf16", "fp32", "fp64"] | None = (
+        None  # default: bf16 autocast on a GPU, fp32 on CPU
+    )
+    max_steps: int = free(0)  # stop and export after this many steps, schedules as if it went on
+    resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
+    knn_every: int = free(10)  # epochs between k-NN evaluations (and one before); 0: none
+    checkpoint_minutes: float = free(15.0)  # minutes between checkpoints within an epoch
+    wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
+    on_bad_image: Literal["stop", "skip"] = "stop"  # skip: log an unreadable image, take the next
+    config: str = free("")  # YAML file with values for these flags; flags win over it
+
+
+def parse(
+    config_class: type[C],
+    presets: dict[str, dict[str, Any]],
+    argv: Sequence[str] | None = None,
+    resolve: Callable[[C], C] = lambda config: config,
+) -> C:
+    """The configuration that the command line asks for.
+
+    `presets` maps a condition to values. A condition is one or more words, all of which must be
+    among: the value of `--follow`, the dataset, the arch and its family (`vit`, `resnet`). Later
+    entries win over earlier ones. `resolve` fills in what depends on other fields. Raises
+    UserError with one line for anything that cannot be meant.
+    """
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    check_flag_names(config_class, argv)
+    file_values = read_config_file(config_class, last_value(argv, "config") or "")
+    chosen = {name: last_value(argv, name) for name in ("follow", "dataset", "arch")}
+    chosen = {n: v if v is not None else file_values.get(n) for n, v in chosen.items()}
+    for name, value in chosen.items():
+        if value is not None:
+            coerce(config_class, name, value, f"--{name}")
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+    words = {chosen["follow"] or defaults.get("follow"), chosen["dataset"] or defaults["dataset"]}
+    arch = chosen["arch"] or matching(presets, words).get("arch") or defaults["arch"]
+    words |= {arch, arch.split("_")[0] if arch.startswith("vit") else arch.rstrip("0123456789")}
+    if arch == "resnet18_cifar":
+        words.add("resnet")
+    values = {**matching(presets, words), "arch": arch, **file_values}
+    config = parse_flags(config_class, dataclasses.replace(config_class(), **values), argv)
+    config = resolve(dataclasses.replace(config, config=config.config))
+    if config.precision is None:
+        import torch
+
+        automatic = "bf16" if torch.cuda.is_available() else "fp32"
+        config = dataclasses.replace(config, precision=automatic)
+    check_values(config)
+    return config
+
+
+def matching(presets: dict[str, dict[str, Any]], words: set) -> dict[str, Any]:
+    """The values of all presets whose words all hold, in the order they are written."""
+    values: dict[str, Any] = {}
+    for condition, preset in presets.items():
+        if set(condition.split()) <= words:
+            values |= preset
+    return values
+
+
+def check_flag_names(config_class: type, argv: Sequence[str]) -> None:
+    names = {f.name.replace("_", "-") for f in dataclasses.fields(config_class)}
+    for token in argv:
+        if not token.startswith("--"):
+            continue
+        name = token[2:].split("=")[0].replace("_", "-")
+        if name in names or name == "help" or (name.startswith("no-") and name[3:] in names):
+            continue
+        hint = nearest_name(name, names).replace("mean ", "mean --")
+        raise UserError(f"unknown flag --{name}{hint} (--help lists all)", every_rank=True)
+
+
+def last_value(argv: Sequence[str], name: str) -> str | None:
+    """The value that a flag gets in argv, before the real parse; None where it is not given."""
+    value = None
+    flags = {f"--{name}", f"--{name.replace('_', '-')}"}
+    for token, following in zip(argv, [*argv[1:], None], strict=True):
+        if token in flags:
+            value = following
+        elif token.split("=")[0] in flags:
+            value = token.split("=", 1)[1]
+    return value
+
+
+def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
+    """tyro's parse, with its boxed message turned into one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config_class,
+                default=default,
+                args=list(argv),
+                description=config_class.__doc__,
+            )
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        lines = [re.sub(r"^[\s│|]+|[\s│|]+$", "", line) for line in said.getvalue().splitlines()]
+        text = []
+        for line in lines[1:]:
+            if not line or set(line) <= set("─-"):
+                break
+            text.append(line)
+        raise UserError(" ".join(text) or "the flags cannot be read", every_rank=True) from None
+
+
+def read_config_file(config_class: type, path: str) -> dict[str, Any]:
+    """The values of a YAML file, each checked against its field."""
+    if not path:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}", every_rank=True) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {error}", every_rank=True) from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold 'flag: value' lines", every_rank=True)
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    values.pop("recipe", None)  # a run's own config.yaml names its recipe
+    return {n: coerce(config_class, n, v, f"{path}: {n}") for n, v in values.items()}
+
+
+def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
+    """`value` as the type of field `name`; UserError with the choices where it cannot be."""
+    hints = typing.get_type_hints(config_class)
+    if name not in hints:
+        hint = nearest_name(name, hints)
+        raise UserError(f"{where}: no such flag{hint}", every_rank=True)
+    options = [hints[name]]
+    if not hasattr(options[0], "__origin__") and typing.get_args(options[0]):
+        options = [*typing.get_args(options[0])]  # a union
+    choices = [c for o in options if typing.get_origin(o) is Literal for c in typing.get_args(o)]
+    if choices and value in choices:
+        return value
+    if value is None and type(None) in options:
+        return None
+    if bool in options and isinstance(value, bool):
+        return value
+    if str in options and isinstance(value, str):
+        return value
+    if int in options and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if float in options and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)  # YAML reads 1e-6 as text
+    if choices:
+        hint = nearest_name(str(value), choices)
+        wanted = ", ".join(map(str, choices))
+        raise UserError(f"{where}: {value!r} is none of {wanted}{hint}", every_rank=True)
+    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise UserError(f"{where}: {value!r} is not {wanted}", every_rank=True)
+
+
+def check_values(config: Any) -> None:
+    """Bounds that hold for the fields of any recipe that has them."""
+    positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature", "lr_batch"}
+    not_negative = {"lr", "weight_decay", "warmup_epochs", "seed", "max_steps", "knn_every"}
+    not_negative |= {"neighbours", "neighbour_free_epochs", "checkpoint_minutes", "small_crops"}
+    shares = {"momentum", "sgd_momentum", "crop_min"}
+    for name, value in dataclasses.asdict(config).items():
+        if value is None or isinstance(value, str | bool):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value != value or value in (float("inf"), float("-inf")):
+            raise UserError(f"{flag} {value}: must be a finite number", every_rank=True)
+        if name in positive and value <= 0:
+            raise UserError(f"{flag} {value}: must be above 0", every_rank=True)
+        if name in not_negative and value < 0:
+            raise UserError(f"{flag} {value}: must not be negative", every_rank=True)
+        if name in shares and not 0 <= value <= 1:
+            raise UserError(f"{flag} {value}: must lie between 0 and 1", every_rank=True)
+    if config.workers < -1:
+        raise UserError(f"--workers {config.workers}: must be -1 or more", every_rank=True)
+
+
+def is_free(config_class: type, name: str) -> bool:
+    """Whether a field may change when a run is continued."""
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    return name in fields and bool(fields[name].metadata.get("free"))
+
+
+def numbers_of(config: Any) -> dict[str, Any]:
+    """The fields that enter the numbers of a run."""
+    return {n: v for n, v in dataclasses.asdict(config).items() if not is_free(type(config), n)}
+
+
+def config_hash(config: Any) -> str:
+    """12 hexadecimal digits over the fields that enter the numbers."""
+    text = json.dumps(numbers_of(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
+    """`field: was A, is B` for each field that enters the numbers and differs from `saved`."""
+    changes = []
+    for name, value in numbers_of(config).items():
+        if saved.get(name, "nothing") != value:
+            changes.append(f"{name} was {saved.get(name, 'nothing')}, is {value}")
+    return changes

@@ -1,0 +1,337 @@
+"""Datasets by name, the deterministic order of samples, and loaders."""
+
+import hashlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import photos
+from common.augment import View, center_view, view_rng
+from common.errors import UserError, is_disk_error, nearest_name
+
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+SKIP_LIMIT = 100  # unreadable images in a row before --on-bad-image skip gives up
+
+
+@dataclass
+class ArrayImages:
+    """Images of one size held in memory: `pixels` uint8 (N,H,W,3), `labels` (N,) or None."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def fingerprint(self) -> str:
+        """A hash of all pixels: a continued run must see the same images."""
+        return hashlib.sha256(np.ascontiguousarray(self.pixels)).hexdigest()[:12]
+
+
+@dataclass
+class FolderImages:
+    """Image files below `root`: `paths` relative to it (bytes), `labels` (N,) or None."""
+
+    root: str
+    paths: np.ndarray  # fixed-width bytes: 1.3 million str objects would be copied per worker
+    labels: np.ndarray | None
+    classes: list[str]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def load(self, index: int) -> Image.Image:
+        """The image as RGB; UserError that names the file where it cannot be read."""
+        path = self.path(index)
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            text = str(error).replace(f" {path!r}", "")
+            raise UserError(
+                f"{path} cannot be read ({text}): mend or remove it, or use --on-bad-image skip"
+            ) from None
+
+    def fingerprint(self) -> str:
+        """A hash of all file names: a continued run must see the same images."""
+        return hashlib.sha256(b"\n".join(self.paths.tolist())).hexdigest()[:12]
+
+
+Images = ArrayImages | FolderImages
+
+
+def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, Images | None]:
+    """Training images and labelled test images (None where there are none).
+
+    `photos` needs no folder. `imagenet` is train/ and val/ with class folders, `imagefolder`
+    train/ and optional val/, in class folders or flat (no labels). `cifar10` is torchvision's
+    python batches or train/ and test/ with class folders. Raises UserError for a wrong layout.
+    """
+    if name == "photos":
+        return photo_patches("train"), photo_patches("test")
+    if not data:
+        hint = " (with --download it is fetched there)" if name == "cifar10" else ""
+        raise UserError(
+            f"--dataset {name} needs --data FOLDER{hint}; --dataset photos needs no data",
+            every_rank=True,
+        )
+    root = Path(data).expanduser()
+    if name == "cifar10":
+        return load_cifar10(root, download)
+    check_folder(root)
+    train = scan_folder(root, "train", flat_allowed=name == "imagefolder", name=name)
+    if not (root / "val").is_dir():
+        if name == "imagenet":
+            raise UserError(f"{root} has no folder val/: ImageNet is train/ and val/", True)
+        return train, None
+    val = scan_folder(root, "val", flat_allowed=name == "imagefolder", name=name)
+    if val.labels is None or train.labels is None:
+        return train, None
+    if val.classes != train.classes:
+        odd = sorted(set(val.classes) ^ set(train.classes))
+        raise UserError(f"{root}: train/ and val/ differ in class folders: {odd[:3]}", True)
+    return train, val
+
+
+def photo_patches(split: str) -> ArrayImages:
+    pixels, labels = photos.patches(split)
+    return ArrayImages(pixels, labels, list(photos.PHOTOS), "photos")
+
+
+def check_folder(root: Path) -> None:
+    if not root.is_dir():
+        parent = root.parent
+        near = nearest_name(root.name, [p.name for p in parent.iterdir()] if parent.is_dir() else [])
+        raise UserError(f"--data {root}: no such folder{near}", every_rank=True)
+    if not (root / "train").is_dir():
+        raise UserError(
+            f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE", every_rank=True
+        )
+
+
+def scan_folder(root: Path, split: str, flat_allowed: bool, name: str) -> FolderImages:
+    """The images of root/split: class folders in sorted order, files sorted within each."""
+    folder = root / split
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda e: e.name)
+    classes = [e.name for e in found if e.is_dir() and not e.name.startswith(".")]
+    if not classes:
+        files = [e.name for e in found if is_image(e.name)]
+        if not files:
+            raise UserError(f"{folder} holds neither class folders nor images", every_rank=True)
+        if not flat_allowed:
+            raise UserError(
+                f"{folder} has no class folders: use --dataset imagefolder for unlabelled images",
+                every_rank=True,
+            )
+        return FolderImages(str(folder), as_bytes(files), None, [], f"{root.name} ({name})")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, class_name in enumerate(classes):
+        with os.scandir(folder / class_name) as entries:
+            files = sorted(e.name for e in entries if is_image(e.name))
+        if not files:
+            raise UserError(
+                f"{folder / class_name} holds no images: remove the folder or fill it",
+                every_rank=True,
+            )
+        paths += [f"{class_name}/{file}" for file in files]
+        labels += [label] * len(files)
+    title = "ImageNet" if name == "imagenet" else f"{root.name} ({name})"
+    return FolderImages(str(folder), as_bytes(paths), np.array(labels), classes, title)
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and not name.startswith(".")
+
+
+def as_bytes(paths: Sequence[str]) -> np.ndarray:
+    return np.array([os.fsencode(p) for p in paths])
+
+
+def load_cifar10(root: Path, download: bool) -> tuple[ArrayImages, ArrayImages]:
+    """CIFAR-10 in memory, from the python batches or from class folders of 32x32 images."""
+    if download or (root / "cifar-10-batches-py").is_dir():
+        return cifar10_batches(root, train=True, download=download), cifar10_batches(root, False)
+    check_folder(root)
+    if not (root / "test").is_dir():
+        raise UserError(f"{root} has no folder test/ beside train/", every_rank=True)
+    return cifar10_folder(root, "train", 50_000), cifar10_folder(root, "test", 10_000)
+
+
+def cifar10_batches(root: Path, train: bool, download: bool = False) -> ArrayImages:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        source = CIFAR10(root, train=train, download=download)
+    except (RuntimeError, OSError, EOFError) as error:
+        if is_disk_error(error):
+            raise
+        raise UserError(f"CIFAR-10 in {root}: {error}", every_rank=True) from None
+    return ArrayImages(source.data, np.array(source.targets), source.classes, "CIFAR-10")
+
+
+def cifar10_folder(root: Path, split: str, expected: int) -> ArrayImages:
+    files = scan_folder(root, split, flat_allowed=False, name="cifar10")
+    copy = "JPEG copy" if files.path(0).lower().endswith((".jpg", ".jpeg")) else "image folders"
+    if len(files) != expected:
+        copy += f", {len(files)} of {expected} {split} images"
+    pixels = np.empty((len(files), 32, 32, 3), dtype=np.uint8)
+    for index in range(len(files)):
+        image = files.load(index)
+        if image.size != (32, 32):
+            raise UserError(
+                f"{files.path(index)} is {image.width}x{image.height}: CIFAR-10's images are 32x32",
+                every_rank=True,
+            )
+        pixels[index] = image
+    return ArrayImages(pixels, files.labels, files.classes, f"CIFAR-10 ({copy})")
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in an epoch, a permutation keyed by (seed, epoch)."""
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1])  # counter 1: not a view's
+    return np.random.Generator(bits).permutation(images)
+
+
+class RankBatches:
+    """One rank's part of the global batches from step `first` to before step `last`.
+
+    Yields lists of (epoch, sample). The global batch of a step is cut into equal runs in rank
+    order, so that gathers give the order of one process; the incomplete batch at an epoch's end
+    is dropped.
+    """
+
+    def __init__(
+        self, images: int, batch: int, seed: int, first: int, last: int, rank: int, ranks: int
+    ):
+        self.images, self.batch, self.seed = images, batch, seed
+        self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        steps_per_epoch = self.images // self.batch
+        local = self.batch // self.ranks
+        order, order_epoch = None, -1
+        for step in range(self.first, self.last):
+            epoch, place = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(self.images, self.seed, epoch), epoch
+            start = place * self.batch + self.rank * local
+            yield [(epoch, int(sample)) for sample in order[start : start + local]]
+
+
+class ViewDataset(torch.utils.data.Dataset):
+    """(epoch, sample) -> the sample's views, its number, and what went wrong.
+
+    An unreadable image gives an error text instead of an exception, so that the loop can name the
+    file in one line; with `skip` the next readable image takes its place.
+    """
+
+    def __init__(self, images: Images, views: Sequence[View], seed: int, skip: bool):
+        self.images, self.views, self.seed, self.skip = images, views, seed, skip
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, sample = key
+        problems: list[str] = []
+        while True:
+            try:
+                image = self.images.load(sample)
+                break
+            except UserError as error:
+                problems.append(str(error))
+                if not self.skip or len(problems) > SKIP_LIMIT:
+                    return None, sample, problems
+                sample = (sample + 1) % len(self.images)
+        views = [
+            view(image, view_rng(self.seed, epoch, sample, number))
+            for number, view in enumerate(self.views)
+        ]
+        return views, sample, problems
+
+
+def collate(items: list) -> tuple[list[Tensor], Tensor, list[str], bool]:
+    """-> uint8 (N,3,H,W) per view, samples (N,), problems, and whether a problem must stop."""
+    problems = [text for _, _, texts in items for text in texts]
+    if any(views is None for views, _, _ in items):
+        return [], torch.empty(0), problems, True
+    views = [torch.stack(column) for column in zip(*(views for views, _, _ in items), strict=True)]
+    return views, torch.tensor([sample for _, sample, _ in items]), problems, False
+
+
+def view_loader(
+    images: Images,
+    views: Sequence[View],
+    batches: RankBatches,
+    workers: int,
+    skip_bad_images: bool = False,
+    pin_memory: bool = False,
+) -> torch.utils.data.DataLoader:
+    """A loader over all steps of the run: workers start once and prefetch across epochs."""
+    return torch.utils.data.DataLoader(
+        ViewDataset(images, views, batches.seed, skip_bad_images),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+class CenterDataset(torch.utils.data.Dataset):
+    """Sample -> its evaluation view, uint8 (3,size,size)."""
+
+    def __init__(self, images: Images, samples: np.ndarray, size: int):
+        self.images, self.samples, self.size = images, samples, size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return center_view(self.images.load(int(self.samples[index])), self.size)
+
+
+def center_batches(
+    images: Images, samples: np.ndarray, size: int, batch: int = 256, workers: int = 0
+) -> Iterator[Tensor]:
+    """Evaluation views of the given samples, uint8 (N,3,size,size), in order."""
+    if isinstance(images, ArrayImages) and images.pixels.shape[1:3] == (size, size):
+        for first in range(0, len(samples), batch):
+            pixels = images.pixels[samples[first : first + batch]]
+            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        return
+    yield from torch.utils.data.DataLoader(
+        CenterDataset(images, samples, size),
+        batch_size=batch,
+        num_workers=workers,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+def default_workers(ranks_here: int) -> int:
+    """One loader process per CPU core of this rank, at most 16."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Schedulers signal every process of a job; only the training process answers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

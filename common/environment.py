@@ -1,0 +1,81 @@
+"""What a run ran on and from: commit, versions, devices, command."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = "environment.json"
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors")
+
+
+def commit() -> tuple[str, bool | None]:
+    """(commit, dirty): of the checkout, or of the file .commit that a launcher wrote, else
+    ("unknown", None). Dirty: changes outside results/ and runs/.
+    """
+    try:
+        head = git("rev-parse", "HEAD")
+        status = git("status", "--porcelain", "--", ".", ":!results", ":!runs")
+        return head, bool(status)
+    except (OSError, subprocess.CalledProcessError):
+        stored = REPOSITORY / ".commit"
+        if stored.exists():
+            words = stored.read_text().split()
+            return words[0], "dirty" in words[1:]
+        return "unknown", None
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def describe(device: torch.device, ranks: int) -> dict[str, Any]:
+    """One start of a run, as it is stored in environment.json."""
+    head, dirty = commit()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": head,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **versions()},
+        "devices": {"name": name, "ranks": ranks, "threads": torch.get_num_threads()},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def record_start(folder: Path, description: dict[str, Any]) -> None:
+    """Writes environment.json at the first start; later starts go into its list `restarts`."""
+    path = folder / NAME
+    if path.exists():
+        first = json.loads(path.read_text())
+        first.setdefault("restarts", []).append(description)
+        description = first
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(description, indent=2) + "\n")
+    beside.replace(path)

@@ -1,0 +1,83 @@
+"""One clear line for a mistake, and the exit codes of every command."""
+
+import errno
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, start the same command again
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+class UserError(Exception):
+    """Something the user can mend: what is wrong, where, and what to do, in one line.
+
+    `every_rank=True` marks an error that all ranks meet alike (a wrong flag), so that only rank 0
+    says it; an error of one rank (a corrupt image) is said by that rank.
+    """
+
+    def __init__(self, message: str, every_rank: bool = False):
+        super().__init__(message)
+        self.every_rank = every_rank
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved its state and can be continued."""
+
+
+def nearest_name(name: str, choices) -> str:
+    """`"; did you mean X?"` for the choice nearest to `name`, or an empty string."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """True for an error that says the disk is full, over quota or read-only."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def say_error(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def command(main: Callable[[], None]) -> int:
+    """Runs a script's `main` and turns its outcome into an exit code and at most one line.
+
+    0: finished. 2: a mistake, said in one line. 75: stopped on request, can be continued.
+    130: interrupted. Anything unforeseen keeps its traceback, since it is a bug of ours.
+    """
+    import torch  # here, so that importing this module stays cheap
+
+    try:
+        main()
+        return 0
+    except UserError as error:
+        if not (error.every_rank and os.environ.get("RANK", "0") != "0"):
+            say_error(str(error))
+        return EXIT_USER_ERROR
+    except Stopped:
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        return 130
+    except torch.OutOfMemoryError as error:
+        text = str(error).split(". ")[0]
+        say_error(f"{text}: use a smaller --batch-size, more ranks or --precision bf16")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        say_error(
+            f"cannot write{where}: {error.strerror}; free space and start the same command again, "
+            "it continues from its last checkpoint"
+        )
+        return EXIT_USER_ERROR
+    finally:
+        # loader workers ignore the stop signals (a scheduler sends them to every process)
+        for child in multiprocessing.active_children():
+            child.kill()

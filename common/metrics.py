@@ -1,0 +1,98 @@
+"""`metrics.jsonl`: one JSON object per line, exactly resumable; and the same to wandb."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from common.errors import say_error
+
+NAME = "metrics.jsonl"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file, in order; a line cut off by a crash ends it."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops what was logged after `step`, so that a resumed run logs it again, once."""
+    kept = [record for record in read(path) if record["step"] <= step]
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    beside.replace(path)
+    return kept
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the values that JSON cannot hold (a purity of nothing)."""
+    return {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+
+
+def means(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each number over step records, where it is present."""
+    sums: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in ("kind", "epoch", "step", "memory_gb"):
+                sums.setdefault(name, []).append(value)
+    return {name: math.fsum(values) / len(values) for name, values in sums.items()}
+
+
+class Wandb:
+    """Weights & Biases, if asked for; a failure of it is said once and never stops a run."""
+
+    def __init__(self, enabled: bool, folder: Path, recipe: str, config: dict[str, Any]):
+        self.run = None
+        if not enabled:
+            return
+        try:
+            import wandb
+
+            identity = folder / "wandb_id"
+            if not identity.exists():
+                identity.write_text(wandb.util.generate_id())
+            self.run = wandb.init(
+                project="selfsup-recipes",
+                name=f"{recipe} {folder.name}",
+                id=identity.read_text(),
+                resume="allow",
+                dir=folder,
+                config=config,
+            )
+        except Exception as error:
+            self.give_up(error)
+
+    def log(self, records: list[dict[str, Any]]) -> None:
+        if self.run is None:
+            return
+        try:
+            for record in records:
+                kind = record["kind"]
+                self.run.log({f"{kind}/{n}": v for n, v in record.items() if n != "kind"})
+        except Exception as error:
+            self.give_up(error)
+
+    def finish(self) -> None:
+        if self.run is None:
+            return
+        try:
+            self.run.finish(quiet=True)
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        self.run = None
+        say_error(f"wandb failed ({type(error).__name__}: {error}); the run goes on without it")

@@ -1,0 +1,168 @@
+"""Encoders (torchvision's ResNets, timm's ViTs, the CIFAR and demo variants), MLP heads and the
+momentum copy.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EMBED_DIMS = {
+    "resnet50": 2048,
+    "resnet18": 512,
+    "resnet18_cifar": 512,
+    "vit_small": 384,
+    "vit_small_mocov3": 384,
+    "vit_base": 768,
+    "tiny": 128,
+}
+
+
+def build_encoder(
+    arch: str, image_size: int = 224, zero_init_residual: bool = False
+) -> nn.Module:
+    """The encoder of one exact name, randomly initialised, with its output width in `embed_dim`.
+
+    (N,3,H,W) -> (N,embed_dim): global average pooling for ResNets and `tiny`, the CLS token after
+    the last norm for ViTs. Parameter names are torchvision's and timm's. `image_size` matters to
+    ViTs only (their positions), `zero_init_residual` to ResNets only. Raises ValueError for an
+    unknown arch.
+    """
+    if arch not in EMBED_DIMS:
+        raise ValueError(f"unknown arch {arch}: one of {', '.join(EMBED_DIMS)}")
+    if arch.startswith("resnet"):
+        encoder = build_resnet(arch, zero_init_residual)
+    elif arch.startswith("vit"):
+        encoder = build_vit(arch, image_size)
+    else:
+        encoder = build_tiny()
+    encoder.embed_dim = EMBED_DIMS[arch]
+    return encoder
+
+
+def build_resnet(arch: str, zero_init_residual: bool) -> nn.Module:
+    import torchvision
+
+    name = arch.removesuffix("_cifar")
+    encoder = getattr(torchvision.models, name)(zero_init_residual=zero_init_residual)
+    encoder.fc = nn.Identity()
+    if arch.endswith("_cifar"):  # 3x3 stem, no pooling: SimSiam App. D, lightly's ResNet-18
+        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+def build_vit(arch: str, image_size: int) -> nn.Module:
+    import timm
+
+    encoder = timm.create_model(**timm_arguments(arch, image_size))
+    if arch == "vit_small_mocov3":
+        initialise_as_mocov3(encoder)
+    return encoder
+
+
+def timm_arguments(arch: str, image_size: int) -> dict[str, Any]:
+    """The arguments of timm.create_model that give this ViT without its classifier."""
+    name = {"vit_base": "vit_base_patch16_224"}.get(arch, "vit_small_patch16_224")
+    heads = {"vit_base": 12, "vit_small": 6, "vit_small_mocov3": 12}[arch]
+    return {"model_name": name, "num_heads": heads, "num_classes": 0, "img_size": image_size}
+
+
+def build_tiny() -> nn.Module:
+    """The demo's CNN for 32x32 pixels: six 3x3 convolutions, 0.4 million weights."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, stride in ((16, 2), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+        layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def initialise_as_mocov3(vit: nn.Module) -> None:
+    """MoCo-v3's initialisation and fixed positions (moco-v3 vits.py), which SNCLR's code uses:
+    uniform patch embedding, xavier-uniform linears with q, k and v separately, zero biases, CLS
+    token of standard deviation 1e-6, 2-d sin-cos positions that are not trained.
+    """
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Linear):
+            if name.endswith("qkv"):
+                bound = math.sqrt(6.0 / (module.weight.shape[0] // 3 + module.weight.shape[1]))
+                nn.init.uniform_(module.weight, -bound, bound)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(vit.cls_token, std=1e-6)
+    patch = vit.patch_embed.proj
+    bound = math.sqrt(6.0 / (3 * math.prod(patch.kernel_size) + patch.out_channels))
+    nn.init.uniform_(patch.weight, -bound, bound)
+    nn.init.zeros_(patch.bias)
+    rows, columns = vit.patch_embed.grid_size
+    positions = sincos_positions(rows, columns, vit.embed_dim)
+    vit.pos_embed.data.copy_(torch.cat([torch.zeros(1, vit.embed_dim), positions])[None])
+    vit.pos_embed.requires_grad = False
+
+
+def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
+    """(rows*columns, dim): for each patch sin and cos of its first grid coordinate, then sin and
+    cos of its second, each at dim/4 frequencies from 1 to 1/10000.
+    """
+    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
+    first = torch.arange(rows, dtype=torch.float32).repeat_interleave(columns)[:, None] * omega
+    second = torch.arange(columns, dtype=torch.float32).repeat(rows)[:, None] * omega
+    return torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
+
+
+def freeze_patch_embedding(vit: nn.Module) -> None:
+    """MoCo-v3's stop-grad-conv1: the patch embedding keeps its random weights."""
+    for parameter in vit.patch_embed.proj.parameters():
+        parameter.requires_grad = False
+
+
+def mlp(
+    sizes: Sequence[int],
+    hidden_bias: bool = False,
+    output_bias: bool = False,
+    output_norm: bool = False,
+    output_affine: bool = True,
+) -> nn.Sequential:
+    """FC layers of the given sizes with batch norm and ReLU after each but the last; the last one
+    plain, or with a batch norm (`output_norm`), affine or not.
+    """
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        last = i == len(sizes) - 2
+        layers.append(nn.Linear(inputs, outputs, bias=output_bias if last else hidden_bias))
+        if not last:
+            layers += [nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+        elif output_norm:
+            layers.append(nn.BatchNorm1d(outputs, affine=output_affine))
+    return nn.Sequential(*layers)
+
+
+def momentum_copy(module: nn.Module) -> nn.Module:
+    """A copy that gets no gradient. Its batch norms run in train mode on their own inputs, as in
+    BYOL and MoCo-v3; `update_momentum` moves parameters only.
+    """
+    target = copy.deepcopy(module)
+    for parameter in target.parameters():
+        parameter.requires_grad = False
+    return target
+
+
+@torch.no_grad()
+def update_momentum(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """target = momentum * target + (1 - momentum) * online, parameter by parameter."""
+    torch._foreach_lerp_(
+        list(target.parameters()), [p.detach() for p in online.parameters()], 1.0 - momentum
+    )
+
+
+def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """bf16 outputs as float32, others as they are: similarities and losses are never in bf16."""
+    return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)

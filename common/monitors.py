@@ -1,0 +1,45 @@
+"""What is watched while a run trains: collapse, and what the look-ups retrieve."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RANK_ROWS = 512  # rows of the batch that the effective rank is taken over
+
+
+@torch.no_grad()
+def embedding_std(z: Tensor) -> Tensor:
+    """Mean over dimensions of the standard deviation of the l2-normalised rows of z (N,D).
+
+    About 1/sqrt(D) for rows spread evenly over the sphere, 0 for a collapsed embedding
+    (SimSiam Sec. 4.1).
+    """
+    return F.normalize(z, dim=1).std(dim=0, unbiased=False).mean()
+
+
+@torch.no_grad()
+def effective_rank(z: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007) of the
+    l2-normalised rows of z (N,D), over at most 512 of them: 1 when all rows lie on one line.
+    """
+    rows = F.normalize(z[:RANK_ROWS].float(), dim=1)
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+    values = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()
+    shares = values / values.sum()
+    return torch.special.entr(shares).sum().exp()
+
+
+@torch.no_grad()
+def self_matches(query_ids: Tensor, retrieved_ids: Tensor) -> Tensor:
+    """Share of retrieved entries (N,k) that are the query's own image (N,), an older view of it."""
+    return (retrieved_ids == query_ids[:, None]).double().mean()
+
+
+@torch.no_grad()
+def neighbour_purity(query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor) -> Tensor:
+    """Share of retrieved entries (N,k) with the query's label, for reading only; entries of the
+    queue's random start (id -1) count in neither part. NaN where nothing else was retrieved.
+    """
+    known = retrieved_ids >= 0
+    same = labels[retrieved_ids.clamp(min=0)] == labels[query_ids][:, None]
+    return (same & known).double().sum() / known.double().sum()

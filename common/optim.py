@@ -1,0 +1,120 @@
+"""LARS, parameter groups and schedules."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017) as BYOL and MoCo-v3 use it.
+
+    For a tensor w of two or more dimensions with gradient g: u = g + weight_decay * w, scaled by
+    trust_coefficient * |w| / |u| (by 1 where either norm is 0), then v = momentum * v + u and
+    w = w - lr * v. Tensors of one dimension (biases, norms) get neither decay nor scaling.
+
+    Libraries differ here by orders of magnitude: some scale biases, some divide by
+    |g| + weight_decay * |w|, some stop scaling when weight_decay is 0. This is moco-v3's rule
+    (moco/optimizer.py), which SNCLR's released code uses too.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ):
+        if lr < 0 or momentum < 0 or weight_decay < 0 or trust_coefficient <= 0:
+            raise ValueError(
+                "LARS needs lr, momentum, weight_decay >= 0 and trust_coefficient > 0, got "
+                f"{lr}, {momentum}, {weight_decay}, {trust_coefficient}"
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every tensor that has a gradient; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                update = weight.grad
+                if weight.ndim > 1:
+                    update = update.add(weight, alpha=group["weight_decay"])
+                    update = update * trust_ratio(weight, update, group["trust_coefficient"])
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                velocity = state["momentum_buffer"]
+                velocity.mul_(group["momentum"]).add_(update)
+                weight.add_(velocity, alpha=-group["lr"])
+        return loss
+
+
+def trust_ratio(weight: Tensor, update: Tensor, trust_coefficient: float) -> Tensor:
+    """trust * |w| / |u| as a scalar tensor, 1 where either norm is 0 (no sync with the host)."""
+    weight_norm, update_norm = weight.norm(), update.norm()
+    scaled = trust_coefficient * weight_norm / update_norm
+    return torch.where((weight_norm > 0) & (update_norm > 0), scaled, torch.ones_like(scaled))
+
+
+def warmup_cosine(
+    step: float,
+    total_steps: float,
+    warmup_steps: float,
+    base: float,
+    start: float = 0.0,
+    end: float = 0.0,
+) -> float:
+    """Linear from `start` to `base` over the warm-up, then half a cosine to `end` at `total_steps`.
+
+    A pure function of the step, so that a resumed run needs no scheduler state. With no warm-up,
+    base=m0 and end=1 it is BYOL's momentum schedule 1 - (1 - m0) * (cos(pi k / K) + 1) / 2.
+    """
+    if step < warmup_steps:
+        return start + (base - start) * step / warmup_steps
+    if total_steps <= warmup_steps:
+        return base
+    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    return end + (base - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(
+    name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """`lars`, `sgd` or `adamw` over parameters or parameter groups; frozen tensors are left out.
+
+    sgd and adamw decay every tensor they get, biases and norms included: SimSiam's and MoCo-v3's
+    code does so. adamw's betas are (0.9, 0.999), PyTorch's and MoCo-v3's.
+    """
+    groups = [*groups]
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    if name == "lars":
+        return LARS(groups, lr, momentum=momentum, weight_decay=weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=momentum, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    raise ValueError(f"unknown optimizer {name}: lars, sgd or adamw")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the rate of every parameter group but those with a `fixed_lr` of their own."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("fixed_lr", lr)

@@ -1,0 +1,117 @@
+"""Pictures of a run: learning curves, and queries beside their retrieved neighbours."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PANELS = (
+    ("loss", "loss"),
+    ("knn", "k-NN accuracy"),
+    ("lr", "learning rate"),
+    ("embedding_std", "std of the normalised embedding"),
+    ("effective_rank", "effective rank"),
+    ("neighbour_purity", "retrieved with the query's label"),
+    ("self_matches", "retrieved the query itself"),
+    ("positiveness_mean", "positiveness, mean"),
+    ("grad_norm", "gradient norm"),
+)
+
+
+def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int) -> None:
+    """Each metric that a run has over its epochs: steps in pale, epoch means in full colour.
+
+    `dim` is the width of the embedding: its std is 1/sqrt(dim) when spread over the sphere.
+    """
+    plt = headless_pyplot()
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    steps = [r for r in records if r["kind"] == "step"]
+    last = max((r["step"] for r in records), default=0)
+    per_epoch = max((r["step"] / r["epoch"] for r in epochs if r["epoch"]), default=None)
+    panels = [p for p in PANELS if any(p[0] in r for r in records)]
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    scale = per_epoch or 1.0
+    for axis, (name, label) in zip(axes.flat, panels, strict=False):
+        for source, style in ((steps, {"alpha": 0.35, "lw": 0.8}), (epochs, {"lw": 1.8})):
+            points = [(r["step"] / scale, r[name]) for r in source if name in r]
+            if points:
+                marker = "o" if len(points) < 30 and source is epochs else None
+                axis.plot(*zip(*points, strict=True), color="tab:blue", marker=marker, ms=3, **style)
+        if name == "embedding_std":
+            axis.axhline(dim**-0.5, color="grey", ls=":", lw=1)
+            axis.set_ylim(bottom=0)
+        if name in ("knn", "neighbour_purity", "self_matches"):
+            axis.set_ylim(bottom=0)
+        axis.set_title(label, fontsize=10)
+        axis.set_xlim(0, max(last / scale, 1e-9))
+        axis.set_xlabel("epoch" if per_epoch else "step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    save(figure, path, plt)
+
+
+def draw_neighbours(
+    path: Path,
+    queries: list[np.ndarray],
+    neighbours: list[list[np.ndarray | None]],
+    cosines: np.ndarray,
+    weights: np.ndarray | None,
+    same_label: list[list[bool | None]],
+    title: str,
+) -> None:
+    """Queries in the first column, their neighbours in order with cosine and positiveness.
+
+    Images are (H,W,3) uint8, None for an entry of the queue's random start; `weights` (N,k) is
+    the positiveness; a green frame marks a neighbour with the query's label, a red one another.
+    """
+    plt = headless_pyplot()
+    rows, columns = len(queries), len(neighbours[0]) + 1
+    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.5 * rows), squeeze=False)
+    for row in range(rows):
+        show(axes[row, 0], queries[row], "query", "black")
+        for column, image in enumerate(neighbours[row]):
+            text = f"cos {cosines[row, column]:.2f}"
+            if weights is not None:
+                text += f"\nw {weights[row, column]:.3f}"
+            frame = {True: "tab:green", False: "tab:red", None: "grey"}[same_label[row][column]]
+            show(axes[row, column + 1], image, text, frame)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    save(figure, path, plt)
+
+
+def show(axis, image: np.ndarray | None, text: str, frame: str) -> None:
+    if image is None:
+        axis.text(0.5, 0.5, "random\nstart", ha="center", va="center", fontsize=7)
+        axis.set_xlim(0, 1)
+    else:
+        axis.imshow(image)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(text, fontsize=7)
+    for spine in axis.spines.values():
+        spine.set_color(frame)
+        spine.set_linewidth(2)
+
+
+def headless_pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure, path: Path, plt) -> None:
+    """Writes the picture beside and renames it, small enough to look at and to keep."""
+    beside = path.with_suffix(".partial.png")
+    figure.savefig(beside, dpi=110)
+    plt.close(figure)
+    beside.replace(path)

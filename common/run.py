@@ -1,0 +1,586 @@
+"""A run's folder: set-up, exact resume, metrics, progress, signals, export.
+
+What is not the paper's is here, so that a recipe's `main()` is the algorithm:
+
+    run = Run("nnclr", config)
+    model = ...
+    run.begin(model.encoder, model=model, optimizer=optimizer, queue=queue)
+    for step, (x1, x2), ids in run.batches(views):
+        ...                                  # the paper
+        run.log(loss=loss, lr=lr)
+    run.finish(...)
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import backbone, checkpoint, distributed, environment, metrics, pictures
+from common.augment import View, to_input
+from common.config import changed_fields, config_hash
+from common.data import RankBatches, center_batches, default_workers, load_dataset, view_loader
+from common.errors import Stopped, UserError, say_error
+from common.knn import knn_of_encoder
+from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
+from common.signals import StopRequests
+from common.support_set import SupportSet
+
+FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they are read
+MONITOR_STEPS = 20  # steps between the dearer monitors
+SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 8
+
+
+class Run:
+    """One training run of a recipe. Every rank makes one; rank 0 writes and speaks."""
+
+    def __init__(self, recipe: str, config: Any):
+        self.recipe, self.config = recipe, config
+        self.device = distributed.start()
+        self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.check_batch()
+        self.train, self.test = load_dataset(config.dataset, config.data, config.download)
+        self.steps_per_epoch = len(self.train) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"{self.train.name} has {len(self.train)} training images, fewer than "
+                f"--batch-size {config.batch_size}",
+                every_rank=True,
+            )
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        self.workers = config.workers
+        if self.workers < 0:
+            self.workers = default_workers(min(self.ranks, max(1, torch.cuda.device_count())))
+        self.folder = distributed.from_rank_zero(self.choose_folder())
+        self.step, self.seconds = 0, 0.0
+        self.waiting: list[dict[str, Any]] = []  # logged, not yet read from the device
+        self.epoch_records: list[dict[str, Any]] = []  # step records of the present epoch
+        self.seed_everything()
+
+    # -- set-up ---------------------------------------------------------------------------------
+
+    def check_batch(self) -> None:
+        batch = self.config.batch_size
+        if batch % self.ranks:
+            below, above = batch - batch % self.ranks, batch + self.ranks - batch % self.ranks
+            raise UserError(
+                f"--batch-size {batch} is the global batch and does not divide over {self.ranks} "
+                f"ranks: take {below or above} or {above}",
+                every_rank=True,
+            )
+        if batch // self.ranks < 2:
+            raise UserError(f"--batch-size {batch}: each of {self.ranks} ranks needs 2 images", True)
+
+    def choose_folder(self) -> Path:
+        config = self.config
+        name = f"{config.dataset}-{config.arch}-{config.seed}"
+        folder = Path(config.output or f"runs/{self.recipe}/{name}").expanduser().absolute()
+        if config.resume == "never":
+            first, number = folder, 2
+            while folder.exists():
+                folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+        return folder
+
+    def seed_everything(self) -> None:
+        """Seeds initialisation in this very process (data order and views have their own keys)."""
+        random.seed(self.config.seed)
+        np.random.seed(self.config.seed % 2**32)
+        torch.manual_seed(self.config.seed)
+        torch.backends.cudnn.benchmark = False  # bit-identity after a restart
+        torch.backends.cudnn.deterministic = True
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """The module on this run's device, in its precision, with batch norms over all ranks."""
+        module = module.to(self.device, self.dtype)
+        if self.device.type == "cuda" or self.dtype == torch.float32:
+            module = module.to(memory_format=torch.channels_last)
+        module = distributed.sync_batch_norm(module, self.device)
+        distributed.same_on_all_ranks(module)
+        return module
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bf16 for the networks with --precision bf16, nothing otherwise."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
+
+    def labels(self) -> Tensor | None:
+        """Labels of the training images on the device, for monitors only."""
+        if self.train.labels is None:
+            return None
+        return torch.from_numpy(self.train.labels).to(self.device)
+
+    def warn(self, text: str) -> None:
+        if self.rank == 0:
+            print(f"warning: {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    # -- begin: a new run or an exact continuation ----------------------------------------------
+
+    def begin(self, encoder: nn.Module, **state: Any) -> None:
+        """Restores what the folder's checkpoint holds, if any. `state` names everything that the
+        next step depends on: modules, optimizer, support set.
+        """
+        self.encoder, self.state = encoder, state
+        self.refuse_changes()
+        path = checkpoint.find(self.folder) if self.rank == 0 else None
+        path = distributed.from_rank_zero(path)
+        if path is not None:
+            self.restore(path)
+        if self.step > self.last_step:
+            raise UserError(
+                f"{self.folder} is at step {self.step}, beyond --max-steps {self.last_step}", True
+            )
+        description = environment.describe(self.device, self.ranks)
+        distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = metrics.cut(self.folder / metrics.NAME, self.step if path else -1)
+            self.epoch_records = [
+                r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
+            ]
+            if not self.is_finished():
+                environment.record_start(self.folder, description)
+            saved = {"recipe": self.recipe, **dataclasses.asdict(self.config)}
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+        self.wandb = metrics.Wandb(
+            self.config.wandb and self.rank == 0 and not self.is_finished(),
+            self.folder,
+            self.recipe,
+            dataclasses.asdict(self.config),
+        )
+        self.introduce(description)
+
+    def refuse_changes(self) -> None:
+        """A folder of another recipe or other numbers is never written over."""
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return
+        saved = yaml.safe_load(path.read_text()) or {}
+        changes = changed_fields(self.config, saved)
+        if saved.get("recipe") != self.recipe:
+            changes = [f"recipe was {saved.get('recipe')}, is {self.recipe}"]
+        if changes:
+            raise UserError(
+                f"{self.folder} holds a run with another configuration ({'; '.join(changes)}): "
+                "use the same flags, another --output, or --resume never",
+                every_rank=True,
+            )
+
+    def restore(self, path: Path) -> None:
+        state = checkpoint.load(path)
+        try:
+            same_images = state["images"] == self.train.fingerprint()
+            changes = changed_fields(self.config, state["config"])
+            if state["recipe"] != self.recipe or changes:
+                raise UserError(
+                    f"{path} is of another run (recipe {state['recipe']}; "
+                    f"{'; '.join(changes) or 'same configuration'}): use another --output",
+                    every_rank=True,
+                )
+            if not same_images:
+                raise UserError(
+                    f"the images in --data are not those that {path} was trained on "
+                    f"(was {state['images']}, is {self.train.fingerprint()})",
+                    every_rank=True,
+                )
+            for name, item in self.state.items():
+                saved = state["state"][name]
+                if isinstance(item, SupportSet):
+                    item.load_checkpoint_state(saved)
+                else:
+                    item.load_state_dict(saved)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            text = str(error).split("\n")[0]
+            raise UserError(f"{path} does not fit this run: {text}", every_rank=True) from None
+        self.step, self.seconds = state["step"], state["seconds"]
+        head, _ = environment.commit()
+        for what, was, now in (
+            ("commit", state["commit"], head),
+            ("torch", state["torch"], torch.__version__),
+            ("ranks", state["ranks"], self.ranks),
+        ):
+            if was != now:
+                self.warn(f"the checkpoint was written with {what} {was}, this is {now}")
+
+    def introduce(self, description: dict[str, Any]) -> None:
+        config = self.config
+        self.say(
+            f"{self.recipe} · {config.arch} · {self.train.name}: {len(self.train):,} images · "
+            f"batch {config.batch_size} · {config.epochs} epochs of {self.steps_per_epoch} steps · "
+            f"{config.precision} · {description['devices']['name']} x {self.ranks}"
+        )
+        if self.test is None and config.knn_every:
+            self.say("no labelled test images: no k-NN accuracy")
+        if self.step and self.step < self.last_step:
+            self.say(f"continues from step {self.step} of {self.last_step}")
+        if self.last_step < self.total_steps:
+            self.say(f"stops at step {self.last_step} of {self.total_steps} (--max-steps)")
+        self.say(f"run folder: {self.folder}")
+
+    def warn_of_long_queue(self, size: int) -> None:
+        if size > len(self.train) / 2:
+            self.warn(
+                f"a queue of {size} is longer than half of the {len(self.train)} training images: "
+                "look-ups will often find the query's own image (self_matches in metrics.jsonl)"
+            )
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def epoch_of(self, step: int) -> int:
+        """The number, from 1, of the epoch that the step of this number (from 0) belongs to."""
+        return step // self.steps_per_epoch + 1
+
+    def batches(self, views: Sequence[View]) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+        """(step from 0, one normalised (N,3,H,W) per view, sample numbers (N,)) for each step left.
+
+        After the loop's body has run for a step: metrics, k-NN, checkpoint, stop requests.
+        """
+        if self.step >= self.last_step:
+            return
+        config = self.config
+        order = RankBatches(
+            len(self.train),
+            config.batch_size,
+            config.seed,
+            self.step,
+            self.last_step,
+            self.rank,
+            self.ranks,
+        )
+        loader = view_loader(
+            self.train,
+            views,
+            order,
+            self.workers,
+            skip_bad_images=config.on_bad_image == "skip",
+            pin_memory=self.device.type == "cuda",
+        )
+        with StopRequests() as self.requests, self.progress_bar() as self.bar:
+            self.evaluate_at_start()
+            self.started = self.last_flush = self.last_save = time.monotonic()
+            asked = time.monotonic()
+            for pixels, ids, problems, must_stop in loader:
+                self.report_problems(problems, must_stop)
+                inputs = [to_input(view, self.device, self.dtype) for view in pixels]
+                self.waited = time.monotonic() - asked
+                yield self.step, inputs, ids.to(self.device, non_blocking=True)
+                self.time_step(time.monotonic() - asked)
+                self.after_step()
+                asked = time.monotonic()
+
+    def report_problems(self, problems: list[str], must_stop: bool) -> None:
+        if must_stop:
+            raise UserError(problems[-1])
+        for text in problems:
+            say_error(f"{text.split(': mend')[0]}; the next image takes its place")
+
+    def progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.last_step,
+            initial=self.step,
+            unit="step",
+            desc=self.recipe,
+            dynamic_ncols=True,
+            disable=None if self.rank == 0 else True,  # None: only on a terminal
+        )
+
+    def log(self, loss: Tensor, **values: Tensor | float) -> None:
+        """Notes this step's metrics; tensors stay on the device until the next flush."""
+        self.waiting.append(
+            {"kind": "step", "epoch": self.epoch_of(self.step), "step": self.step + 1}
+            | {"loss": loss.detach()}
+            | {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
+        )
+
+    def watch(
+        self, z: Tensor, ids: Tensor, retrieved: Tensor | None, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The monitors of one step: embedding z (N,D), ids of the images that were retrieved for
+        it (N,k), labels of all training images or None.
+        """
+        values = {"embedding_std": embedding_std(z)}
+        if self.step % MONITOR_STEPS == 0:
+            values["effective_rank"] = effective_rank(z)
+        if retrieved is not None:
+            values["self_matches"] = self_matches(ids, retrieved)
+            if labels is not None:
+                values["neighbour_purity"] = neighbour_purity(ids, retrieved, labels)
+        return values
+
+    def time_step(self, seconds: float) -> None:
+        self.seconds += seconds
+        if self.waiting and self.waiting[-1]["step"] == self.step + 1:
+            self.waiting[-1] |= {
+                "images_per_second": round(self.config.batch_size / seconds, 2),
+                "data_wait": round(self.waited / seconds, 4),
+                "memory_gb": round(self.memory_gb(), 3),
+            }
+
+    def memory_gb(self) -> float:
+        """Peak memory in GB: of the GPU, or of this process on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def after_step(self) -> None:
+        self.step += 1
+        self.bar.update()
+        now, first = time.monotonic(), self.rank == 0
+        stop, save, flush = distributed.any_rank(
+            [
+                self.requests.received is not None,
+                first and now - self.last_save > 60 * self.config.checkpoint_minutes > 0,
+                first and now - self.last_flush > FLUSH_SECONDS,
+            ]
+        )
+        epoch_ends, done = self.step % self.steps_per_epoch == 0, self.step == self.last_step
+        if flush or save or stop or epoch_ends or done:
+            self.flush()
+        if epoch_ends:
+            self.end_epoch()
+        if save or stop or epoch_ends or done:
+            self.save()
+        if stop and not done:
+            name = self.requests.received.name if self.requests.received else "another rank"
+            self.say(
+                f"stopped by {name} at step {self.step} of {self.last_step}, saved; "
+                "start the same command again to continue"
+            )
+            self.wandb.finish()
+            raise Stopped
+
+    def flush(self) -> None:
+        """Reads the waiting metrics from the device, as means over ranks, and writes them."""
+        self.last_flush = time.monotonic()
+        records, self.waiting = self.waiting, []
+        places = [(r, n) for r in records for n, v in r.items() if isinstance(v, Tensor)]
+        if places:
+            values = torch.stack([r[n].to(self.device).double() for r, n in places])
+            for (record, name), value in zip(
+                places, distributed.mean_over_ranks(values).tolist(), strict=True
+            ):
+                record[name] = value
+        good = [metrics.finite(r) for r in records if "loss" in metrics.finite(r)]
+        if self.rank == 0:
+            metrics.write(self.folder / metrics.NAME, good)
+            self.epoch_records += good
+            self.wandb.log(good)
+        if len(good) < len(records):
+            bad = next(r for r in records if "loss" not in metrics.finite(r))
+            at = self.saved_step()
+            raise UserError(
+                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): nothing "
+                f"was saved since step {at}; try a lower --lr or --precision fp32",
+                every_rank=True,
+            )
+        if good:
+            self.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
+
+    def saved_step(self) -> int:
+        return getattr(self, "last_saved_step", 0)
+
+    def evaluate_at_start(self) -> None:
+        """k-NN of the random encoder, so that a run says what it learned."""
+        if self.step == 0 and (accuracy := self.knn(due=True)) is not None:
+            self.write_epoch({"kind": "epoch", "epoch": 0, "step": 0, "knn": accuracy})
+            self.say(f"epoch 0: k-NN {accuracy:.1%} (random encoder)")
+
+    def end_epoch(self) -> None:
+        epoch = self.step // self.steps_per_epoch
+        record = {"kind": "epoch", "epoch": epoch, "step": self.step}
+        record |= metrics.means(self.epoch_records)
+        last = self.step == self.last_step
+        accuracy = self.knn(due=last or epoch % max(1, self.config.knn_every) == 0)
+        if accuracy is not None:
+            record["knn"] = accuracy
+        self.epoch_records = []
+        self.write_epoch(record)
+        left = (self.last_step - self.step) * self.seconds / max(1, self.step)
+        text = f"epoch {epoch} of {self.config.epochs}: loss {record.get('loss', 0):.4f}"
+        text += f", k-NN {accuracy:.1%}" if accuracy is not None else ""
+        self.say(
+            f"{text}, {record.get('images_per_second', 0):.0f} images/s, "
+            f"{in_words(left)} left"
+        )
+
+    def knn(self, due: bool) -> float | None:
+        """k-NN accuracy of the encoder on the test images, where due and possible."""
+        if not (due and self.config.knn_every and self.test is not None):
+            return None
+        return knn_of_encoder(
+            self.encoder,
+            self.train,
+            self.test,
+            self.config.image_size,
+            self.workers,
+            self.autocast,
+        )
+
+    def write_epoch(self, record: dict[str, Any]) -> None:
+        if self.rank == 0:
+            metrics.write(self.folder / metrics.NAME, [metrics.finite(record)])
+            self.wandb.log([record])
+
+    def save(self) -> None:
+        """The checkpoint of this step (private queues are gathered, rank 0 writes)."""
+        state = {
+            name: item.checkpoint_state() if isinstance(item, SupportSet) else item.state_dict()
+            for name, item in self.state.items()
+        }
+        if self.rank == 0:
+            head, _ = environment.commit()
+            checkpoint.save(
+                self.folder,
+                {
+                    "recipe": self.recipe,
+                    "step": self.step,
+                    "epoch": self.step / self.steps_per_epoch,
+                    "seconds": self.seconds,
+                    "config": dataclasses.asdict(self.config),
+                    "images": self.train.fingerprint(),
+                    "ranks": self.ranks,
+                    "commit": head,
+                    "torch": torch.__version__,
+                    "state": state,
+                },
+            )
+        self.last_save, self.last_saved_step = time.monotonic(), self.step
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def is_finished(self) -> bool:
+        """Whether the folder holds the results of this very last step."""
+        try:
+            results = json.loads((self.folder / "results.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return False
+        return results["step"] == self.last_step and (self.folder / backbone.NAME).exists()
+
+    def finish(
+        self,
+        queue: SupportSet,
+        select: Callable[[Tensor], Tensor],
+        weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Export, pictures, results; prints them. `select` maps images to the embedding that
+        looks neighbours up, `weigh` images and their neighbours to the positiveness.
+        """
+        finished = distributed.from_rank_zero(self.is_finished())
+        if not finished:
+            self.write_results()
+            if self.rank == 0:
+                self.draw(queue, select, weigh)
+                self.wandb.finish()
+        if self.rank == 0:
+            self.print_results()
+        distributed.stop()
+
+    def write_results(self) -> None:
+        records = metrics.read(self.folder / metrics.NAME) if self.rank == 0 else []
+        epochs = [r for r in records if r["kind"] == "epoch"]
+        last = {r["step"]: r for r in epochs}.get(self.step, {})
+        known = distributed.from_rank_zero(last.get("knn"))
+        accuracy = known if known is not None else self.knn(due=True)
+        if self.rank != 0:
+            return
+        head, dirty = environment.commit()
+        facts = {
+            "recipe": self.recipe,
+            "epoch": self.step / self.steps_per_epoch,
+            "commit": head,
+            "config_hash": config_hash(self.config),
+        }
+        path = self.folder / backbone.NAME
+        backbone.export_backbone(
+            path, self.encoder, self.config.arch, self.config.image_size, facts
+        )
+        losses = [r["loss"] for r in records if r["kind"] == "step"]
+        results = {
+            **facts,
+            "dirty": dirty,
+            "step": self.step,
+            "dataset": self.train.name,
+            "loss": losses[-1] if losses else None,
+            "loss_first": losses[0] if losses else None,
+            "knn": accuracy,
+            "knn_before": next((r["knn"] for r in epochs if r["epoch"] == 0), None),
+            "hours": self.seconds / 3600,
+            "images_per_second": self.config.batch_size * self.step / max(self.seconds, 1e-9),
+            "backbone_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    def draw(self, queue: SupportSet, select: Callable, weigh: Callable | None) -> None:
+        config = self.config
+        title = f"{self.recipe}, {config.arch}, {self.train.name}, seed {config.seed}"
+        records = metrics.read(self.folder / metrics.NAME)
+        pictures.draw_curves(self.folder / "curves.png", records, title, queue.dim)
+        queries = np.linspace(0, len(self.train) - 1, min(SHOWN_QUERIES, len(self.train)))
+        queries = queries.round().astype(int)
+        k = min(SHOWN_NEIGHBOURS, queue.size // 2) or 1
+        modules = [m for m in self.state.values() if isinstance(m, nn.Module)]
+        for module in modules:
+            module.eval()
+        with torch.no_grad():
+            pixels = torch.cat([*center_batches(self.train, queries, config.image_size)])
+            x = to_input(pixels, self.device, self.dtype)
+            z, ids = select(x), torch.from_numpy(queries).to(self.device)
+            neighbours, positions = queue.nearest(z, k, exclude_ids=ids)
+            z = nn.functional.normalize(z.to(neighbours.dtype), dim=1)
+            cosines = torch.einsum("nd,nkd->nk", z, neighbours).cpu().numpy()
+            weights = weigh(x, neighbours).float().cpu().numpy() if weigh else None
+        found = queue.ids[positions].cpu().numpy()
+        pictures.draw_neighbours(
+            self.folder / "neighbours.png",
+            [np.asarray(self.train.load(int(q))) for q in queries],
+            [[np.asarray(self.train.load(int(i))) if i >= 0 else None for i in r] for r in found],
+            cosines,
+            weights,
+            [[self.same_label(q, i) for i in r] for q, r in zip(queries, found, strict=True)],
+            f"neighbours in the queue: {title}",
+        )
+
+    def same_label(self, a: int, b: int) -> bool | None:
+        if self.train.labels is None or b < 0:
+            return None
+        return bool(self.train.labels[a] == self.train.labels[b])
+
+    def print_results(self) -> None:
+        r = json.loads((self.folder / "results.json").read_text())
+        loss = f"loss {r['loss_first']:.4f} -> {r['loss']:.4f}" if r["loss"] is not None else ""
+        knn = ""
+        if r["knn"] is not None:
+            before = f"{r['knn_before']:.1%} -> " if r["knn_before"] is not None else ""
+            knn = f", k-NN {before}{r['knn']:.1%}"
+        print(
+            f"{self.recipe}: {r['epoch']:g} epochs, {r['step']} steps, {loss}{knn}, "
+            f"{r['images_per_second']:.0f} images/s, {in_words(3600 * r['hours'])}"
+        )
+        print(f"{self.folder}: {backbone.NAME} curves.png neighbours.png metrics.jsonl", flush=True)
+
+
+def in_words(seconds: float) -> str:
+    """90 -> '1 min 30 s'."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,119 @@
+"""The support set: a first-in-first-out queue of projections and its nearest-neighbour search.
+
+NNCLR calls it the support set or queue Q (Algorithm 1), SNCLR the candidate neighbour set C
+(Sec. 3.2). It is a module whose buffers are in every checkpoint, so that a resumed run sees the
+neighbours that it would have seen.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import distributed
+from common.errors import UserError
+
+SEARCH_BLOCK = 2**27  # similarities held at once in a search: 512 MB in float32
+
+
+class SupportSet(nn.Module):
+    """Queue of `size` embeddings of `dim` numbers, with the ids of the images they came from.
+
+    Buffers: `embeddings` (Q,D) as they were enqueued (Algorithm 1 normalises at the search, not
+    at the update), `ids` (Q,) with -1 for the random rows of the start, `position` (scalar), the
+    slot that the next row takes. The start is l2-normalised Gaussian rows drawn from `seed`.
+
+    `shared=True`: `enqueue` gathers over ranks in rank order, so that all ranks hold the same
+    queue. `shared=False`: each rank keeps its own (SNCLR's released code), and checkpoints hold
+    all of them.
+    """
+
+    def __init__(self, size: int, dim: int, seed: int = 0, shared: bool = True):
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"a support set needs size and dim of at least 1, got {size}, {dim}")
+        self.size, self.dim, self.shared = size, dim, shared
+        generator = torch.Generator().manual_seed(seed)
+        rows = F.normalize(torch.randn(size, dim, generator=generator), dim=1)
+        self.register_buffer("embeddings", rows)
+        self.register_buffer("ids", torch.full((size,), -1, dtype=torch.long))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def nearest(
+        self, z: Tensor, k: int = 1, exclude_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k rows of the queue with the largest cosine to each row of z, best first.
+
+        z (N,D) of any scale -> neighbours (N,k,D), l2-normalised and without gradient (the
+        implicit stop-gradient of a hard look-up), and their positions in the queue (N,k).
+        `exclude_ids` (N,): entries whose id equals that row's are skipped (-1 skips nothing).
+        Raises ValueError where fewer than k entries remain.
+        """
+        if not 1 <= k <= self.size:
+            raise ValueError(f"{k} neighbours asked of a queue of {self.size}")
+        with torch.autocast(z.device.type, enabled=False):  # the search stays in full precision
+            z = F.normalize(z.detach().to(self.embeddings.dtype), dim=1)
+            rows = F.normalize(self.embeddings, dim=1)
+            block = max(1, SEARCH_BLOCK // self.size)
+            found = []
+            for first in range(0, len(z), block):
+                similarity = z[first : first + block] @ rows.T
+                if exclude_ids is not None:
+                    own = exclude_ids[first : first + block, None]
+                    skip = (self.ids == own) & (own >= 0)
+                    left = self.size - int(skip.sum(dim=1).max())
+                    if left < k:
+                        raise ValueError(
+                            f"{k} neighbours asked, but only {left} of the {self.size} entries of "
+                            "the queue come from other images"
+                        )
+                    similarity.masked_fill_(skip, -torch.inf)
+                found.append(similarity.topk(k, dim=1).indices)
+            positions = torch.cat(found) if found else z.new_zeros((0, k), dtype=torch.long)
+            return rows[positions], positions
+
+    @torch.no_grad()
+    def enqueue(self, z: Tensor, ids: Tensor | None = None) -> None:
+        """Writes the rows of z (N,D) over the oldest entries, in order; of a batch longer than
+        the queue the last Q rows stay. `ids` (N,) are the images' numbers, -1 where not given.
+        With `shared`, every rank must call it with as many rows as the others.
+        """
+        z = z.detach().to(self.embeddings.dtype)
+        if ids is None:
+            ids = torch.full((len(z),), -1, dtype=torch.long, device=z.device)
+        ids = ids.to(z.device)
+        if z.ndim != 2 or z.shape[1] != self.dim or ids.shape != z.shape[:1]:
+            raise ValueError(
+                f"enqueue takes (N,{self.dim}) and (N,) ids, got {(*z.shape,)}, {(*ids.shape,)}"
+            )
+        if self.shared:
+            z, ids = distributed.gather(z), distributed.gather(ids)
+        rows = len(z)
+        slots = (self.position + torch.arange(rows, device=z.device)) % self.size
+        slots, z, ids = slots[-self.size :], z[-self.size :], ids[-self.size :]
+        self.embeddings[slots] = z
+        self.ids[slots] = ids
+        self.position.copy_((self.position + rows) % self.size)
+
+    def checkpoint_state(self) -> dict:
+        """State for a checkpoint; of private queues, those of all ranks (a collective call)."""
+        state = {name: buffer.cpu() for name, buffer in self.named_buffers()}
+        if self.shared:
+            return {"shared": True, "ranks": [state]}
+        stacked = {n: distributed.gather(b[None]).cpu() for n, b in self.named_buffers()}
+        ranks = distributed.world_size()
+        return {
+            "shared": False,
+            "ranks": [{n: stacked[n][r].clone() for n in state} for r in range(ranks)],
+        }
+
+    def load_checkpoint_state(self, state: dict) -> None:
+        """Restores what `checkpoint_state` gave. Private queues need the same number of ranks."""
+        ranks = state["ranks"]
+        if not self.shared and len(ranks) != distributed.world_size():
+            raise UserError(
+                f"the checkpoint holds one private queue for each of {len(ranks)} ranks, this run "
+                f"has {distributed.world_size()}: continue with {len(ranks)} ranks",
+                every_rank=True,
+            )
+        self.load_state_dict(ranks[0 if self.shared else distributed.rank()])

@@ -1,0 +1,1 @@
+"""Evaluations: each takes an exported backbone or a run folder."""

@@ -1,0 +1,1 @@
+"""One paper per file; recipes never import each other."""

@@ -1,0 +1,332 @@
+"""SNCLR: Soft Neighbors are Positive Supporters, Ge et al., ICLR 2023.
+
+Each view is contrasted not only with the other view (y2, from a momentum branch) but also with the
+K nearest neighbours of y2 in a queue, each weighted by its positiveness: a softmax over the
+cross-attention of y1 with the neighbours. Neighbours of the other images of the batch join the
+negatives (Eq. 2 to 4, App. A).
+
+    python recipes/snclr.py --arch vit_small --epochs 300 --data /path/to/imagenet
+    torchrun --nproc_per_node 8 recipes/snclr.py --arch vit_small --epochs 300 --data ...
+
+Aims at linear top-1 on ImageNet of 73.4 % (ViT-S/16, 300 epochs), 76.8 % (ViT-B/16, 300) and
+75.3 % (ResNet-50, 800; 74.5 % at 400), all at batch 4096; the paper used 32 A100 (Sec. 4, App. A).
+Paper and released code disagree: `--follow paper` (default) or `--follow official`, and one flag
+for each difference; see recipes/snclr.md.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.augment import View, byol_views, cifar_view
+from common.config import RunConfig, parse
+from common.distributed import average_gradients, gather, rank
+from common.errors import UserError, command
+from common.models import (
+    build_encoder,
+    freeze_patch_embedding,
+    full_precision,
+    mlp,
+    momentum_copy,
+    update_momentum,
+)
+from common.optim import build_optimizer, set_lr, warmup_cosine
+from common.run import Run
+from common.support_set import SupportSet
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """SNCLR: soft neighbours as positives (Ge et al. 2023).
+
+    Each flag says where its value comes from: "Sec." and "App." are the paper's, "code" the
+    authors' released code. The arch sets the optimizer and its rates (see the presets).
+    """
+
+    follow: Literal["paper", "official"] = "paper"  # official: sets each flag to the released code
+    loss: Literal["paper", "official"] = "paper"  # Eq. 2; code: soft-label cross-entropy x 2 tau
+    heads: Literal["paper", "official"] = "paper"  # Sec. 4.1: FC-BN-ReLU-FC; code: MoCo-v3's
+    momentum_schedule: Literal["fixed", "cosine"] = "fixed"  # App. A; code: cosine to 1
+    neighbour_free_epochs: float | None = (
+        None  # Eq. 1 for so long, App. A, m unstated: the lr warm-up, or 5 % without one; code: 0
+    )
+    queue_scope: Literal["global", "rank"] = "global"  # Sec. 3.2; code: one private queue per rank
+    exclude_self: bool = True  # Sec. 3.2: neighbours are of other images; code: not enforced
+    freeze_patch_embedding: bool = False  # unstated; code: yes (ViT only)
+    vit_small: Literal["timm", "mocov3"] = "timm"  # App. A: timm, DeiT; code: 12 heads, sin-cos
+    warmup_start_lr: float = 1e-6  # App. A; code: 0
+    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # App. A: as BYOL; code: bilinear
+
+    epochs: int = 800  # Sec. 4.1 (ResNet-50); ViTs 300
+    batch_size: int = 4096  # global batch; App. A
+    lr: float = 0.3  # base rate, times batch/lr-batch; Sec. 4.1 (ResNet-50); ViTs 1.5e-4
+    lr_batch: int = 256  # the batch that --lr is given for; Sec. 4.1
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # Sec. 4.1 (ResNet-50); ViTs AdamW
+    sgd_momentum: float = 0.9  # momentum of LARS or SGD; unstated; code
+    weight_decay: float = 1e-6  # unstated for ResNet-50, the code's default; ViTs 0.1, App. A
+    warmup_epochs: float = 10  # Sec. 4.1 (ResNet-50); ViTs 40
+    momentum: float = 0.99  # of the momentum branch; Sec. 4.1
+    neighbours: int = 30  # K; Sec. 4.1
+    queue_size: int = 128000  # Table 5 and 6
+    temperature: float = 0.2  # tau, unstated; code (ViT-S)
+    positiveness_scale: float = 1.0  # 1/gamma of Eq. 4, unstated; code has none
+    detach_positiveness: bool = False  # unstated; code keeps the gradient through the weights
+    projector_hidden: int = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
+    predictor_hidden: int = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
+    output_dim: int = 256  # Table 6 (128 000 x 256); BYOL Sec. 3.3; code
+    views: Literal["byol", "cifar"] = "byol"  # App. A "follow BYOL"; cifar: GSG App. B.2
+    crop_min: float = 0.08  # smallest share of the area; BYOL Table 6; code
+
+
+SMALL_IMAGES = {  # unstated: no paper has SNCLR on CIFAR-10; GSG App. B.2, C.2 and lightly's set-up
+    "image_size": 32,
+    "epochs": 200,
+    "batch_size": 512,
+    "lr": 0.06,
+    "lr_batch": 512,
+    "optimizer": "sgd",
+    "weight_decay": 5e-4,
+    "warmup_epochs": 0,
+    "queue_size": 16384,
+    "projector_hidden": 2048,
+    "predictor_hidden": 2048,
+    "views": "cifar",
+    "crop_interpolation": "bilinear",
+}
+PRESETS = {
+    "official": {  # the released code: snclr/builder.py, main_log.py, start.sh at b95c7e5
+        "loss": "official",
+        "heads": "official",
+        "momentum_schedule": "cosine",
+        "neighbour_free_epochs": 0,
+        "queue_scope": "rank",
+        "exclude_self": False,
+        "freeze_patch_embedding": True,
+        "vit_small": "mocov3",
+        "warmup_start_lr": 0.0,
+        "crop_interpolation": "bilinear",
+    },
+    "vit": {  # Sec. 4.1, App. A
+        "epochs": 300,
+        "optimizer": "adamw",
+        "lr": 1.5e-4,
+        "weight_decay": 0.1,
+        "warmup_epochs": 40,
+    },
+    # start.sh, the only training command of the README; a suspected typo: the paper, MoCo-v3 and
+    # the release's other script have 1.5e-4
+    "official vit": {"lr": 1.5e-5},
+    "cifar10": {"arch": "resnet18_cifar", **SMALL_IMAGES},
+    "photos": {
+        "arch": "tiny",
+        **SMALL_IMAGES,
+        "epochs": 20,
+        "batch_size": 256,
+        "lr": 0.12,
+        "lr_batch": 256,
+        "queue_size": 2048,
+        "knn_every": 5,
+    },
+}
+
+
+class SNCLR(nn.Module):
+    """branch = encoder + projector (y), predictor (z). The momentum branch is a copy of branch."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        encoder = build_encoder(config.arch, config.image_size)
+        if config.freeze_patch_embedding:
+            freeze_patch_embedding(encoder)
+        hidden, width, out = config.projector_hidden, config.predictor_hidden, config.output_dim
+        if config.heads == "paper":  # BYOL: FC with bias, BN, ReLU, FC without
+            projector = mlp([encoder.embed_dim, hidden, out], hidden_bias=True)
+            self.predictor = mlp([out, width, out], hidden_bias=True)
+        else:  # MoCo-v3: no biases; BN without affine after the projector, and ViT's predictor
+            vit = config.arch.startswith("vit")
+            sizes = [encoder.embed_dim, *([hidden] * (2 if vit else 1)), out]
+            projector = mlp(sizes, output_norm=True, output_affine=False)
+            self.predictor = mlp([out, width, out], output_norm=vit, output_affine=False)
+        self.branch = nn.Sequential(encoder, projector)
+
+
+def positiveness(projections: Tensor, neighbours: Tensor) -> Tensor:
+    """w_i of Eq. 4 with identity f1 and f2, no scale: y1 (N,D), NN(y2) (N,K,D) -> (N,K).
+
+    Softmax over the K own neighbours of the cosine with y1 (the code normalises both, the paper
+    does not say). The weight of the instance itself, w_0 = 1, is not in it.
+    """
+    y1, nn_ = F.normalize(projections, dim=1), F.normalize(neighbours, dim=2)
+    return torch.einsum("nd,nkd->nk", y1, nn_).softmax(dim=1)
+
+
+def snclr_loss(
+    predictions: Tensor,
+    projections: Tensor,
+    keys: Tensor,
+    neighbours: Tensor,
+    temperature: float,
+    form: Literal["paper", "official"] = "paper",
+    positiveness_scale: float = 1.0,
+    detach_positiveness: bool = False,
+) -> Tensor:
+    """One direction: z1, y1, y2 (N,D), NN(y2) (N,K,D), any scale -> scalar, the mean over images.
+
+    Columns are the keys y2 and their neighbours of all ranks, N + N*K of them without gradient;
+    positives are the own key with weight 1 and the own K neighbours with their positiveness.
+    "paper": Eq. 2, -log of the weighted sum over the whole sum. "official": cross-entropy with the
+    weights as soft labels, times 2 * temperature. K = 0 gives Eq. 1. Gradient flows through z1
+    and, by the positiveness, through y1.
+    """
+    n, k = neighbours.shape[:2]
+    neighbours = neighbours.detach()
+    weights = positiveness_scale * positiveness(projections, neighbours)
+    if detach_positiveness:
+        weights = weights.detach()
+    weights = torch.cat([weights.new_ones(n, 1), weights], dim=1)  # w_0 = 1 for NN(y2)_0 = y2
+
+    z1 = F.normalize(predictions, dim=1)
+    candidates = torch.cat([keys.detach()[:, None], neighbours], dim=1)  # NN(y2)_0..K
+    candidates = gather(F.normalize(candidates, dim=2))  # (ranks*N, 1+K, D)
+    logits = (z1 @ candidates.flatten(0, 1).T / temperature).view(n, -1, 1 + k)
+    own = rank() * n + torch.arange(n, device=z1.device)
+    positives = logits[torch.arange(n, device=z1.device), own]  # (N, 1+K)
+    total = logits.flatten(1).logsumexp(dim=1)  # over positives and negatives
+    if form == "paper":
+        return (total - (weights.log() + positives).logsumexp(dim=1)).mean()
+    return (weights * (total[:, None] - positives)).sum(dim=1).mean() * 2 * temperature
+
+
+def views_of(config: Config) -> list[View]:
+    size, crop_min = config.image_size, config.crop_min
+    if config.views == "byol":
+        return [*byol_views(size, crop_min, config.crop_interpolation)]
+    return [cifar_view(size, crop_min, config.crop_interpolation)] * 2
+
+
+def resolve(config: Config) -> Config:
+    """What depends on other flags: the ViT-S of the release, its patch embedding, App. A's m."""
+    changes = {}
+    if config.arch == "vit_small" and config.vit_small == "mocov3":
+        changes["arch"] = "vit_small_mocov3"
+    if not config.arch.startswith("vit"):
+        changes["freeze_patch_embedding"] = False  # there is none
+    if config.neighbour_free_epochs is None:
+        changes["neighbour_free_epochs"] = config.warmup_epochs or 0.05 * config.epochs
+    if config.neighbours > config.queue_size:
+        raise UserError(
+            f"--neighbours {config.neighbours} is more than --queue-size {config.queue_size} holds",
+            every_rank=True,
+        )
+    if config.positiveness_scale <= 0:
+        raise UserError("--positiveness-scale must be above 0", every_rank=True)
+    return dataclasses.replace(config, **changes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, PRESETS, argv, resolve)
+    run = Run("snclr", config)
+    if config.follow == "official" and not config.arch.startswith("vit_small"):
+        run.warn(f"no released code exists for {config.arch}: MoCo-v3's heads for its family")
+    model = run.place(SNCLR(config))
+    target = momentum_copy(model.branch)
+    queue = SupportSet(
+        config.queue_size, config.output_dim, config.seed, shared=config.queue_scope == "global"
+    ).to(run.device, run.dtype)
+    run.warn_of_long_queue(config.queue_size)
+
+    lr = config.lr * config.batch_size / config.lr_batch
+    optimizer = build_optimizer(
+        config.optimizer, model.parameters(), lr, config.sgd_momentum, config.weight_decay
+    )
+    warmup_steps = config.warmup_epochs * run.steps_per_epoch
+    neighbour_free_steps = config.neighbour_free_epochs * run.steps_per_epoch
+    labels = run.labels()
+    run.begin(model.branch[0], model=model, target=target, optimizer=optimizer, queue=queue)
+
+    for step, (x1, x2), ids in run.batches(views_of(config)):
+        rate = warmup_cosine(
+            step, run.total_steps, warmup_steps, lr, start=config.warmup_start_lr
+        )
+        set_lr(optimizer, rate)
+
+        with run.autocast():
+            y1, y2 = model.branch(x1), model.branch(x2)  # projections
+            z1, z2 = model.predictor(y1), model.predictor(y2)  # predictions
+            with torch.no_grad():
+                key1, key2 = target(x1), target(x2)  # projections of the momentum branch
+        y1, y2, z1, z2, key1, key2 = full_precision(y1, y2, z1, z2, key1, key2)
+
+        # App. A: Eq. 1 at first, when neighbours are not yet correctly identified
+        k = config.neighbours if step >= neighbour_free_steps else 0
+        others = ids if config.exclude_self else None
+        near1, found1 = neighbours_of(queue, key1, k, others)
+        near2, found2 = neighbours_of(queue, key2, k, others)
+
+        loss = sum(  # both directions, without a half (code)
+            snclr_loss(
+                z,
+                y,
+                key,
+                near,
+                config.temperature,
+                config.loss,
+                config.positiveness_scale,
+                config.detach_positiveness,
+            )
+            for z, y, key, near in ((z1, y1, key2, near2), (z2, y2, key1, near1))
+        )
+
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(model)
+        optimizer.step()
+
+        run.log(
+            loss=loss,
+            lr=rate,
+            grad_norm=torch.nn.utils.get_total_norm(
+                [p.grad for p in model.parameters() if p.grad is not None]
+            ),
+            **run.watch(y1, ids, queue.ids[found2] if k else None, labels),
+            **(positiveness_statistics(y1, near2) if k else {}),
+        )
+        queue.enqueue(key2, ids)  # view 2 of the momentum branch only, after both look-ups (code)
+
+        # after the step (Sec. 3.2); with the momentum of the step to come it is what the code
+        # does, which updates before it computes the keys
+        m = config.momentum
+        if config.momentum_schedule == "cosine":
+            m = warmup_cosine(step + 1, run.total_steps, 0, base=config.momentum, end=1.0)
+        update_momentum(target, model.branch, m)
+
+    run.finish(
+        queue,
+        select=target,
+        weigh=lambda x, near: positiveness(*full_precision(model.branch(x)), near),
+    )
+
+
+def neighbours_of(
+    queue: SupportSet, keys: Tensor, k: int, others: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Eq. 3: the k entries of the candidate set nearest to each key; none for k = 0."""
+    if k == 0:
+        return keys.new_zeros(len(keys), 0, keys.shape[1]), keys.new_zeros(len(keys), 0)
+    return queue.nearest(keys, k, exclude_ids=others)
+
+
+@torch.no_grad()
+def positiveness_statistics(y1: Tensor, neighbours: Tensor) -> dict[str, Tensor]:
+    """Mean of the positiveness over neighbours (1/K) and its spread within one image's."""
+    w = positiveness(y1, neighbours)
+    return {"positiveness_mean": w.mean(), "positiveness_std": w.std(dim=1, correction=0).mean()}
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
