@@ -6,9 +6,7 @@ features of one fixed input, so that a wrong build is noticed: two ViT-S with 6 
 the same names and shapes.
 """
 
-import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.augment import MEAN, STD
-from common.errors import UserError, is_disk_error
+from common.errors import UserError
 from common.models import build_encoder, timm_arguments
 
 NAME = "backbone.safetensors"
@@ -56,7 +54,7 @@ def export_backbone(
     path: Path, encoder: nn.Module, arch: str, image_size: int, facts: dict[str, Any]
 ) -> None:
     """Writes the encoder in float32 with its metadata; `facts` adds recipe, epoch, commit, …"""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     loader, arguments = loader_of(arch, image_size)
     metadata = {
@@ -74,17 +72,16 @@ def export_backbone(
         for name, t in encoder.state_dict().items()
     }
     beside = path.with_suffix(".partial")
-    try:
-        save_file(tensors, beside, metadata)
-        os.replace(beside, path)
-    except Exception as error:  # safetensors wraps the system's error in its own
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        if not is_disk_error(error) and "os error" not in str(error).lower():
-            raise
-        raise UserError(
-            f"cannot write {path}: {error}; free space and start the same command again"
-        ) from None
+    beside.write_bytes(sorted_header(save(tensors, metadata)))
+    beside.replace(path)
+
+
+def sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its header in sorted order: equal runs give equal files."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -31,15 +31,22 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         keep_previous(path, folder / PREVIOUS)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        if not (is_disk_error(error) or "writ" in str(error).lower()):
+        cause = disk_error_behind(error)
+        if cause is None:
             raise
         with contextlib.suppress(OSError):
             beside.unlink()
-        reason = getattr(error, "strerror", None) or "the disk took no more"
         kept = "the checkpoint before is kept: free" if path.exists() else "free"
         raise UserError(
-            f"cannot save {path}: {reason}; {kept} space and start the same command again"
+            f"cannot save {path}: {cause.strerror}; {kept} space and start the same command again"
         ) from None
+
+
+def disk_error_behind(error: BaseException | None) -> OSError | None:
+    """The disk's own error in a chain of errors: torch's zip writer covers it with another."""
+    while error is not None and not is_disk_error(error):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def keep_previous(path: Path, previous: Path) -> None:
@@ -77,8 +84,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and stream errors of many types
-        text = str(error).split("\n")[0][:120]
-        raise UserError(f"{path} is truncated or no checkpoint ({text}): {hint}", True) from None
+        kind = type(error).__name__
+        raise UserError(f"{path} is truncated or no checkpoint ({kind}): {hint}", True) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of these recipes: {hint}", True)
     return state

@@ -117,11 +117,14 @@ def photo_patches(split: str) -> ArrayImages:
 def check_folder(root: Path) -> None:
     if not root.is_dir():
         parent = root.parent
-        near = nearest_name(root.name, [p.name for p in parent.iterdir()] if parent.is_dir() else [])
+        near = nearest_name(
+            root.name, [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        )
         raise UserError(f"--data {root}: no such folder{near}", every_rank=True)
     if not (root / "train").is_dir():
         raise UserError(
-            f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE", every_rank=True
+            f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE",
+            every_rank=True,
         )
 
 

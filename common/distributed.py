@@ -10,6 +10,7 @@ import subprocess
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -83,18 +84,18 @@ def gather_with_grad(x: Tensor) -> Tensor:
     return _Gather.apply(x) if world_size() > 1 else x
 
 
-def sum_with_grad(x: Tensor) -> Tensor:
-    """The sum of x over ranks; the gradient of every rank flows back to each of them."""
-    return _Sum.apply(x) if world_size() > 1 else x
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of x over ranks, without gradient; overwrites x."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of x over ranks, without gradient."""
     if world_size() == 1:
         return x.detach()
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x / world_size()
+    return all_reduce_sum(x.detach().clone()) / world_size()
 
 
 def any_rank(flags: list[bool]) -> list[bool]:
@@ -185,21 +186,46 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
-        axes = [0, *range(2, x.ndim)]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * world_size()  # ranks hold equally many images
-        mean = sum_with_grad(x.sum(axes)) / count
-        centred = x - mean.view(shape)
-        var = sum_with_grad(centred.square().sum(axes)) / count
+        y, mean, var, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             unbiased = var * (count / max(1, count - 1))
             self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        out = centred * (var + self.eps).rsqrt().view(shape)
-        if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out
+        return y
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm in training with the statistics of all ranks, summed in float64."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+        axes, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        count = x.numel() // x.shape[1] * world_size()  # ranks hold equally many images
+        wide = x.double()
+        mean = all_reduce_sum(wide.sum(axes)) / count
+        var = all_reduce_sum((wide - mean.view(shape)).square().sum(axes)) / count
+        # PyTorch's own kernel applies them, so that one rank and several round alike
+        y = F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.axes, ctx.shape, ctx.count = axes, shape, count
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var, count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: Tensor):
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        axes, shape, count = ctx.axes, ctx.shape, ctx.count
+        wide = grad.double()
+        normalised = (x.double() - mean.view(shape)) * inverse_std.view(shape)
+        grad_bias, grad_weight = wide.sum(axes), (wide * normalised).sum(axes)
+        sums = all_reduce_sum(torch.stack([grad_bias, grad_weight])) / count
+        scale = inverse_std if weight is None else inverse_std * weight.double()
+        grad_x = wide - sums[0].view(shape) - normalised * sums[1].view(shape)
+        grad_x = (grad_x * scale.view(shape)).to(x.dtype)
+        if weight is None:
+            return grad_x, None, None, None
+        return grad_x, grad_weight.to(x.dtype), grad_bias.to(x.dtype), None
 
 
 class _Gather(torch.autograd.Function):
@@ -214,17 +240,3 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(grad)
         first = rank() * ctx.rows
         return grad[first : first + ctx.rows]
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad

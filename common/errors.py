@@ -24,7 +24,7 @@ class UserError(Exception):
         self.every_rank = every_rank
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818, it is no error
     """The run was asked to stop, has saved its state and can be continued."""
 
 

@@ -22,9 +22,7 @@ EMBED_DIMS = {
 }
 
 
-def build_encoder(
-    arch: str, image_size: int = 224, zero_init_residual: bool = False
-) -> nn.Module:
+def build_encoder(arch: str, image_size: int = 224, zero_init_residual: bool = False) -> nn.Module:
     """The encoder of one exact name, randomly initialised, with its output width in `embed_dim`.
 
     (N,3,H,W) -> (N,embed_dim): global average pooling for ResNets and `tiny`, the CLS token after

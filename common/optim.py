@@ -114,6 +114,13 @@ def build_optimizer(
     raise ValueError(f"unknown optimizer {name}: lars, sgd or adamw")
 
 
+def grad_norm(module: torch.nn.Module) -> Tensor:
+    """The norm of all gradients of a module as one vector, a scalar tensor."""
+    return torch.nn.utils.get_total_norm(
+        [p.grad for p in module.parameters() if p.grad is not None]
+    )
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the rate of every parameter group but those with a `fixed_lr` of their own."""
     for group in optimizer.param_groups:

@@ -40,7 +40,9 @@ def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int)
             points = [(r["step"] / scale, r[name]) for r in source if name in r]
             if points:
                 marker = "o" if len(points) < 30 and source is epochs else None
-                axis.plot(*zip(*points, strict=True), color="tab:blue", marker=marker, ms=3, **style)
+                axis.plot(
+                    *zip(*points, strict=True), color="tab:blue", marker=marker, ms=3, **style
+                )
         if name == "embedding_std":
             axis.axhline(dim**-0.5, color="grey", ls=":", lw=1)
             axis.set_ylim(bottom=0)

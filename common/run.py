@@ -61,6 +61,8 @@ class Run:
             )
         self.total_steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        if 0 < config.epochs <= config.warmup_epochs:
+            self.warn(f"the lr warm-up of {config.warmup_epochs:g} epochs covers the whole run")
         self.workers = config.workers
         if self.workers < 0:
             self.workers = default_workers(min(self.ranks, max(1, torch.cuda.device_count())))
@@ -82,7 +84,9 @@ class Run:
                 every_rank=True,
             )
         if batch // self.ranks < 2:
-            raise UserError(f"--batch-size {batch}: each of {self.ranks} ranks needs 2 images", True)
+            raise UserError(
+                f"--batch-size {batch}: each of {self.ranks} ranks needs 2 images", True
+            )
 
     def choose_folder(self) -> Path:
         config = self.config
@@ -105,7 +109,7 @@ class Run:
     def place(self, module: nn.Module) -> nn.Module:
         """The module on this run's device, in its precision, with batch norms over all ranks."""
         module = module.to(self.device, self.dtype)
-        if self.device.type == "cuda" or self.dtype == torch.float32:
+        if self.device.type == "cuda":
             module = module.to(memory_format=torch.channels_last)
         module = distributed.sync_batch_norm(module, self.device)
         distributed.same_on_all_ranks(module)
@@ -418,8 +422,7 @@ class Run:
         text = f"epoch {epoch} of {self.config.epochs}: loss {record.get('loss', 0):.4f}"
         text += f", k-NN {accuracy:.1%}" if accuracy is not None else ""
         self.say(
-            f"{text}, {record.get('images_per_second', 0):.0f} images/s, "
-            f"{in_words(left)} left"
+            f"{text}, {record.get('images_per_second', 0):.0f} images/s, {in_words(left)} left"
         )
 
     def knn(self, due: bool) -> float | None:
@@ -459,7 +462,7 @@ class Run:
                     "images": self.train.fingerprint(),
                     "ranks": self.ranks,
                     "commit": head,
-                    "torch": torch.__version__,
+                    "torch": str(torch.__version__),
                     "state": state,
                 },
             )
@@ -530,13 +533,13 @@ class Run:
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
     def draw(self, queue: SupportSet, select: Callable, weigh: Callable | None) -> None:
+        """curves.png and neighbours.png, for a few images spread over the training set."""
         config = self.config
         title = f"{self.recipe}, {config.arch}, {self.train.name}, seed {config.seed}"
         records = metrics.read(self.folder / metrics.NAME)
         pictures.draw_curves(self.folder / "curves.png", records, title, queue.dim)
         queries = np.linspace(0, len(self.train) - 1, min(SHOWN_QUERIES, len(self.train)))
         queries = queries.round().astype(int)
-        k = min(SHOWN_NEIGHBOURS, queue.size // 2) or 1
         modules = [m for m in self.state.values() if isinstance(m, nn.Module)]
         for module in modules:
             module.eval()
@@ -544,6 +547,10 @@ class Run:
             pixels = torch.cat([*center_batches(self.train, queries, config.image_size)])
             x = to_input(pixels, self.device, self.dtype)
             z, ids = select(x), torch.from_numpy(queries).to(self.device)
+            own = (queue.ids == ids[:, None]).sum(dim=1).max()  # not shown among the neighbours
+            k = min(SHOWN_NEIGHBOURS, queue.size - int(own))
+            if k < 1:
+                return self.warn("no neighbours.png: the queue holds nothing but the query itself")
             neighbours, positions = queue.nearest(z, k, exclude_ids=ids)
             z = nn.functional.normalize(z.to(neighbours.dtype), dim=1)
             cosines = torch.einsum("nd,nkd->nk", z, neighbours).cpu().numpy()

@@ -15,6 +15,10 @@ from common.errors import UserError
 SEARCH_BLOCK = 2**27  # similarities held at once in a search: 512 MB in float32
 
 
+class TooFewNeighboursError(UserError, ValueError):
+    """More neighbours were asked for than the queue can give."""
+
+
 class SupportSet(nn.Module):
     """Queue of `size` embeddings of `dim` numbers, with the ids of the images they came from.
 
@@ -47,10 +51,10 @@ class SupportSet(nn.Module):
         z (N,D) of any scale -> neighbours (N,k,D), l2-normalised and without gradient (the
         implicit stop-gradient of a hard look-up), and their positions in the queue (N,k).
         `exclude_ids` (N,): entries whose id equals that row's are skipped (-1 skips nothing).
-        Raises ValueError where fewer than k entries remain.
+        Raises TooFewNeighboursError, a ValueError, where fewer than k entries remain.
         """
         if not 1 <= k <= self.size:
-            raise ValueError(f"{k} neighbours asked of a queue of {self.size}")
+            raise TooFewNeighboursError(f"{k} neighbours asked of a queue of {self.size}", True)
         with torch.autocast(z.device.type, enabled=False):  # the search stays in full precision
             z = F.normalize(z.detach().to(self.embeddings.dtype), dim=1)
             rows = F.normalize(self.embeddings, dim=1)
@@ -63,9 +67,9 @@ class SupportSet(nn.Module):
                     skip = (self.ids == own) & (own >= 0)
                     left = self.size - int(skip.sum(dim=1).max())
                     if left < k:
-                        raise ValueError(
+                        raise TooFewNeighboursError(
                             f"{k} neighbours asked, but only {left} of the {self.size} entries of "
-                            "the queue come from other images"
+                            "the queue come from other images: a longer queue or fewer neighbours"
                         )
                     similarity.masked_fill_(skip, -torch.inf)
                 found.append(similarity.topk(k, dim=1).indices)
@@ -97,7 +101,7 @@ class SupportSet(nn.Module):
 
     def checkpoint_state(self) -> dict:
         """State for a checkpoint; of private queues, those of all ranks (a collective call)."""
-        state = {name: buffer.cpu() for name, buffer in self.named_buffers()}
+        state = {name: buffer.cpu().clone() for name, buffer in self.named_buffers()}
         if self.shared:
             return {"shared": True, "ranks": [state]}
         stacked = {n: distributed.gather(b[None]).cpu() for n, b in self.named_buffers()}

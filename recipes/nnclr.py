@@ -26,7 +26,7 @@ from common.config import RunConfig, parse
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
 from common.models import build_encoder, full_precision, mlp, momentum_copy, update_momentum
-from common.optim import build_optimizer, set_lr, warmup_cosine
+from common.optim import build_optimizer, grad_norm, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
 
@@ -68,7 +68,8 @@ class Config(RunConfig):
     multi_crop_scale: float = 0.14  # with --multi-crop: area that parts small from large; SwAV
 
 
-SMALL_IMAGES = {  # unstated: no paper has NNCLR on CIFAR-10; GSG App. B.2, C.2 and lightly's set-up
+# unstated: no paper has NNCLR on CIFAR-10; GSG's App. B.2 and C.2 and lightly's set-up
+SMALL_IMAGES = {
     "image_size": 32,
     "epochs": 200,
     "batch_size": 512,
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         run.log(
             loss=loss,
             lr=rate,
-            grad_norm=torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]),
+            grad_norm=grad_norm(model),
             **run.watch(z1, ids, retrieved, labels),
         )
         Q.enqueue(zq1, ids)  # only view 1, after both look-ups

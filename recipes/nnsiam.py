@@ -24,7 +24,7 @@ from common.config import RunConfig, parse
 from common.distributed import average_gradients
 from common.errors import UserError, command
 from common.models import build_encoder, full_precision, mlp
-from common.optim import build_optimizer, set_lr, warmup_cosine
+from common.optim import build_optimizer, grad_norm, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
 
@@ -44,7 +44,7 @@ class Config(RunConfig):
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # suppl. C
     sgd_momentum: float = 0.9  # momentum of LARS or SGD; unstated, as SimSiam Sec. 3
     weight_decay: float = 1e-6  # unstated; NNCLR's LARS setting, biases and norms left out
-    warmup_epochs: float = 10  # linear from 0; unstated; SimSiam App. A for batches from 1024
+    warmup_epochs: float = 10  # linear from 0; unstated; SimSiam Sec. 4 for batches from 1024
     fixed_predictor_lr: bool = True  # unstated; SimSiam Sec. 4.2 and its --fix-pred-lr
     queue_size: int = 98304  # unstated; NNCLR's
     projector_layers: int = 3  # "SimSiam" (suppl. C): 2048-2048-2048, SimSiam Sec. 3
@@ -57,7 +57,8 @@ class Config(RunConfig):
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # SimSiam's code
 
 
-SMALL_IMAGES = {  # unstated: no paper has NNSiam on CIFAR-10; GSG App. B.2, C.2 and lightly's set-up
+# unstated: no paper has NNSiam on CIFAR-10; GSG's App. B.2 and C.2 and lightly's set-up
+SMALL_IMAGES = {
     "image_size": 32,
     "epochs": 200,
     "batch_size": 512,
@@ -69,7 +70,7 @@ SMALL_IMAGES = {  # unstated: no paper has NNSiam on CIFAR-10; GSG App. B.2, C.2
     "fixed_predictor_lr": False,
     "queue_size": 16384,
     "projector_layers": 2,  # GSG App. C.2
-    "output_affine": True,  # GSG App. C.2
+    "output_affine": True,  # unstated; lightly's default, which GSG App. C.2 follows
     "views": "cifar",
     "crop_min": 0.08,
 }
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         run.log(
             loss=loss,
             lr=rate,
-            grad_norm=torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]),
+            grad_norm=grad_norm(model),
             **run.watch(z1, ids, retrieved, labels),
         )
         Q.enqueue(z1, ids)  # which view is unstated; view 1, as NNCLR's Algorithm 1

@@ -35,7 +35,7 @@ from common.models import (
     momentum_copy,
     update_momentum,
 )
-from common.optim import build_optimizer, set_lr, warmup_cosine
+from common.optim import build_optimizer, grad_norm, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
 
@@ -56,11 +56,13 @@ class Config(RunConfig):
         None  # Eq. 1 for so long, App. A, m unstated: the lr warm-up, or 5 % without one; code: 0
     )
     queue_scope: Literal["global", "rank"] = "global"  # Sec. 3.2; code: one private queue per rank
-    exclude_self: bool = True  # Sec. 3.2: neighbours are of other images; code: not enforced
+    exclude_self: bool = True  # Sec. 1, Fig. 2: samples from other images; code: no
     freeze_patch_embedding: bool = False  # unstated; code: yes (ViT only)
     vit_small: Literal["timm", "mocov3"] = "timm"  # App. A: timm, DeiT; code: 12 heads, sin-cos
     warmup_start_lr: float = 1e-6  # App. A; code: 0
-    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # App. A: as BYOL; code: bilinear
+    crop_interpolation: Literal["bicubic", "bilinear"] = (
+        "bicubic"  # App. A: as BYOL; code: bilinear
+    )
 
     epochs: int = 800  # Sec. 4.1 (ResNet-50); ViTs 300
     batch_size: int = 4096  # global batch; App. A
@@ -72,7 +74,7 @@ class Config(RunConfig):
     warmup_epochs: float = 10  # Sec. 4.1 (ResNet-50); ViTs 40
     momentum: float = 0.99  # of the momentum branch; Sec. 4.1
     neighbours: int = 30  # K; Sec. 4.1
-    queue_size: int = 128000  # Table 5 and 6
+    queue_size: int = 128000  # annex, Table 6 (Table 5: the largest set); code
     temperature: float = 0.2  # tau, unstated; code (ViT-S)
     positiveness_scale: float = 1.0  # 1/gamma of Eq. 4, unstated; code has none
     detach_positiveness: bool = False  # unstated; code keeps the gradient through the weights
@@ -83,7 +85,8 @@ class Config(RunConfig):
     crop_min: float = 0.08  # smallest share of the area; BYOL Table 6; code
 
 
-SMALL_IMAGES = {  # unstated: no paper has SNCLR on CIFAR-10; GSG App. B.2, C.2 and lightly's set-up
+# unstated: no paper has SNCLR on CIFAR-10; GSG's App. B.2 and C.2 and lightly's set-up
+SMALL_IMAGES = {
     "image_size": 32,
     "epochs": 200,
     "batch_size": 512,
@@ -233,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("snclr", config)
     if config.follow == "official" and not config.arch.startswith("vit_small"):
         run.warn(f"no released code exists for {config.arch}: MoCo-v3's heads for its family")
+    if config.neighbour_free_epochs >= config.epochs:
+        run.warn("--neighbour-free-epochs covers the whole run: Eq. 1 only, no neighbours")
     model = run.place(SNCLR(config))
     target = momentum_copy(model.branch)
     queue = SupportSet(
@@ -250,9 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     run.begin(model.branch[0], model=model, target=target, optimizer=optimizer, queue=queue)
 
     for step, (x1, x2), ids in run.batches(views_of(config)):
-        rate = warmup_cosine(
-            step, run.total_steps, warmup_steps, lr, start=config.warmup_start_lr
-        )
+        rate = warmup_cosine(step, run.total_steps, warmup_steps, lr, start=config.warmup_start_lr)
         set_lr(optimizer, rate)
 
         with run.autocast():
@@ -287,13 +290,12 @@ def main(argv: list[str] | None = None) -> None:
         average_gradients(model)
         optimizer.step()
 
+        retrieved = queue.ids[torch.cat([found1, found2], dim=1)] if k else None
         run.log(
             loss=loss,
             lr=rate,
-            grad_norm=torch.nn.utils.get_total_norm(
-                [p.grad for p in model.parameters() if p.grad is not None]
-            ),
-            **run.watch(y1, ids, queue.ids[found2] if k else None, labels),
+            grad_norm=grad_norm(model),
+            **run.watch(y1, ids, retrieved, labels),
             **(positiveness_statistics(y1, near2) if k else {}),
         )
         queue.enqueue(key2, ids)  # view 2 of the momentum branch only, after both look-ups (code)

@@ -1,0 +1,332 @@
+"""The losses against slow float64 loops written from the papers' equations, one process.
+
+Sources: NNCLR supplement (Algorithm 1, Sec. C), SNCLR (Eq. 1 to 4). The oracles work on lists of
+Python floats, so that no broadcasting or flattening can be wrong in both places alike.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.nnclr import nnclr_loss, nnclr_transposed_loss
+from recipes.nnsiam import nnsiam_loss
+from recipes.snclr import positiveness, snclr_loss
+
+FORMS = ["paper", "official"]
+
+
+def draw(seed, *shape, spread=3.0):
+    """Gaussian vectors along the last axis; their lengths span 2 * spread orders of magnitude, so
+    that a similarity that is not a cosine is far off.
+    """
+    rng = np.random.default_rng([seed, *shape])
+    scale = 10 ** rng.uniform(-spread, spread, (*shape[:-1], 1))
+    return torch.from_numpy(rng.standard_normal(shape) * scale)
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+# -- NNCLR ----------------------------------------------------------------------------------------
+
+
+def algorithm_1(nn, p, temperature):
+    """L(nn, p): logits = normalised nn @ p.T / temperature, cross-entropy with labels range(n)."""
+    nn, p = nn.tolist(), p.tolist()
+    losses = []
+    for i in range(len(nn)):
+        exps = [math.exp(cosine(nn[i], p[j]) / temperature) for j in range(len(p))]
+        losses.append(-math.log(exps[i] / sum(exps)))
+    return sum(losses) / len(losses)
+
+
+def algorithm_1_over_neighbours(nn, p, temperature):
+    """The same logits, each prediction against the neighbours of all images."""
+    nn, p = nn.tolist(), p.tolist()
+    losses = []
+    for j in range(len(p)):
+        exps = [math.exp(cosine(nn[i], p[j]) / temperature) for i in range(len(nn))]
+        losses.append(-math.log(exps[j] / sum(exps)))
+    return sum(losses) / len(losses)
+
+
+NNCLR_LOSSES = [
+    pytest.param(nnclr_loss, algorithm_1, id="over predictions"),
+    pytest.param(nnclr_transposed_loss, algorithm_1_over_neighbours, id="over neighbours"),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 0.7])
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5), (7, 4), (16, 9)])
+@pytest.mark.parametrize(("loss", "oracle"), NNCLR_LOSSES)
+def test_nnclr_is_algorithm_1(loss, oracle, shape, temperature):
+    nn, p = draw(1, *shape), draw(2, *shape)
+    assert loss(nn, p, temperature).item() == pytest.approx(oracle(nn, p, temperature), rel=1e-11)
+
+
+@pytest.mark.parametrize(("loss", "oracle"), NNCLR_LOSSES)
+def test_nnclr_default_temperature_is_that_of_algorithm_1(loss, oracle):
+    nn, p = draw(3, 6, 4), draw(4, 6, 4)
+    assert loss(nn, p).item() == pytest.approx(oracle(nn, p, 0.1), rel=1e-11)
+
+
+@pytest.mark.parametrize(("loss", "oracle"), NNCLR_LOSSES)
+def test_nnclr_holds_in_float32(loss, oracle):
+    nn, p = draw(5, 8, 6), draw(6, 8, 6)
+    p[0] = 3 * nn[0]
+    value = loss(nn.float(), p.float(), 0.01)  # exp(100) does not fit float32: log-sum-exp needed
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(oracle(nn, p, 0.01), rel=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "oracle"), NNCLR_LOSSES)
+def test_nnclr_analytic_cases(loss, oracle):
+    axes = torch.eye(2, dtype=torch.float64)
+    assert loss(3 * axes, 0.2 * axes, 0.1).item() == pytest.approx(math.log1p(math.exp(-10)))
+    swapped = loss(axes, axes.flip(0), 0.1).item()
+    assert swapped == pytest.approx(10 + math.log1p(math.exp(-10)))
+    same = torch.ones(5, 3, dtype=torch.float64)
+    assert loss(same, same, 0.1).item() == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize(("loss", "oracle"), NNCLR_LOSSES)
+def test_nnclr_gradient_reaches_all_predictions(loss, oracle):
+    nn, p = draw(7, 4, 3, spread=0.3), draw(8, 4, 3, spread=0.3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: loss(nn, p, 0.2), (p,))
+    loss(nn, p, 0.2).backward()
+    assert (p.grad.norm(dim=1) > 1e-3).all()
+
+
+# -- NNSiam ---------------------------------------------------------------------------------------
+
+
+def nnsiam_oracle(p1, p2, nn1, nn2):
+    p1, p2, nn1, nn2 = p1.tolist(), p2.tolist(), nn1.tolist(), nn2.tolist()
+    first = [-cosine(p, nn) for p, nn in zip(p1, nn2, strict=True)]
+    second = [-cosine(p, nn) for p, nn in zip(p2, nn1, strict=True)]
+    return sum(first) / len(first) / 2 + sum(second) / len(second) / 2
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 5), (9, 4)])
+def test_nnsiam_is_the_mean_negative_cosine_with_the_other_views_neighbour(shape):
+    tensors = [draw(20 + i, *shape) for i in range(4)]
+    assert nnsiam_loss(*tensors).item() == pytest.approx(nnsiam_oracle(*tensors), rel=1e-11)
+
+
+def test_nnsiam_analytic_cases():
+    a = torch.tensor([[2.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
+    b = a.flip(0)  # orthogonal to a, row by row
+    assert nnsiam_loss(a, b, b, a).item() == pytest.approx(-1)  # p1 meets nn2, p2 meets nn1
+    assert nnsiam_loss(a, b, a, b).item() == pytest.approx(0)
+    assert nnsiam_loss(a, b, -b, a).item() == pytest.approx(0)  # one half each
+    assert nnsiam_loss(a, a, -a, -a).item() == pytest.approx(1)
+
+
+def test_nnsiam_gradient_flows_through_the_predictions_only():
+    p1, p2, nn1, nn2 = (draw(30 + i, 4, 3, spread=0.3).requires_grad_() for i in range(4))
+    assert torch.autograd.gradcheck(lambda p, q: nnsiam_loss(p, q, nn1, nn2), (p1, p2))
+    nnsiam_loss(p1, p2, nn1, nn2).backward()
+    assert (p1.grad.norm(dim=1) > 1e-3).all() and (p2.grad.norm(dim=1) > 1e-3).all()
+    assert nn1.grad is None and nn2.grad is None
+
+
+# -- SNCLR ----------------------------------------------------------------------------------------
+
+
+def eq_4(y1, neighbours):
+    """Softmax over one image's K neighbours of the cosine with y1: no temperature, no w_0."""
+    exps = [math.exp(cosine(y1, c)) for c in neighbours]
+    return [e / sum(exps) for e in exps]
+
+
+def columns_of(y2, neighbours, image):
+    """NN(y2)_0..K of one image: its key, then its neighbours."""
+    return [y2[image], *neighbours[image]]
+
+
+def eq_2(z1, y1, y2, neighbours, tau, scale=1.0):
+    z1, y1, y2, neighbours = (t.tolist() for t in (z1, y1, y2, neighbours))
+    losses = []
+    for x in range(len(z1)):
+        weights = [1.0] + [scale * w for w in eq_4(y1[x], neighbours[x])]
+        own = [math.exp(cosine(z1[x], c) / tau) for c in columns_of(y2, neighbours, x)]
+        denominator = sum(own)
+        for other in range(len(z1)):
+            if other != x:
+                for column in columns_of(y2, neighbours, other):
+                    denominator += math.exp(cosine(z1[x], column) / tau)
+        numerator = sum(w * e for w, e in zip(weights, own, strict=True))
+        losses.append(-math.log(numerator / denominator))
+    return sum(losses) / len(losses)
+
+
+def soft_label_cross_entropy(z1, y1, y2, neighbours, tau, scale=1.0):
+    """The released code's loss: the weights are labels, outside the log."""
+    z1, y1, y2, neighbours = (t.tolist() for t in (z1, y1, y2, neighbours))
+    losses = []
+    for x in range(len(z1)):
+        weights = [1.0] + [scale * w for w in eq_4(y1[x], neighbours[x])]
+        logits, labels = [], []
+        for image in range(len(z1)):
+            for i, column in enumerate(columns_of(y2, neighbours, image)):
+                logits.append(cosine(z1[x], column) / tau)
+                labels.append(weights[i] if image == x else 0.0)
+        log_total = math.log(sum(math.exp(logit) for logit in logits))
+        losses.append(sum(-w * (s - log_total) for w, s in zip(labels, logits, strict=True)))
+    return sum(losses) / len(losses) * 2 * tau
+
+
+SNCLR_ORACLES = {"paper": eq_2, "official": soft_label_cross_entropy}
+
+
+def snclr_inputs(n, k, d, seed=40, spread=3.0):
+    """z1, y1, y2 and NN(y2)."""
+    z1, y1, y2 = (draw(seed + i, n, d, spread=spread) for i in range(3))
+    return z1, y1, y2, draw(seed + 3, n, k, d, spread=spread)
+
+
+SHAPES = [(1, 1, 3), (1, 4, 3), (2, 1, 4), (5, 3, 4), (3, 5, 2), (8, 2, 6)]
+
+
+@pytest.mark.parametrize(("n", "k", "d"), SHAPES)
+def test_positiveness_is_a_softmax_over_own_neighbours(n, k, d):
+    _, y1, _, neighbours = snclr_inputs(n, k, d)
+    expected = [eq_4(y, nn) for y, nn in zip(y1.tolist(), neighbours.tolist(), strict=True)]
+    weights = positiveness(y1, neighbours)
+    assert weights.shape == (n, k)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize(("n", "k", "d"), SHAPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_snclr_is_its_equation(form, n, k, d, tau):
+    tensors = snclr_inputs(n, k, d)
+    expected = SNCLR_ORACLES[form](*tensors, tau)
+    assert snclr_loss(*tensors, tau, form).item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def test_snclr_default_form_is_the_papers():
+    tensors = snclr_inputs(4, 3, 5)
+    assert snclr_loss(*tensors, 0.2).item() == pytest.approx(eq_2(*tensors, 0.2), rel=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_snclr_holds_in_float32(form):
+    tensors = snclr_inputs(6, 3, 5)
+    tensors[2][0] = 3 * tensors[0][0]
+    value = snclr_loss(*(t.float() for t in tensors), 0.01, form)
+    assert value.dtype == torch.float32  # exp(100) does not fit it: log-sum-exp needed
+    assert value.item() == pytest.approx(SNCLR_ORACLES[form](*tensors, 0.01), rel=1e-4)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 6])
+@pytest.mark.parametrize("form", FORMS)
+def test_snclr_without_neighbours_is_eq_1(form, n, tau):
+    z1, y1, y2, none = snclr_inputs(n, 0, 4)
+    losses = []
+    for x in range(n):
+        positive = math.exp(cosine(z1[x].tolist(), y2[x].tolist()) / tau)
+        negatives = [
+            math.exp(cosine(z1[x].tolist(), y2[i].tolist()) / tau) for i in range(n) if i != x
+        ]
+        losses.append(-math.log(positive / (positive + sum(negatives))))
+    expected = sum(losses) / n * (2 * tau if form == "official" else 1)
+    value = snclr_loss(z1, y1, y2, none, tau, form).item()
+    assert value == pytest.approx(expected, rel=1e-11, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_positiveness_scale_multiplies_the_neighbours_weights_only(form, scale):
+    tensors = snclr_inputs(4, 3, 5)
+    value = snclr_loss(*tensors, 0.3, form, positiveness_scale=scale).item()
+    assert value == pytest.approx(SNCLR_ORACLES[form](*tensors, 0.3, scale), rel=1e-11)
+
+
+def test_snclr_analytic_case():
+    """Two images in planes that are orthogonal; by hand for tau = 1: each z1 has the cosines 1, 1,
+    0 with its own key and two neighbours and 0 with the other image's three columns.
+    """
+    e1, e2, e3, e4 = torch.eye(4, dtype=torch.float64) * torch.tensor([[1.0], [7], [0.1], [30]])
+    first = torch.stack([e1, e3])
+    neighbours = torch.stack([torch.stack([e1, e2]), torch.stack([e3, e4])])
+    e = math.e
+    w1, w2 = e / (e + 1), 1 / (e + 1)
+    total = 2 * e + 4
+    tensors = (first, first, first, neighbours)
+    paper = -math.log((e + w1 * e + w2) / total)
+    assert snclr_loss(*tensors, 1.0, "paper").item() == pytest.approx(paper, rel=1e-12)
+    official = 2 * ((math.log(total) - 1) * (1 + w1) + math.log(total) * w2)
+    assert snclr_loss(*tensors, 1.0, "official").item() == pytest.approx(official, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eq_2_is_never_negative(seed):
+    """No weight exceeds 1, so the numerator is at most a part of the denominator. A denominator
+    without the own neighbours breaks this where N is small.
+    """
+    for n, k in ((1, 1), (1, 6), (2, 6), (4, 2)):
+        tensors = snclr_inputs(n, k, 3, seed=100 + 10 * seed)
+        assert snclr_loss(*tensors, 0.1, "paper").item() >= -1e-12
+
+
+def test_one_image_with_one_neighbour_has_nothing_to_contrast_in_eq_2():
+    """w_0 = w_1 = 1: numerator and denominator are the same sum, unless the softmax takes the key
+    in or the denominator leaves the own neighbours out.
+    """
+    tensors = snclr_inputs(1, 1, 5)
+    assert snclr_loss(*tensors, 0.2, "paper").item() == pytest.approx(0, abs=1e-12)
+    assert snclr_loss(*tensors, 0.2, "official").item() > 0.01
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_snclr_gradient_of_predictions_and_projections(form, k):
+    z1, y1, y2, neighbours = snclr_inputs(3, k, 3, spread=0.3)
+    z1.requires_grad_()
+    y1.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z, y: snclr_loss(z, y, y2, neighbours, 0.3, form), (z1, y1)
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_snclr_projections_get_gradient_through_the_positiveness_only(form):
+    z1, y1, y2, neighbours = snclr_inputs(4, 3, 5, spread=0.3)
+
+    def gradients(k, **options):
+        z, y = z1.clone().requires_grad_(), y1.clone().requires_grad_()
+        snclr_loss(z, y, y2, neighbours[:, :k], 0.3, form, **options).backward()
+        return z.grad, torch.zeros_like(y) if y.grad is None else y.grad
+
+    to_z, to_y = gradients(3)
+    assert (to_z.norm(dim=1) > 1e-4).all() and (to_y.norm(dim=1) > 1e-4).all()
+    to_z_detached, to_y_detached = gradients(3, detach_positiveness=True)
+    assert not to_y_detached.any()
+    torch.testing.assert_close(to_z_detached, to_z, rtol=1e-12, atol=0)  # only the path to y1 goes
+    assert gradients(1)[1].abs().max() < 1e-12  # the softmax of one neighbour is constant
+    assert gradients(0)[1].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_snclr_detaching_does_not_change_the_value(form, detach):
+    tensors = snclr_inputs(4, 3, 5)
+    value = snclr_loss(*tensors, 0.2, form, detach_positiveness=detach).item()
+    assert value == pytest.approx(SNCLR_ORACLES[form](*tensors, 0.2), rel=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_snclr_keys_and_neighbours_get_no_gradient(form):
+    """They come from the momentum branch and the queue, which train nothing."""
+    tensors = [t.requires_grad_() for t in snclr_inputs(4, 3, 5, spread=0.3)]
+    z1, y1, keys, neighbours = tensors
+    snclr_loss(*tensors, 0.3, form).backward()
+    assert z1.grad.norm() > 1e-3 and y1.grad.norm() > 1e-4
+    assert keys.grad is None and neighbours.grad is None

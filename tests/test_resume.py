@@ -1,0 +1,321 @@
+"""A run killed at any moment and started again ends as one never killed."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, environment, only_error, run_ranks, run_script
+from PIL import Image
+
+from common import checkpoint, metrics, photos
+
+# 160 images in batches of 16 are 10 steps per epoch
+FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--batch-size", "16"]
+FLAGS += ["--epochs", "3", "--queue-size", "70", "--knn-every", "2", "--predictor-hidden", "64"]
+FLAGS += ["--projector-hidden", "64", "--output-dim", "32", "--warmup-epochs", "1"]
+RECIPES = {
+    "nnclr": ["--momentum-encoder"],
+    "nnsiam": [],
+    "snclr": ["--neighbours", "5"],
+}
+PASSING = ("images_per_second", "data_wait", "memory_gb")  # not of the numbers
+
+
+def flags_of(recipe, folder, workers, *more):
+    given = ["--output", folder, "--workers", workers, *more]
+    return [str(flag) for flag in [*FLAGS, "--data", images(), *RECIPES[recipe], *given]]
+
+
+@functools.cache
+def images():
+    """A folder of 160 small training patches of 8 photographs and 32 test patches."""
+    folder = Path(tempfile.mkdtemp(prefix="images-"))
+    for split, own, count in (("train", "train", 20), ("val", "test", 4)):
+        pixels, labels = photos.patches(own)
+        for label in range(8):
+            (folder / split / f"photo{label}").mkdir(parents=True)
+            for number, patch in enumerate(pixels[labels == label][:count]):
+                path = folder / split / f"photo{label}" / f"{number:03}.png"
+                Image.fromarray(patch).resize((20, 18)).save(path)
+    return folder
+
+
+def start(recipe, folder, workers, *more):
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / f"recipes/{recipe}.py"),
+            *flags_of(recipe, folder, workers, *more),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def logged(folder):
+    """Metrics without times, throughput and memory."""
+    records = metrics.read(folder / "metrics.jsonl")
+    return [{n: v for n, v in r.items() if n not in PASSING} for r in records]
+
+
+def assert_same_runs(a, b):
+    assert logged(a) == logged(b)
+    state_a, state_b = (checkpoint.load(f / "checkpoint.pt")["state"] for f in (a, b))
+    assert_equal(state_a, state_b, "state")
+    assert (a / "backbone.safetensors").read_bytes() == (b / "backbone.safetensors").read_bytes()
+
+
+def assert_equal(a, b, where):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where} {key}")
+    elif isinstance(a, list):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def wait_for_step(folder, step, process):
+    """Returns once the run has logged this step."""
+    path = folder / "metrics.jsonl"
+    for _ in range(3000):
+        records = [r for r in metrics.read(path) if r["kind"] == "step"]
+        if records and records[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never logged")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Each recipe's run that nobody disturbed."""
+    runs = {}
+
+    def of(recipe):
+        if recipe not in runs:
+            runs[recipe] = tmp_path_factory.mktemp("whole") / recipe
+            process = start(recipe, runs[recipe], workers=1)
+            assert process.wait(timeout=240) == 0, process.communicate()[0]
+        return runs[recipe]
+
+    return of
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_at_random_and_started_again(recipe, whole, tmp_path):
+    folder = tmp_path / recipe
+    pick = random.Random()  # a new moment each time; the failing one is shown
+    step, pause = pick.randrange(2, 27), pick.random() * 0.3
+    print(f"killed {pause:.2f} s after step {step}")
+    # a checkpoint at nearly every step, so that the kill lands between two of them
+    process = start(recipe, folder, 2, "--checkpoint-minutes", "0.005")
+    wait_for_step(folder, step, process)
+    time.sleep(pause)
+    process.kill()
+    process.wait()
+    again = start(recipe, folder, workers=0)  # another number of workers
+    assert again.wait(timeout=240) == 0, again.communicate()[0]
+    assert_same_runs(folder, whole(recipe))
+
+
+KILL_AT = """
+import os, signal, sys
+import common.checkpoint as checkpoint
+from pathlib import Path
+count, real = 0, getattr(os, {call!r})
+def dying(*arguments, **more):
+    global count
+    count += "checkpoint" in str(arguments[0]) if {call!r} != "fsync" else 1
+    if count == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **more)
+setattr(checkpoint.os, {call!r}, dying)
+from recipes import snclr
+snclr.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("fsync", 2), ("link", 1), ("replace", 2), ("replace", 3)],
+    ids=["written", "before it is kept", "kept, not named", "before it is named"],
+)
+def test_killed_during_the_save(call, number, whole, tmp_path):
+    folder = tmp_path / "run"
+    code = KILL_AT.format(call=call, number=number)
+    process = subprocess.run(
+        [sys.executable, "-c", code, *flags_of("snclr", folder, 1)],
+        env=environment(),
+        capture_output=True,
+        timeout=240,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert checkpoint.load(folder / "checkpoint.pt")["step"] in (10, 20)
+    again = start("snclr", folder, workers=1)
+    assert again.wait(timeout=240) == 0, again.communicate()[0]
+    assert_same_runs(folder, whole("snclr"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_stop_signals_save_end_with_75_and_continue(number, whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start("snclr", folder, 2)
+    wait_for_step(folder, 3, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    assert "start the same command again to continue" in output
+    step = checkpoint.load(folder / "checkpoint.pt")["step"]
+    assert 3 <= step < 30
+    again = start("snclr", folder, workers=1)
+    output = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, output
+    assert f"continues from step {step} of 30" in output
+    assert_same_runs(folder, whole("snclr"))
+
+
+def test_a_signal_to_the_whole_group_leaves_no_process_behind(tmp_path):
+    """Schedulers signal the loader's workers too: they must neither die nor stay."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes/snclr.py"), *flags_of("snclr", folder, 2)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_step(folder, 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_second_sigint_quits_at_once(tmp_path):
+    code = (
+        "import os, signal, time\n"
+        "from common.signals import StopRequests\n"
+        "with StopRequests() as requests:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert requests.received == signal.SIGINT\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(30)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], timeout=20)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_finished_run_prints_its_results_and_changes_nothing(whole):
+    folder = whole("snclr")
+    before = {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.glob("*.p*")}
+    again = start("snclr", folder, 1)
+    output = again.communicate(timeout=60)[0]
+    assert again.returncode == 0, output
+    results = json.loads((folder / "results.json").read_text())
+    assert f"k-NN {results['knn_before']:.1%} -> {results['knn']:.1%}" in output
+    assert before == {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.glob("*.p*")}
+
+
+def test_two_ranks_resume_with_their_private_queues(tmp_path):
+    flags = ["--follow", "official", "--neighbours", "5", *SMALL, "--queue-size", "100"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    run_ranks(2, "recipes/snclr.py", *flags, "--output", a, "--max-steps", "4")
+    run_ranks(2, "recipes/snclr.py", *flags, "--output", b, "--max-steps", "2")
+    run_ranks(2, "recipes/snclr.py", *flags, "--output", b, "--max-steps", "4")
+    assert_same_runs(a, b)
+
+
+def test_max_steps_keeps_the_schedule_of_the_whole_run(tmp_path):
+    flags = flags_of("snclr", tmp_path / "run", 1)
+    assert run_script("recipes/snclr.py", *flags, "--max-steps", "2").returncode == 0
+    rates = [r["lr"] for r in logged(tmp_path / "run") if r["kind"] == "step"]
+    whole_run = run_script("recipes/snclr.py", *flags, "--max-steps", "4")
+    assert whole_run.returncode == 0, whole_run.stderr
+    rates_after = [r["lr"] for r in logged(tmp_path / "run") if r["kind"] == "step"]
+    assert rates_after[:2] == rates and len(rates_after) == 4
+    assert rates_after[3] > 0.9 * rates_after[0]  # far from the end of 30 steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--temperature", "0.3"], "temperature was 0.2, is 0.3"),
+        (["--seed", "1"], "seed was 0, is 1"),
+        (["--batch-size", "8"], "batch_size was 16, is 8"),
+    ],
+)
+def test_a_change_that_enters_the_numbers_is_refused(flags, expected, whole):
+    error = only_error(
+        run_script("recipes/snclr.py", *flags_of("snclr", whole("snclr"), 1), *flags)
+    )
+    assert expected in error
+
+
+def test_another_recipe_in_the_same_folder_is_refused(whole):
+    arguments = ["--dataset", "photos", "--output", whole("snclr")]
+    assert "recipe was snclr, is nnclr" in only_error(run_script("recipes/nnclr.py", *arguments))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle"])
+def test_a_damaged_checkpoint_is_one_line_and_is_kept(damage, whole, tmp_path):
+    folder = tmp_path / "run"
+    run = whole("snclr")
+    folder.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "checkpoint.previous.pt"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    path = folder / "checkpoint.pt"
+    if damage == "truncated":
+        path.write_bytes((run / "checkpoint.pt").read_bytes()[:10_000])
+    elif damage == "foreign":
+        torch.save({"state_dict": {"w": torch.zeros(3)}}, path)
+    else:
+        torch.save({"format": object}, path)  # code, not values
+    content = path.read_bytes()
+    error = only_error(run_script("recipes/snclr.py", *flags_of("snclr", folder, 1)))
+    assert str(path) in error and "checkpoint.previous.pt" in error
+    assert path.read_bytes() == content
+    checkpoint.load(folder / "checkpoint.previous.pt")
+
+
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path):
+    """The limit on file size stands for the disk: it lets metrics pass, but no checkpoint."""
+    folder = tmp_path / "run"
+    flags = flags_of("snclr", folder, 1, "--max-steps")
+    assert run_script("recipes/snclr.py", *flags, "2").returncode == 0
+    content = (folder / "checkpoint.pt").read_bytes()
+    code = (
+        "import resource, signal, sys; from common.errors import command;"
+        "from recipes import snclr;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "sys.exit(command(lambda: snclr.main(sys.argv[1:])))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, flags), "4"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    error = only_error(process)
+    assert "cannot save" in error and "checkpoint.pt" in error
+    assert (folder / "checkpoint.pt").read_bytes() == content
+    assert not (folder / "checkpoint.pt.partial").exists()
