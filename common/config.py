@@ -9,6 +9,7 @@ and the flags.
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -54,9 +55,8 @@ class RunConfig:
     seed: int = 0  # keys initialisation, data order, views and the random start of the queue
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
-    precision: Literal["bf16", "fp32", "fp64"] | None = (
-        None  # default: bf16 autocast on a GPU, fp32 on CPU
-    )
+    # default: bf16 autocast on a GPU, fp32 on CPU
+    precision: Literal["bf16", "fp32", "fp64"] | None = None
     max_steps: int = free(0)  # stop and export after this many steps, schedules as if it went on
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
     knn_every: int = free(10)  # epochs between k-NN evaluations (and one before); 0: none
@@ -130,7 +130,7 @@ def last_value(argv: Sequence[str], name: str) -> str | None:
     """The value that a flag gets in argv, before the real parse; None where it is not given."""
     value = None
     flags = {f"--{name}", f"--{name.replace('_', '-')}"}
-    for token, following in zip(argv, [*argv[1:], None], strict=True):
+    for token, following in zip(argv, [*argv, None][1:], strict=True):
         if token in flags:
             value = following
         elif token.split("=")[0] in flags:
@@ -149,7 +149,7 @@ def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
                 config_class,
                 default=default,
                 args=list(argv),
-                description=config_class.__doc__,
+                description=inspect.cleandoc(config_class.__doc__),
             )
     except SystemExit as exit_:
         if not exit_.code:

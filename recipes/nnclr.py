@@ -49,9 +49,8 @@ class Config(RunConfig):
     warmup_epochs: float = 10  # linear from 0; secondary
     queue_size: int = 98304  # secondary (VISSL fork: 24 x 4096 is best)
     temperature: float = 0.1  # suppl. Algorithm 1
-    symmetric_loss: bool = (
-        False  # add the term normalised over neighbours: a secondary reading of Sec. 3.2
-    )
+    # add the term normalised over neighbours: a secondary reading of Sec. 3.2
+    symmetric_loss: bool = False
     momentum_encoder: bool = False  # suppl. Algorithm 2
     momentum: float = 0.996  # start of the momentum; unstated: BYOL's for 1000 epochs
     momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1; unstated: BYOL's

@@ -52,17 +52,15 @@ class Config(RunConfig):
     loss: Literal["paper", "official"] = "paper"  # Eq. 2; code: soft-label cross-entropy x 2 tau
     heads: Literal["paper", "official"] = "paper"  # Sec. 4.1: FC-BN-ReLU-FC; code: MoCo-v3's
     momentum_schedule: Literal["fixed", "cosine"] = "fixed"  # App. A; code: cosine to 1
-    neighbour_free_epochs: float | None = (
-        None  # Eq. 1 for so long, App. A, m unstated: the lr warm-up, or 5 % without one; code: 0
-    )
+    # Eq. 1 for so long, App. A, m unstated: the lr warm-up, or 5 % without one; code: 0
+    neighbour_free_epochs: float | None = None
     queue_scope: Literal["global", "rank"] = "global"  # Sec. 3.2; code: one private queue per rank
     exclude_self: bool = True  # Sec. 1, Fig. 2: samples from other images; code: no
     freeze_patch_embedding: bool = False  # unstated; code: yes (ViT only)
     vit_small: Literal["timm", "mocov3"] = "timm"  # App. A: timm, DeiT; code: 12 heads, sin-cos
     warmup_start_lr: float = 1e-6  # App. A; code: 0
-    crop_interpolation: Literal["bicubic", "bilinear"] = (
-        "bicubic"  # App. A: as BYOL; code: bilinear
-    )
+    # App. A: as BYOL; code: bilinear
+    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     epochs: int = 800  # Sec. 4.1 (ResNet-50); ViTs 300
     batch_size: int = 4096  # global batch; App. A

@@ -1,0 +1,33 @@
+# Two commands do all the set-up on a fresh machine: make demo, make test.
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(VENV)/python eval/demo.py
+
+test: .venv/installed-dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/pytest -q -n 2 --dist worksteal --durations 10
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; try make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
+	$(VENV)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(VENV)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@
+
+lint: .venv/installed-dev
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,244 @@
+"""Every script end to end on `photos`, and each mistake with its one clear line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from conftest import SMALL, only_error, run_ranks, run_script
+from PIL import Image
+
+from common import metrics, photos
+from common.backbone import load_backbone
+from common.errors import command
+from recipes import nnclr, nnsiam, snclr
+
+MAINS = {"nnclr": nnclr.main, "nnsiam": nnsiam.main, "snclr": snclr.main}
+ARTEFACTS = {
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "backbone.safetensors",
+    "curves.png",
+    "neighbours.png",
+    "results.json",
+}
+STEP_KEYS = {"epoch", "step", "loss", "lr", "grad_norm", "images_per_second", "data_wait"}
+STEP_KEYS |= {"memory_gb", "embedding_std", "self_matches"}
+
+
+def in_process(capsys, recipe, *flags):
+    """Exit code and error lines of a recipe's command, without the cost of a new process."""
+    code = command(lambda: MAINS[recipe]([str(flag) for flag in flags]))
+    captured = capsys.readouterr()
+    return code, [line for line in captured.err.splitlines() if line.startswith("error: ")]
+
+
+def error_of(capsys, recipe, *flags):
+    code, lines = in_process(capsys, recipe, *flags)
+    assert code == 2 and len(lines) == 1, (code, lines)
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("nnclr", []),
+        ("nnclr", ["--momentum-encoder", "--multi-crop", "--symmetric-loss"]),
+        ("nnsiam", []),
+        ("snclr", ["--neighbour-free-epochs", "0"]),
+        ("snclr", ["--follow", "official"]),
+    ],
+)
+def test_runs_end_to_end(recipe, flags, tmp_path):
+    flags = [*SMALL, *flags, "--max-steps", "3", "--knn-every", "1", "--output", tmp_path / "run"]
+    done = run_script(f"recipes/{recipe}.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "run") in done.stdout.splitlines()[-1]
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= ARTEFACTS
+    records = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    steps = [r for r in records if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    for record in steps:
+        assert set(record) >= STEP_KEYS
+    assert records[0]["kind"] == "epoch" and records[0]["knn"] > 1 / 18
+    if recipe == "snclr":
+        assert steps[-1]["positiveness_mean"] == pytest.approx(1 / 30, rel=1e-5)
+        assert steps[-1]["positiveness_std"] >= 0
+    encoder, metadata = load_backbone(tmp_path / "run")
+    assert encoder.embed_dim == 128 and metadata["recipe"] == recipe
+    for picture in ("curves.png", "neighbours.png"):
+        with Image.open(tmp_path / "run" / picture) as image:
+            assert min(image.size) > 200
+            assert np.asarray(image.convert("L")).std() > 5  # not an empty page
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert {"commit", "dirty", "versions", "devices", "command"} <= set(environment)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"] == recipe
+
+
+@pytest.mark.parametrize("recipe", MAINS)
+def test_frozen_positions_do_not_stop_any_recipe(recipe, tmp_path, capsys):
+    flags = [*SMALL, "--arch", "vit_small_mocov3", "--batch-size", "4", "--max-steps", "1"]
+    code, lines = in_process(capsys, recipe, *flags, "--output", tmp_path)
+    assert code == 0, lines
+
+
+def test_demo_learns(tmp_path):
+    """At least 25 points above its own random encoder, and above raw pixels."""
+    done = run_script("eval/demo.py", "--seed", "0", "--output", tmp_path / "demo", timeout=600)
+    assert done.returncode == 0, done.stderr
+    table = {}
+    for line in done.stdout.splitlines():
+        for name in ("raw pixels", "random encoder", "SNCLR"):
+            if line.startswith(name) and line.endswith("%"):
+                knn, linear = line[len(name) :].split()
+                table[name] = float(knn.rstrip("%")), float(linear.rstrip("%"))
+    knn_pixels, knn_random, knn_trained = (table[name][0] for name in table)
+    assert knn_trained >= knn_random + 25, done.stdout
+    assert knn_trained > knn_pixels, done.stdout
+    assert table["SNCLR"][1] > table["random encoder"][1], done.stdout
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert round(100 * results["knn"], 1) == knn_trained
+    # the random encoder that the demo rebuilds is the run's own
+    assert round(100 * results["knn_before"], 1) == knn_random
+
+
+def test_wandb_offline_and_failing(tmp_path):
+    flags = [*SMALL, "--max-steps", "2", "--wandb", "--output"]
+    offline = run_script("recipes/nnsiam.py", *flags, tmp_path / "a", WANDB_MODE="offline")
+    assert offline.returncode == 0, offline.stderr
+    assert [*(tmp_path / "a").glob("wandb/offline-run-*/*.wandb")], offline.stderr
+    failing = run_script("recipes/nnsiam.py", *flags, tmp_path / "b", WANDB_MODE="nonsense")
+    assert failing.returncode == 0, failing.stderr
+    assert "wandb failed" in failing.stderr and "goes on without it" in failing.stderr
+
+
+def test_heavy_libraries_wait_until_they_are_needed():
+    code = (
+        "import sys, recipes.snclr; print({'wandb', 'submitit', 'matplotlib'} & set(sys.modules))"
+    )
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+# -- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ with two classes of twelve small JPEGs."""
+    pixels, _ = photos.patches("train")
+    for split in ("train", "val"):
+        for number in range(2):
+            (tmp_path / "data" / split / f"class{number}").mkdir(parents=True)
+            for i in range(12):
+                path = tmp_path / "data" / split / f"class{number}" / f"{i:02}.jpg"
+                Image.fromarray(pixels[300 * number + i]).resize((40, 40)).save(path)
+    return tmp_path / "data"
+
+
+TINY = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "32", "--batch-size", "8"]
+TINY += ["--queue-size", "16", "--neighbours", "3", "--workers", "0", "--epochs", "2"]
+TINY += ["--warmup-epochs", "0"]
+
+
+def test_no_data(capsys):
+    assert "needs --data FOLDER" in error_of(capsys, "snclr")
+
+
+def test_folder_without_train(capsys, tmp_path):
+    error = error_of(capsys, "snclr", "--data", tmp_path)
+    assert str(tmp_path) in error and "train/" in error
+
+
+def test_empty_class(capsys, folder, tmp_path):
+    (folder / "train" / "empty").mkdir()
+    error = error_of(capsys, "snclr", *TINY, "--data", folder, "--output", tmp_path / "run")
+    assert str(folder / "train" / "empty") in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_jpeg_stops_or_is_skipped(capsys, folder, tmp_path, workers):
+    path = folder / "train" / "class1" / "03.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--workers", workers]
+    flags += ["--knn-every", "0"]
+    error = error_of(capsys, "snclr", *flags)
+    assert str(path) in error and "--on-bad-image skip" in error
+    flags += ["--on-bad-image", "skip", "--resume", "never"]
+    code, lines = in_process(capsys, "snclr", *flags)
+    assert code == 0 and lines and all(str(path) in line for line in lines)
+
+
+def test_unknown_arch_and_flag_name_the_nearest(capsys):
+    error = error_of(capsys, "nnclr", "--arch", "resnet51")
+    assert "resnet51" in error and "did you mean resnet5" in error
+    error = error_of(capsys, "nnclr", "--epocs", "3")
+    assert "--epocs" in error and "did you mean --epochs?" in error
+
+
+def test_mistakes_of_a_real_process_have_no_traceback():
+    assert "--epocs" in only_error(run_script("recipes/nnsiam.py", "--epocs", "3"))
+
+
+def test_batch_that_does_not_divide_over_ranks():
+    flags = [*SMALL, "--batch-size", "35", "--max-steps", "1"]
+    with pytest.raises(AssertionError, match="error: --batch-size 35 is the global batch and does"):
+        run_ranks(2, "recipes/nnclr.py", *flags)
+
+
+def test_batch_longer_than_the_training_set(capsys, folder):
+    error = error_of(capsys, "nnclr", *TINY[:6], "--batch-size", "64", "--data", folder)
+    assert "24 training images" in error and "--batch-size 64" in error
+
+
+def test_more_neighbours_than_the_queue_can_give(capsys, folder, tmp_path):
+    flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--neighbour-free-epochs", "0"]
+    error = error_of(capsys, "snclr", *flags, "--neighbours", "17")
+    assert "--neighbours 17" in error and "--queue-size 16" in error
+    # as many as there are, but an image's own entries do not count: found while training
+    error = error_of(capsys, "snclr", *flags, "--neighbours", "16", "--knn-every", "0")
+    assert "come from other images" in error
+
+
+def test_loss_that_is_not_finite_stops_before_anything_is_saved(capsys, folder, tmp_path):
+    flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--optimizer", "sgd"]
+    flags += ["--knn-every", "0"]
+    error = error_of(capsys, "snclr", *flags, "--lr", "1e30")
+    assert "the loss is" in error and "--lr" in error
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_other_images_under_the_same_name_are_refused(capsys, folder, tmp_path):
+    flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--knn-every", "0"]
+    assert in_process(capsys, "snclr", *flags, "--max-steps", "1")[0] == 0
+    shutil.move(folder / "train" / "class0" / "00.jpg", folder / "train" / "class0" / "other.jpg")
+    assert "the images in --data are not those" in error_of(capsys, "snclr", *flags)
+
+
+def test_flat_folder_without_labels_trains_and_says_no_knn(folder, tmp_path, capsys):
+    flat = tmp_path / "flat" / "train"
+    flat.mkdir(parents=True)
+    for i, path in enumerate(sorted((folder / "train").glob("*/*.jpg"))):
+        shutil.copy(path, flat / f"{i}.jpg")
+    flags = [*TINY, "--data", flat.parent, "--output", tmp_path / "run", "--max-steps", "2"]
+    code = command(lambda: snclr.main([str(flag) for flag in flags]))
+    out = capsys.readouterr().out
+    assert code == 0 and out.count("no k-NN accuracy") == 1
+    assert "neighbour_purity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_resume_never_takes_the_next_free_name(folder, tmp_path, capsys):
+    flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--max-steps", "1"]
+    flags += ["--resume", "never", "--knn-every", "0"]
+    for expected in ("run", "run-2", "run-3"):
+        assert (
+            in_process(capsys, "nnclr", *[f for f in flags if f not in ("--neighbours", "3")])[0]
+            == 0
+        )
+        assert (tmp_path / expected / "backbone.safetensors").exists()
