@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Wandb:
 
             identity = folder / "wandb_id"
             if not identity.exists():
-                identity.write_text(wandb.util.generate_id())
+                identity.write_text(secrets.token_hex(4))
             self.run = wandb.init(
                 project="selfsup-recipes",
                 name=f"{recipe} {folder.name}",

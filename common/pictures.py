@@ -13,7 +13,7 @@ PANELS = (
     ("effective_rank", "effective rank"),
     ("neighbour_purity", "retrieved with the query's label"),
     ("self_matches", "retrieved the query itself"),
-    ("positiveness_mean", "positiveness, mean"),
+    ("positiveness_std", "spread of the positiveness"),
     ("grad_norm", "gradient norm"),
 )
 

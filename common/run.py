@@ -13,8 +13,6 @@ What is not the paper's is here, so that a recipe's `main()` is the algorithm:
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +25,10 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import backbone, checkpoint, distributed, environment, metrics, pictures
+from common import checkpoint, distributed, environment, metrics, results
 from common.augment import View, to_input
-from common.config import changed_fields, config_hash
-from common.data import RankBatches, center_batches, default_workers, load_dataset, view_loader
+from common.config import changed_fields
+from common.data import RankBatches, default_workers, load_dataset, view_loader
 from common.errors import Stopped, UserError, say_error
 from common.knn import knn_of_encoder
 from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
@@ -39,7 +37,6 @@ from common.support_set import SupportSet
 
 FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they are read
 MONITOR_STEPS = 20  # steps between the dearer monitors
-SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 8
 
 
 class Run:
@@ -68,6 +65,7 @@ class Run:
             self.workers = default_workers(min(self.ranks, max(1, torch.cuda.device_count())))
         self.folder = distributed.from_rank_zero(self.choose_folder())
         self.step, self.seconds = 0, 0.0
+        self.last_saved_step, self.last_knn = 0, None
         self.waiting: list[dict[str, Any]] = []  # logged, not yet read from the device
         self.epoch_records: list[dict[str, Any]] = []  # step records of the present epoch
         self.seed_everything()
@@ -142,6 +140,8 @@ class Run:
         next step depends on: modules, optimizer, support set.
         """
         self.encoder, self.state = encoder, state
+        self.commit, self.dirty = environment.commit()  # of the start: the tree may change later
+        self.fingerprint = self.train.fingerprint()
         self.refuse_changes()
         path = checkpoint.find(self.folder) if self.rank == 0 else None
         path = distributed.from_rank_zero(path)
@@ -159,12 +159,12 @@ class Run:
             self.epoch_records = [
                 r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
             ]
-            if not self.is_finished():
+            if not results.is_finished(self):
                 environment.record_start(self.folder, description)
             saved = {"recipe": self.recipe, **dataclasses.asdict(self.config)}
             (self.folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
         self.wandb = metrics.Wandb(
-            self.config.wandb and self.rank == 0 and not self.is_finished(),
+            self.config.wandb and self.rank == 0 and not results.is_finished(self),
             self.folder,
             self.recipe,
             dataclasses.asdict(self.config),
@@ -190,7 +190,7 @@ class Run:
     def restore(self, path: Path) -> None:
         state = checkpoint.load(path)
         try:
-            same_images = state["images"] == self.train.fingerprint()
+            same_images = state["images"] == self.fingerprint
             changes = changed_fields(self.config, state["config"])
             if state["recipe"] != self.recipe or changes:
                 raise UserError(
@@ -201,7 +201,7 @@ class Run:
             if not same_images:
                 raise UserError(
                     f"the images in --data are not those that {path} was trained on "
-                    f"(was {state['images']}, is {self.train.fingerprint()})",
+                    f"(was {state['images']}, is {self.fingerprint})",
                     every_rank=True,
                 )
             for name, item in self.state.items():
@@ -214,9 +214,9 @@ class Run:
             text = str(error).split("\n")[0]
             raise UserError(f"{path} does not fit this run: {text}", every_rank=True) from None
         self.step, self.seconds = state["step"], state["seconds"]
-        head, _ = environment.commit()
+        self.last_saved_step = self.step
         for what, was, now in (
-            ("commit", state["commit"], head),
+            ("commit", state["commit"], self.commit),
             ("torch", state["torch"], torch.__version__),
             ("ranks", state["ranks"], self.ranks),
         ):
@@ -390,17 +390,13 @@ class Run:
             self.wandb.log(good)
         if len(good) < len(records):
             bad = next(r for r in records if "loss" not in metrics.finite(r))
-            at = self.saved_step()
             raise UserError(
-                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): nothing "
-                f"was saved since step {at}; try a lower --lr or --precision fp32",
+                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): the "
+                f"checkpoint of step {self.last_saved_step} is kept; try a lower --lr or fp32",
                 every_rank=True,
             )
         if good:
             self.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
-
-    def saved_step(self) -> int:
-        return getattr(self, "last_saved_step", 0)
 
     def evaluate_at_start(self) -> None:
         """k-NN of the random encoder, so that a run says what it learned."""
@@ -414,6 +410,7 @@ class Run:
         record |= metrics.means(self.epoch_records)
         last = self.step == self.last_step
         accuracy = self.knn(due=last or epoch % max(1, self.config.knn_every) == 0)
+        self.last_knn = accuracy
         if accuracy is not None:
             record["knn"] = accuracy
         self.epoch_records = []
@@ -421,9 +418,8 @@ class Run:
         left = (self.last_step - self.step) * self.seconds / max(1, self.step)
         text = f"epoch {epoch} of {self.config.epochs}: loss {record.get('loss', 0):.4f}"
         text += f", k-NN {accuracy:.1%}" if accuracy is not None else ""
-        self.say(
-            f"{text}, {record.get('images_per_second', 0):.0f} images/s, {in_words(left)} left"
-        )
+        text += f", {record.get('images_per_second', 0):.0f} images/s"
+        self.say(f"{text}, {results.in_words(left)} left")
 
     def knn(self, due: bool) -> float | None:
         """k-NN accuracy of the encoder on the test images, where due and possible."""
@@ -450,7 +446,6 @@ class Run:
             for name, item in self.state.items()
         }
         if self.rank == 0:
-            head, _ = environment.commit()
             checkpoint.save(
                 self.folder,
                 {
@@ -459,9 +454,9 @@ class Run:
                     "epoch": self.step / self.steps_per_epoch,
                     "seconds": self.seconds,
                     "config": dataclasses.asdict(self.config),
-                    "images": self.train.fingerprint(),
+                    "images": self.fingerprint,
                     "ranks": self.ranks,
-                    "commit": head,
+                    "commit": self.commit,
                     "torch": str(torch.__version__),
                     "state": state,
                 },
@@ -470,124 +465,25 @@ class Run:
 
     # -- the end --------------------------------------------------------------------------------
 
-    def is_finished(self) -> bool:
-        """Whether the folder holds the results of this very last step."""
-        try:
-            results = json.loads((self.folder / "results.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            return False
-        return results["step"] == self.last_step and (self.folder / backbone.NAME).exists()
-
     def finish(
         self,
         queue: SupportSet,
         select: Callable[[Tensor], Tensor],
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+        k: int = results.SHOWN_NEIGHBOURS,
     ) -> None:
         """Export, pictures, results; prints them. `select` maps images to the embedding that
-        looks neighbours up, `weigh` images and their neighbours to the positiveness.
+        looks neighbours up, `weigh` images and their k neighbours to the positiveness.
         """
-        finished = distributed.from_rank_zero(self.is_finished())
-        if not finished:
-            self.write_results()
+        if not distributed.from_rank_zero(results.is_finished(self)):
+            accuracy = distributed.from_rank_zero(self.last_knn)
+            if accuracy is None:
+                accuracy = self.knn(due=True)  # stopped within an epoch, or continued at its end
             if self.rank == 0:
-                self.draw(queue, select, weigh)
+                results.draw_curves(self, queue.dim)
+                results.draw_neighbours(self, queue, select, weigh, k)
+                results.write(self, accuracy)
                 self.wandb.finish()
         if self.rank == 0:
-            self.print_results()
+            results.say(self)
         distributed.stop()
-
-    def write_results(self) -> None:
-        records = metrics.read(self.folder / metrics.NAME) if self.rank == 0 else []
-        epochs = [r for r in records if r["kind"] == "epoch"]
-        last = {r["step"]: r for r in epochs}.get(self.step, {})
-        known = distributed.from_rank_zero(last.get("knn"))
-        accuracy = known if known is not None else self.knn(due=True)
-        if self.rank != 0:
-            return
-        head, dirty = environment.commit()
-        facts = {
-            "recipe": self.recipe,
-            "epoch": self.step / self.steps_per_epoch,
-            "commit": head,
-            "config_hash": config_hash(self.config),
-        }
-        path = self.folder / backbone.NAME
-        backbone.export_backbone(
-            path, self.encoder, self.config.arch, self.config.image_size, facts
-        )
-        losses = [r["loss"] for r in records if r["kind"] == "step"]
-        results = {
-            **facts,
-            "dirty": dirty,
-            "step": self.step,
-            "dataset": self.train.name,
-            "loss": losses[-1] if losses else None,
-            "loss_first": losses[0] if losses else None,
-            "knn": accuracy,
-            "knn_before": next((r["knn"] for r in epochs if r["epoch"] == 0), None),
-            "hours": self.seconds / 3600,
-            "images_per_second": self.config.batch_size * self.step / max(self.seconds, 1e-9),
-            "backbone_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-
-    def draw(self, queue: SupportSet, select: Callable, weigh: Callable | None) -> None:
-        """curves.png and neighbours.png, for a few images spread over the training set."""
-        config = self.config
-        title = f"{self.recipe}, {config.arch}, {self.train.name}, seed {config.seed}"
-        records = metrics.read(self.folder / metrics.NAME)
-        pictures.draw_curves(self.folder / "curves.png", records, title, queue.dim)
-        queries = np.linspace(0, len(self.train) - 1, min(SHOWN_QUERIES, len(self.train)))
-        queries = queries.round().astype(int)
-        modules = [m for m in self.state.values() if isinstance(m, nn.Module)]
-        for module in modules:
-            module.eval()
-        with torch.no_grad():
-            pixels = torch.cat([*center_batches(self.train, queries, config.image_size)])
-            x = to_input(pixels, self.device, self.dtype)
-            z, ids = select(x), torch.from_numpy(queries).to(self.device)
-            own = (queue.ids == ids[:, None]).sum(dim=1).max()  # not shown among the neighbours
-            k = min(SHOWN_NEIGHBOURS, queue.size - int(own))
-            if k < 1:
-                return self.warn("no neighbours.png: the queue holds nothing but the query itself")
-            neighbours, positions = queue.nearest(z, k, exclude_ids=ids)
-            z = nn.functional.normalize(z.to(neighbours.dtype), dim=1)
-            cosines = torch.einsum("nd,nkd->nk", z, neighbours).cpu().numpy()
-            weights = weigh(x, neighbours).float().cpu().numpy() if weigh else None
-        found = queue.ids[positions].cpu().numpy()
-        pictures.draw_neighbours(
-            self.folder / "neighbours.png",
-            [np.asarray(self.train.load(int(q))) for q in queries],
-            [[np.asarray(self.train.load(int(i))) if i >= 0 else None for i in r] for r in found],
-            cosines,
-            weights,
-            [[self.same_label(q, i) for i in r] for q, r in zip(queries, found, strict=True)],
-            f"neighbours in the queue: {title}",
-        )
-
-    def same_label(self, a: int, b: int) -> bool | None:
-        if self.train.labels is None or b < 0:
-            return None
-        return bool(self.train.labels[a] == self.train.labels[b])
-
-    def print_results(self) -> None:
-        r = json.loads((self.folder / "results.json").read_text())
-        loss = f"loss {r['loss_first']:.4f} -> {r['loss']:.4f}" if r["loss"] is not None else ""
-        knn = ""
-        if r["knn"] is not None:
-            before = f"{r['knn_before']:.1%} -> " if r["knn_before"] is not None else ""
-            knn = f", k-NN {before}{r['knn']:.1%}"
-        print(
-            f"{self.recipe}: {r['epoch']:g} epochs, {r['step']} steps, {loss}{knn}, "
-            f"{r['images_per_second']:.0f} images/s, {in_words(3600 * r['hours'])}"
-        )
-        print(f"{self.folder}: {backbone.NAME} curves.png neighbours.png metrics.jsonl", flush=True)
-
-
-def in_words(seconds: float) -> str:
-    """90 -> '1 min 30 s'."""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"

@@ -309,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         queue,
         select=target,
         weigh=lambda x, near: positiveness(*full_precision(model.branch(x)), near),
+        k=config.neighbours or 8,
     )
 
 

@@ -67,7 +67,7 @@ def test_probability_of_each_transform(table):
     for name, flags in applied(draws).items():
         p = ALWAYS.get(name, row.get(name))
         # 0 and 1 leave no room: never and always
-        assert abs(flags.mean() - p) <= 4.5 * np.sqrt(p * (1 - p) / DRAWS), name
+        assert abs(flags.mean() - p) <= 3.3 * np.sqrt(p * (1 - p) / DRAWS), name
 
 
 def test_transforms_are_drawn_independently(table):
@@ -127,7 +127,7 @@ def test_crop_stays_inside_images_of_extreme_shape(name, size):
         assert left + w <= width and top + h <= height
 
 
-@pytest.mark.parametrize("size", [(1000, 40), (40, 1000), (500, 375), (101, 76), (400, 320)])
+@pytest.mark.parametrize("size", [(1000, 41), (41, 1000), (500, 375), (101, 76), (400, 320)])
 def test_crop_fallback_is_torchvisions_central_crop(size):
     # a share of the area above 1 never fits, so that all ten tries fail, in torchvision too
     scale, ratio = (1.5, 1.6), (3 / 4, 4 / 3)

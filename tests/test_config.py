@@ -3,9 +3,9 @@
 import dataclasses
 import importlib
 import re
-from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, run_script
 
@@ -434,11 +434,13 @@ def test_saying_a_default_changes_no_hash(flags):
     assert config_hash(snclr(*flags)) == config_hash(snclr())
 
 
+@pytest.mark.parametrize(("gpu", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_follows_the_device_unless_named(monkeypatch, gpu, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert snclr().precision == precision
+    assert snclr("--precision", "fp64").precision == "fp64"
+
+
 def test_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         snclr().lr = 1.0
-
-
-def test_config_file_path_is_kept_as_given(config_file):
-    flags = config_file("lr: 2")
-    assert Path(snclr(*flags).config) == Path(flags[1])

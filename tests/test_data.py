@@ -4,6 +4,7 @@ import gc
 import hashlib
 import io
 import itertools
+import multiprocessing
 import pickle
 import tarfile
 from pathlib import Path
@@ -437,8 +438,11 @@ def message_of_evaluation(images: FolderImages, workers: int) -> str:
         list(center_batches(images, np.arange(len(images)), 32, workers=workers))
     except UserError as error:
         message = str(error)
-    # torch leaves a cycle: its loader's worker, which ignores SIGTERM, would never end
+    # an error raised in a worker leaves it running, and it ignores the SIGTERM that torch then
+    # sends: this process would wait for it for ever
     gc.collect()
+    for child in multiprocessing.active_children():
+        child.kill()
     return message
 
 

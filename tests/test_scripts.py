@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -116,12 +118,7 @@ def test_wandb_offline_and_failing(tmp_path):
 
 
 def test_heavy_libraries_wait_until_they_are_needed():
-    code = (
-        "import sys, recipes.snclr; print({'wandb', 'submitit', 'matplotlib'} & set(sys.modules))"
-    )
-    import subprocess
-    import sys
-
+    code = "import sys, recipes.snclr; print({*sys.modules} & {'wandb', 'submitit', 'matplotlib'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -237,8 +234,5 @@ def test_resume_never_takes_the_next_free_name(folder, tmp_path, capsys):
     flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--max-steps", "1"]
     flags += ["--resume", "never", "--knn-every", "0"]
     for expected in ("run", "run-2", "run-3"):
-        assert (
-            in_process(capsys, "nnclr", *[f for f in flags if f not in ("--neighbours", "3")])[0]
-            == 0
-        )
+        assert in_process(capsys, "snclr", *flags)[0] == 0
         assert (tmp_path / expected / "backbone.safetensors").exists()
