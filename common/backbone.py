@@ -6,6 +6,7 @@ features of one fixed input, so that a wrong build is noticed: two ViT-S with 6 
 the same names and shapes.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,8 @@ def fixed_input(image_size: int) -> Tensor:
 @torch.no_grad()
 def check_features(encoder: nn.Module, image_size: int) -> list[float]:
     """The first features of the fixed input, in eval mode, float32, on CPU."""
-    weight = next(encoder.parameters())
-    device, dtype, training = weight.device, weight.dtype, encoder.training
-    encoder = encoder.to("cpu", torch.float32).eval()
+    encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval()
     features = encoder(fixed_input(image_size))[0, :CHECK_FEATURES].tolist()
-    encoder.to(device, dtype).train(training)
     return [float(f"{f:.7g}") for f in features]
 
 
@@ -103,11 +101,15 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if "arch" not in metadata or "feature_check" not in metadata:
         raise UserError(f"{path} has no metadata of these recipes (arch, feature_check)")
     image_size = int(metadata["image_size"])
-    encoder = build_encoder(metadata["arch"], image_size)
+    try:
+        encoder = build_encoder(metadata["arch"], image_size)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     load_exactly(encoder, tensors, str(path))
     stored, found = json.loads(metadata["feature_check"]), check_features(encoder, image_size)
     largest = max(map(abs, stored))
-    if max(abs(a - b) for a, b in zip(stored, found, strict=True)) > TOLERANCE * largest:
+    worst = max(abs(a - b) for a, b in zip(stored, found, strict=True))
+    if not worst <= TOLERANCE * largest:  # also where something is not a number
         raise UserError(
             f"{path}: the features of the fixed input differ from those stored by the run; "
             "the file was changed or this code builds another network"

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +96,8 @@ def parse(
         words.add("resnet")
     values = {**matching(presets, words), "arch": arch, **file_values}
     config = parse_flags(config_class, dataclasses.replace(config_class(), **values), argv)
-    config = resolve(dataclasses.replace(config, config=config.config))
+    check_values(config)
+    config = resolve(config)
     if config.precision is None:
         import torch
 
@@ -187,7 +189,7 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
         hint = nearest_name(name, hints)
         raise UserError(f"{where}: no such flag{hint}", every_rank=True)
     options = [hints[name]]
-    if not hasattr(options[0], "__origin__") and typing.get_args(options[0]):
+    if typing.get_origin(options[0]) in (typing.Union, types.UnionType):
         options = [*typing.get_args(options[0])]  # a union
     choices = [c for o in options if typing.get_origin(o) is Literal for c in typing.get_args(o)]
     if choices and value in choices:
@@ -225,6 +227,8 @@ def check_values(config: Any) -> None:
             raise UserError(f"{flag} {value}: must be a finite number", every_rank=True)
         if name in positive and value <= 0:
             raise UserError(f"{flag} {value}: must be above 0", every_rank=True)
+        if name == "seed" and value >= 2**63:
+            raise UserError(f"{flag} {value}: must be below 2**63", every_rank=True)
         if name in not_negative and value < 0:
             raise UserError(f"{flag} {value}: must not be negative", every_rank=True)
         if name in shares and not 0 <= value <= 1:
@@ -240,8 +244,14 @@ def is_free(config_class: type, name: str) -> bool:
 
 
 def numbers_of(config: Any) -> dict[str, Any]:
-    """The fields that enter the numbers of a run."""
-    return {n: v for n, v in dataclasses.asdict(config).items() if not is_free(type(config), n)}
+    """The fields that enter the numbers of a run; 10 and 10.0 are the same number of epochs."""
+    hints = typing.get_type_hints(type(config))
+    values = {n: v for n, v in dataclasses.asdict(config).items() if not is_free(type(config), n)}
+    return {n: float(v) if is_float(hints[n]) and v is not None else v for n, v in values.items()}
+
+
+def is_float(hint: Any) -> bool:
+    return hint is float or float in typing.get_args(hint)
 
 
 def config_hash(config: Any) -> str:

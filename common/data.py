@@ -103,10 +103,14 @@ def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, 
     val = scan_folder(root, "val", flat_allowed=name == "imagefolder", name=name)
     if val.labels is None or train.labels is None:
         return train, None
-    if val.classes != train.classes:
-        odd = sorted(set(val.classes) ^ set(train.classes))
-        raise UserError(f"{root}: train/ and val/ differ in class folders: {odd[:3]}", True)
+    check_same_classes(root, train, val, "val")
     return train, val
+
+
+def check_same_classes(root: Path, train: Images, test: Images, split: str) -> None:
+    if test.classes != train.classes:
+        odd = sorted(set(test.classes) ^ set(train.classes))
+        raise UserError(f"{root}: train/ and {split}/ differ in class folders: {odd[:3]}", True)
 
 
 def photo_patches(split: str) -> ArrayImages:
@@ -175,7 +179,9 @@ def load_cifar10(root: Path, download: bool) -> tuple[ArrayImages, ArrayImages]:
     check_folder(root)
     if not (root / "test").is_dir():
         raise UserError(f"{root} has no folder test/ beside train/", every_rank=True)
-    return cifar10_folder(root, "train", 50_000), cifar10_folder(root, "test", 10_000)
+    train, test = cifar10_folder(root, "train", 50_000), cifar10_folder(root, "test", 10_000)
+    check_same_classes(root, train, test, "test")
+    return train, test
 
 
 def cifar10_batches(root: Path, train: bool, download: bool = False) -> ArrayImages:
@@ -197,7 +203,11 @@ def cifar10_folder(root: Path, split: str, expected: int) -> ArrayImages:
         copy += f", {len(files)} of {expected} {split} images"
     pixels = np.empty((len(files), 32, 32, 3), dtype=np.uint8)
     for index in range(len(files)):
-        image = files.load(index)
+        try:
+            image = files.load(index)
+        except UserError as error:  # all ranks read all of CIFAR-10 at the start
+            text = str(error).removesuffix(", or use --on-bad-image skip")
+            raise UserError(text, every_rank=True) from None
         if image.size != (32, 32):
             raise UserError(
                 f"{files.path(index)} is {image.width}x{image.height}: CIFAR-10's images are 32x32",
@@ -242,6 +252,23 @@ class RankBatches:
             yield [(epoch, int(sample)) for sample in order[start : start + local]]
 
 
+def load_or_next(
+    images: Images, sample: int, skip: bool
+) -> tuple[Image.Image | None, int, list[str]]:
+    """(image, its number, error texts): with `skip` the next readable image in place of an
+    unreadable one, else None for it.
+    """
+    problems: list[str] = []
+    while True:
+        try:
+            return images.load(sample), sample, problems
+        except UserError as error:
+            problems.append(str(error))
+            if not skip or len(problems) > SKIP_LIMIT:
+                return None, sample, problems
+            sample = (sample + 1) % len(images)
+
+
 class ViewDataset(torch.utils.data.Dataset):
     """(epoch, sample) -> the sample's views, its number, and what went wrong.
 
@@ -254,16 +281,9 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, sample = key
-        problems: list[str] = []
-        while True:
-            try:
-                image = self.images.load(sample)
-                break
-            except UserError as error:
-                problems.append(str(error))
-                if not self.skip or len(problems) > SKIP_LIMIT:
-                    return None, sample, problems
-                sample = (sample + 1) % len(self.images)
+        image, sample, problems = load_or_next(self.images, sample, self.skip)
+        if image is None:
+            return None, sample, problems
         views = [
             view(image, view_rng(self.seed, epoch, sample, number))
             for number, view in enumerate(self.views)
@@ -300,33 +320,55 @@ def view_loader(
 
 
 class CenterDataset(torch.utils.data.Dataset):
-    """Sample -> its evaluation view, uint8 (3,size,size)."""
+    """Sample -> its evaluation view, uint8 (3,size,size), and what went wrong; an unreadable
+    image is an error text, with `skip` the next readable one takes its place.
+    """
 
-    def __init__(self, images: Images, samples: np.ndarray, size: int):
-        self.images, self.samples, self.size = images, samples, size
+    def __init__(self, images: Images, samples: np.ndarray, size: int, skip: bool):
+        self.images, self.samples, self.size, self.skip = images, samples, size, skip
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return center_view(self.images.load(int(self.samples[index])), self.size)
+    def __getitem__(self, index: int) -> tuple[Tensor | None, list[str]]:
+        image, _, problems = load_or_next(self.images, int(self.samples[index]), self.skip)
+        return (None if image is None else center_view(image, self.size)), problems
+
+
+def collate_center(items: list) -> tuple[Tensor | None, list[str]]:
+    problems = [text for _, texts in items for text in texts]
+    if any(view is None for view, _ in items):
+        return None, problems
+    return torch.stack([view for view, _ in items]), problems
 
 
 def center_batches(
-    images: Images, samples: np.ndarray, size: int, batch: int = 256, workers: int = 0
+    images: Images,
+    samples: np.ndarray,
+    size: int,
+    batch: int = 256,
+    workers: int = 0,
+    skip_bad_images: bool = False,
 ) -> Iterator[Tensor]:
-    """Evaluation views of the given samples, uint8 (N,3,size,size), in order."""
+    """Evaluation views of the given samples, uint8 (N,3,size,size), in order. An unreadable image
+    raises UserError, or with `skip_bad_images` the next readable one takes its place.
+    """
     if isinstance(images, ArrayImages) and images.pixels.shape[1:3] == (size, size):
         for first in range(0, len(samples), batch):
             pixels = images.pixels[samples[first : first + batch]]
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
         return
-    yield from torch.utils.data.DataLoader(
-        CenterDataset(images, samples, size),
+    loader = torch.utils.data.DataLoader(
+        CenterDataset(images, samples, size, skip_bad_images),
         batch_size=batch,
         num_workers=workers,
+        collate_fn=collate_center,
         worker_init_fn=ignore_stop_signals,
     )
+    for views, problems in loader:
+        if views is None:
+            raise UserError(problems[-1])
+        yield views
 
 
 def default_workers(ranks_here: int) -> int:
@@ -335,6 +377,8 @@ def default_workers(ranks_here: int) -> int:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Schedulers signal every process of a job; only the training process answers."""
+    """Schedulers signal every process of a job; only the training process answers. (`command`
+    ends workers that an error leaves behind, since they ignore the usual request.)
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -78,6 +79,8 @@ def command(main: Callable[[], None]) -> int:
         )
         return EXIT_USER_ERROR
     finally:
-        # loader workers ignore the stop signals (a scheduler sends them to every process)
+        # loader workers ignore the stop signals (a scheduler sends them to every process), and
+        # the loader would raise an error of its own at their death
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()

@@ -56,6 +56,7 @@ def vote(
 ) -> float:
     """Accuracy of the weighted vote; cosines and labels (N,k), truth (N,)."""
     votes = similarity.new_zeros(len(similarity), classes)
+    similarity = similarity - similarity.max(dim=1, keepdim=True).values  # exp cannot overflow
     votes.scatter_add_(1, labels, (similarity / temperature).exp())
     return (votes.argmax(dim=1) == truth.to(votes.device)).double().mean().item()
 
@@ -68,13 +69,14 @@ def extract_features(
     image_size: int,
     workers: int = 0,
     autocast=None,
+    skip_bad_images: bool = False,
 ) -> Tensor:
     """(len(samples), embed_dim) features of the evaluation views, encoder in eval mode."""
     weight = next(encoder.parameters())
     training = encoder.training
     encoder.eval()
     features = []
-    for views in center_batches(images, samples, image_size, workers=workers):
+    for views in center_batches(images, samples, image_size, 256, workers, skip_bad_images):
         inputs = to_input(views, weight.device, weight.dtype)
         if autocast is None:
             features += full_precision(encoder(inputs))
@@ -95,6 +97,7 @@ def knn_of_encoder(
     image_size: int,
     workers: int = 0,
     autocast=None,
+    skip_bad_images: bool = False,
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
@@ -105,18 +108,21 @@ def knn_of_encoder(
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     share = np.arange(rank, len(train), ranks)
-    train_x = extract_features(encoder, train, share, image_size, workers, autocast)
+    how = image_size, workers, autocast, skip_bad_images
+    train_x = extract_features(encoder, train, share, *how)
     train_y = torch.from_numpy(train.labels[share])
     padded = -(-len(test) // ranks) * ranks  # gathers need equal rows: the last ones repeat
     queries = np.minimum(np.arange(rank, padded, ranks), len(test) - 1)
-    test_x = extract_features(encoder, test, queries, image_size, workers, autocast)
+    test_x = extract_features(encoder, test, queries, *how)
     test_x = distributed.gather(test_x)
     truth = torch.from_numpy(test.labels)
     order = torch.arange(padded).view(-1, ranks).T.reshape(-1)  # sample of each gathered row
     test_x = test_x[order.argsort()][: len(test)]
-    k = min(k, len(train) // ranks)  # every rank can give as many
     similarity, labels = nearest_labels(train_x, train_y, test_x, k)
     if ranks > 1:
+        k = min(k, len(train))
+        missing = (0, k - similarity.shape[1])  # a small share cannot give k: nothing, of no weight
+        similarity, labels = F.pad(similarity, missing, value=-torch.inf), F.pad(labels, missing)
         similarity = distributed.gather(similarity.T).T
         labels = distributed.gather(labels.T).T
         best = similarity.topk(k, dim=1)

@@ -432,6 +432,7 @@ class Run:
             self.config.image_size,
             self.workers,
             self.autocast,
+            self.config.on_bad_image == "skip",
         )
 
     def write_epoch(self, record: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def linear_readout(train_x, train_y, test_x, test_y) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    steps = [StandardScaler(), LogisticRegression(C=0.1, max_iter=300)]
+    steps = [StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)]
     if train_x.shape[1] > 512:  # 3072 pixels would take a minute
         steps.insert(0, PCA(256, random_state=0))
     return make_pipeline(*steps).fit(train_x.numpy(), train_y).score(test_x.numpy(), test_y)

@@ -126,12 +126,12 @@ PRESETS = {
     "photos": {
         "arch": "tiny",
         **SMALL_IMAGES,
-        "epochs": 20,
-        "batch_size": 256,
-        "lr": 0.12,
-        "lr_batch": 256,
+        "epochs": 12,
+        "batch_size": 64,
+        "lr": 0.02,
+        "lr_batch": 64,
         "queue_size": 2048,
-        "knn_every": 5,
+        "knn_every": 4,
     },
 }
 

@@ -28,7 +28,7 @@ WIDTHS = {  # embed_dim, and the number of weights of torchvision's and timm's e
     "vit_small": (384, None),
     "vit_small_mocov3": (384, None),
     "vit_base": (768, None),
-    "tiny": (128, None),
+    "tiny": (64, None),
 }
 SIZE = 64  # pixels: 4x4 patches
 BUILT: dict[str, nn.Module] = {}

@@ -70,7 +70,7 @@ def test_runs_end_to_end(recipe, flags, tmp_path):
         assert steps[-1]["positiveness_mean"] == pytest.approx(1 / 30, rel=1e-5)
         assert steps[-1]["positiveness_std"] >= 0
     encoder, metadata = load_backbone(tmp_path / "run")
-    assert encoder.embed_dim == 128 and metadata["recipe"] == recipe
+    assert encoder.embed_dim == 64 and metadata["recipe"] == recipe
     for picture in ("curves.png", "neighbours.png"):
         with Image.open(tmp_path / "run" / picture) as image:
             assert min(image.size) > 200
