@@ -244,10 +244,8 @@ def is_free(config_class: type, name: str) -> bool:
 
 
 def numbers_of(config: Any) -> dict[str, Any]:
-    """The fields that enter the numbers of a run; 10 and 10.0 are the same number of epochs."""
-    hints = typing.get_type_hints(type(config))
-    values = {n: v for n, v in dataclasses.asdict(config).items() if not is_free(type(config), n)}
-    return {n: float(v) if is_float(hints[n]) and v is not None else v for n, v in values.items()}
+    """The fields that enter the numbers of a run."""
+    return {n: v for n, v in dataclasses.asdict(config).items() if not is_free(type(config), n)}
 
 
 def is_float(hint: Any) -> bool:
@@ -256,7 +254,10 @@ def is_float(hint: Any) -> bool:
 
 def config_hash(config: Any) -> str:
     """12 hexadecimal digits over the fields that enter the numbers."""
-    text = json.dumps(numbers_of(config), sort_keys=True)
+    hints = typing.get_type_hints(type(config))
+    values = numbers_of(config)  # 10 and 10.0 are the same number of epochs
+    values = {n: float(v) if is_float(hints[n]) and v is not None else v for n, v in values.items()}
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -10,7 +10,6 @@ import subprocess
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -146,31 +145,32 @@ def same_on_all_ranks(module: nn.Module) -> None:
             dist.broadcast(tensor.data, src=0)
 
 
-def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def rank_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Batch norms that take their statistics over all ranks: PyTorch's on CUDA, ours on CPU.
 
-    Without a process group the module comes back as it is.
+    Ours also on one rank: PyTorch's CPU kernel rounds (N,C) inputs so much worse that a ReLU or a
+    look-up of the first step flipped between one rank and two.
     """
-    if world_size() == 1:
-        return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        several = world_size() > 1
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module) if several else module
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(module, name, CpuSyncBatchNorm.of(child))
+            setattr(module, name, RankBatchNorm.of(child))
         else:
-            sync_batch_norm(child, device)
+            rank_batch_norm(child, device)
     return module
 
 
-class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over all ranks on CPU, where PyTorch's SyncBatchNorm has no path.
 
-    Mean first, then the variance about it: two small all-reduces, and no cancellation.
+    Mean first, then the variance about it: two small all-reduces, and no cancellation. Sums are
+    taken in float64, so that one rank and several round alike.
     """
 
     @classmethod
-    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "CpuSyncBatchNorm":
+    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "RankBatchNorm":
         """The same layer, sharing the parameters and buffers of `norm`."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
         new.weight, new.bias = norm.weight, norm.bias
@@ -196,36 +196,39 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Batch norm in training with the statistics of all ranks, summed in float64."""
+    """Batch norm in training with the statistics of all ranks; sums in float64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
         axes, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
         count = x.numel() // x.shape[1] * world_size()  # ranks hold equally many images
-        wide = x.double()
-        mean = all_reduce_sum(wide.sum(axes)) / count
-        var = all_reduce_sum((wide - mean.view(shape)).square().sum(axes)) / count
-        # PyTorch's own kernel applies them, so that one rank and several round alike
-        y = F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), weight, bias, False, 0.0, eps)
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        mean = all_reduce_sum(x.sum(axes, dtype=torch.float64)) / count
+        normalised = x - mean.to(x.dtype).view(shape)
+        var = all_reduce_sum(normalised.square().sum(axes, dtype=torch.float64)) / count
+        inverse_std = (var + eps).rsqrt().to(x.dtype).view(shape)
+        normalised *= inverse_std
+        ctx.save_for_backward(normalised, weight, inverse_std)
         ctx.axes, ctx.shape, ctx.count = axes, shape, count
         ctx.mark_non_differentiable(mean, var)
+        if weight is None:
+            return normalised.clone(), mean, var, count
+        y = torch.addcmul(bias.view(shape), normalised, weight.view(shape))
         return y, mean, var, count
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor):
-        x, weight, mean, inverse_std = ctx.saved_tensors
-        axes, shape, count = ctx.axes, ctx.shape, ctx.count
-        wide = grad.double()
-        normalised = (x.double() - mean.view(shape)) * inverse_std.view(shape)
-        grad_bias, grad_weight = wide.sum(axes), (wide * normalised).sum(axes)
-        sums = all_reduce_sum(torch.stack([grad_bias, grad_weight])) / count
-        scale = inverse_std if weight is None else inverse_std * weight.double()
-        grad_x = wide - sums[0].view(shape) - normalised * sums[1].view(shape)
-        grad_x = (grad_x * scale.view(shape)).to(x.dtype)
+        normalised, weight, inverse_std = ctx.saved_tensors
+        axes, shape = ctx.axes, ctx.shape
+        grad_bias = grad.sum(axes, dtype=torch.float64)
+        grad_weight = (grad * normalised).sum(axes, dtype=torch.float64)
+        means = all_reduce_sum(torch.stack([grad_bias, grad_weight])) / ctx.count
+        means = means.to(grad.dtype)
+        grad_x = grad - means[0].view(shape)
+        grad_x.addcmul_(normalised, means[1].view(shape), value=-1)
         if weight is None:
-            return grad_x, None, None, None
-        return grad_x, grad_weight.to(x.dtype), grad_bias.to(x.dtype), None
+            return grad_x.mul_(inverse_std), None, None, None
+        grad_x *= inverse_std * weight.view(shape)
+        return grad_x, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), None
 
 
 class _Gather(torch.autograd.Function):

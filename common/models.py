@@ -75,7 +75,7 @@ def build_tiny() -> nn.Module:
     """The demo's CNN for 32x32 pixels: six 3x3 convolutions, 72 thousand weights."""
     layers: list[nn.Module] = []
     channels = 3
-    for width, stride in ((16, 1), (16, 2), (32, 2), (32, 1), (64, 2), (64, 1)):
+    for width, stride in ((16, 2), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)):
         layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         channels = width

@@ -109,7 +109,7 @@ class Run:
         module = module.to(self.device, self.dtype)
         if self.device.type == "cuda":
             module = module.to(memory_format=torch.channels_last)
-        module = distributed.sync_batch_norm(module, self.device)
+        module = distributed.rank_batch_norm(module, self.device)
         distributed.same_on_all_ranks(module)
         return module
 

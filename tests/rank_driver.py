@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common import distributed
+from common import distributed, results
 from common.support_set import SupportSet
 
 folder, recipe_name, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -57,6 +57,6 @@ if recipe_name == "snclr":
     recipe.snclr_loss = noting_loss
 
 # the pictures of the end look neighbours up too, on rank 0 alone
-recipe.Run.draw = lambda *arguments: None
+results.draw_neighbours = lambda *arguments: None
 recipe.main(flags)
 torch.save(seen, folder / f"rank{rank}.pt")

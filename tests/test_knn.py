@@ -159,7 +159,7 @@ def test_features_come_in_the_order_of_the_samples(photo_sets):
     torch.manual_seed(0)
     encoder, samples = build_encoder("tiny").double(), np.array([7, 0, 200, 7])
     features = extract_features(encoder, photo_sets[0], samples, 32)
-    assert features.shape == (4, 128) and not features.requires_grad
+    assert features.shape == (4, 64) and not features.requires_grad
     assert torch.equal(features[0], features[3])
     for row, sample in zip(features, samples, strict=True):
         alone = extract_features(encoder, photo_sets[0], np.array([sample]), 32)[0]
