@@ -79,12 +79,12 @@ PRESETS = {
     "photos": {
         "arch": "tiny",
         **SMALL_IMAGES,
-        "epochs": 12,
+        "epochs": 10,
         "batch_size": 64,
         "lr": 0.02,
         "lr_batch": 64,
         "queue_size": 2048,
-        "knn_every": 4,
+        "knn_every": 5,
     },
 }
 
