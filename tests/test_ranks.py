@@ -1,5 +1,7 @@
 """One process against two: the same global batch gives the same run (gloo, float64 and float32)."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,8 @@ def state_of(run):
 @pytest.mark.parametrize("case", RECIPES)
 def test_two_ranks_train_as_one_in_float64(case, tmp_path):
     flags = ["--precision", "fp64", "--max-steps", str(STEPS)]
+    if case == "nnclr":
+        flags += ["--knn-every", "1"]
     one, (seen_one,) = run_on(1, tmp_path, case, *flags)
     two, seen_two = run_on(2, tmp_path, case, *flags)
     assert len(step_losses(one)) == STEPS
@@ -45,6 +49,10 @@ def test_two_ranks_train_as_one_in_float64(case, tmp_path):
     for seen in seen_two:
         for a, b in zip(seen_one["positions"], seen["positions"], strict=True):
             assert torch.equal(a, b)
+    if case == "nnclr":  # spread over ranks, merged: the same accuracy
+        for name in ("knn_before", "knn"):
+            accuracies = [json.loads((r / "results.json").read_text())[name] for r in (one, two)]
+            assert accuracies[0] == accuracies[1] > 1 / 18
     state_one, state_two = state_of(one), state_of(two)
     queue_one, queue_two = (s.pop("queue")["ranks"][0] for s in (state_one, state_two))
     for name, value in queue_one.items():

@@ -164,7 +164,7 @@ def test_truncated_jpeg_stops_or_is_skipped(capsys, folder, tmp_path, workers):
     path = folder / "train" / "class1" / "03.jpg"
     path.write_bytes(path.read_bytes()[:400])
     flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--workers", workers]
-    flags += ["--knn-every", "0"]
+    flags += ["--knn-every", "1"]  # the monitor reads the image too
     error = error_of(capsys, "snclr", *flags)
     assert str(path) in error and "--on-bad-image skip" in error
     flags += ["--on-bad-image", "skip", "--resume", "never"]
