@@ -18,6 +18,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def ranks_on_this_machine() -> int:
+    """How many ranks share this machine's cores: torchrun says it, else one per GPU in use."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return min(world_size(), torch.cuda.device_count()) or world_size()
+
+
 def world_size() -> int:
     """The number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -186,6 +193,8 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
+        if x.dtype in (torch.bfloat16, torch.float16):  # autocast: statistics in full precision
+            x = x.float()
         y, mean, var, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1

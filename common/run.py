@@ -62,7 +62,7 @@ class Run:
             self.warn(f"the lr warm-up of {config.warmup_epochs:g} epochs covers the whole run")
         self.workers = config.workers
         if self.workers < 0:
-            self.workers = default_workers(min(self.ranks, max(1, torch.cuda.device_count())))
+            self.workers = default_workers(distributed.ranks_on_this_machine())
         self.folder = distributed.from_rank_zero(self.choose_folder())
         self.step, self.seconds = 0, 0.0
         self.last_saved_step, self.last_knn = 0, None

@@ -51,7 +51,7 @@ def error_of(capsys, recipe, *flags):
         ("nnclr", ["--momentum-encoder", "--multi-crop", "--symmetric-loss"]),
         ("nnsiam", []),
         ("snclr", ["--neighbour-free-epochs", "0"]),
-        ("snclr", ["--follow", "official"]),
+        ("snclr", ["--follow", "official", "--precision", "bf16"]),
     ],
 )
 def test_runs_end_to_end(recipe, flags, tmp_path):
