@@ -63,7 +63,8 @@ class RunConfig:
     knn_every: int = free(10)  # epochs between k-NN evaluations (and one before); 0: none
     checkpoint_minutes: float = free(15.0)  # minutes between checkpoints within an epoch
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
-    on_bad_image: Literal["stop", "skip"] = "stop"  # skip: log an unreadable image, take the next
+    # skip: log an unreadable image, take the next
+    on_bad_image: Literal["stop", "skip"] = free("stop")
     config: str = free("")  # YAML file with values for these flags; flags win over it
 
 

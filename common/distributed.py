@@ -39,7 +39,9 @@ def start() -> torch.device:
     ranks_from_slurm()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    device = torch.device("cpu")
+    if use_cuda:  # modulo: a scheduler may show each task its own GPU only
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
     if use_cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():

@@ -46,6 +46,12 @@ def say_error(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    text = str(error).lower()
+    return any(t in text for t in ("connection closed by peer", "connection reset", "broken pipe"))
+
+
 def command(main: Callable[[], None]) -> int:
     """Runs a script's `main` and turns its outcome into an exit code and at most one line.
 
@@ -68,6 +74,11 @@ def command(main: Callable[[], None]) -> int:
     except torch.OutOfMemoryError as error:
         text = str(error).split(". ")[0]
         say_error(f"{text}: use a smaller --batch-size, more ranks or --precision bf16")
+        return EXIT_USER_ERROR
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not lost_peer(error):
+            raise
+        say_error(f"another rank ended, see its error: {error}")
         return EXIT_USER_ERROR
     except OSError as error:
         if not is_disk_error(error):

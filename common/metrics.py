@@ -49,7 +49,13 @@ def means(records: list[dict[str, Any]]) -> dict[str, float]:
         for name, value in record.items():
             if name not in ("kind", "epoch", "step", "memory_gb"):
                 sums.setdefault(name, []).append(value)
-    return {name: math.fsum(values) / len(values) for name, values in sums.items()}
+    result = {name: math.fsum(values) / len(values) for name, values in sums.items()}
+    if rates := sums.get("images_per_second"):  # all images over all seconds
+        seconds = [1 / rate for rate in rates]
+        result["images_per_second"] = len(rates) / math.fsum(seconds)
+        waits = [w * s for w, s in zip(sums["data_wait"], seconds, strict=True)]
+        result["data_wait"] = math.fsum(waits) / math.fsum(seconds)
+    return result
 
 
 class Wandb:

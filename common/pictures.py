@@ -9,6 +9,7 @@ PANELS = (
     ("loss", "loss"),
     ("knn", "k-NN accuracy"),
     ("lr", "learning rate"),
+    ("momentum", "momentum of the copy"),
     ("embedding_std", "std of the normalised embedding"),
     ("effective_rank", "effective rank"),
     ("neighbour_purity", "retrieved with the query's label"),

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common import checkpoint, distributed, environment, metrics, results
 from common.augment import View, to_input
 from common.config import changed_fields
-from common.data import RankBatches, default_workers, load_dataset, view_loader
+from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
 from common.errors import Stopped, UserError, say_error
 from common.knn import knn_of_encoder
 from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
@@ -48,7 +48,7 @@ class Run:
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.check_batch()
-        self.train, self.test = load_dataset(config.dataset, config.data, config.download)
+        self.train, self.test = self.load_images()
         self.steps_per_epoch = len(self.train) // config.batch_size
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -86,6 +86,18 @@ class Run:
                 f"--batch-size {batch}: each of {self.ranks} ranks needs 2 images", True
             )
 
+    def load_images(self) -> tuple[Images, Images | None]:
+        """The dataset; what is to be downloaded comes first, by rank 0 alone."""
+        config, error = self.config, None
+        if config.download and self.rank == 0:
+            try:
+                load_dataset(config.dataset, config.data, download=True)
+            except UserError as problem:
+                error = str(problem)
+        if (error := distributed.from_rank_zero(error)) is not None:
+            raise UserError(error, every_rank=True)
+        return load_dataset(config.dataset, config.data)
+
     def choose_folder(self) -> Path:
         config = self.config
         name = f"{config.dataset}-{config.arch}-{config.seed}"
@@ -103,6 +115,8 @@ class Run:
         torch.manual_seed(self.config.seed)
         torch.backends.cudnn.benchmark = False  # bit-identity after a restart
         torch.backends.cudnn.deterministic = True
+        if self.config.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions is True
 
     def place(self, module: nn.Module) -> nn.Module:
         """The module on this run's device, in its precision, with batch norms over all ranks."""
@@ -147,6 +161,8 @@ class Run:
         path = distributed.from_rank_zero(path)
         if path is not None:
             self.restore(path)
+        elif distributed.from_rank_zero(results.is_finished(self)):
+            self.step = self.last_step  # results without a checkpoint: nothing is trained anew
         if self.step > self.last_step:
             raise UserError(
                 f"{self.folder} is at step {self.step}, beyond --max-steps {self.last_step}", True
@@ -155,14 +171,16 @@ class Run:
         distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            kept = metrics.cut(self.folder / metrics.NAME, self.step if path else -1)
+            kept = metrics.cut(self.folder / metrics.NAME, self.step or -1)
             self.epoch_records = [
                 r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
             ]
             if not results.is_finished(self):
                 environment.record_start(self.folder, description)
             saved = {"recipe": self.recipe, **dataclasses.asdict(self.config)}
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+            beside = self.folder / "config.partial"
+            beside.write_text(yaml.safe_dump(saved, sort_keys=False))
+            beside.replace(self.folder / "config.yaml")
         self.wandb = metrics.Wandb(
             self.config.wandb and self.rank == 0 and not results.is_finished(self),
             self.folder,
@@ -282,6 +300,8 @@ class Run:
             asked = time.monotonic()
             for pixels, ids, problems, must_stop in loader:
                 self.report_problems(problems, must_stop)
+                if distributed.any_rank([must_stop])[0]:
+                    raise UserError("another rank met an unreadable image", every_rank=True)
                 inputs = [to_input(view, self.device, self.dtype) for view in pixels]
                 self.waited = time.monotonic() - asked
                 yield self.step, inputs, ids.to(self.device, non_blocking=True)
@@ -291,6 +311,7 @@ class Run:
 
     def report_problems(self, problems: list[str], must_stop: bool) -> None:
         if must_stop:
+            distributed.any_rank([True])  # all ranks stop here, none waits for this one
             raise UserError(problems[-1])
         for text in problems:
             say_error(f"{text.split(': mend')[0]}; the next image takes its place")
@@ -305,11 +326,11 @@ class Run:
             disable=None if self.rank == 0 else True,  # None: only on a terminal
         )
 
-    def log(self, loss: Tensor, **values: Tensor | float) -> None:
+    def log(self, loss: Tensor, grad_norm: Tensor, **values: Tensor | float) -> None:
         """Notes this step's metrics; tensors stay on the device until the next flush."""
         self.waiting.append(
             {"kind": "step", "epoch": self.epoch_of(self.step), "step": self.step + 1}
-            | {"loss": loss.detach()}
+            | {"loss": loss.detach(), "grad_norm": grad_norm.detach()}
             | {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
         )
 
@@ -383,15 +404,16 @@ class Run:
                 places, distributed.mean_over_ranks(values).tolist(), strict=True
             ):
                 record[name] = value
-        good = [metrics.finite(r) for r in records if "loss" in metrics.finite(r)]
+        good = [r for r in map(metrics.finite, records) if {"loss", "grad_norm"} <= set(r)]
         if self.rank == 0:
             metrics.write(self.folder / metrics.NAME, good)
             self.epoch_records += good
             self.wandb.log(good)
         if len(good) < len(records):
-            bad = next(r for r in records if "loss" not in metrics.finite(r))
+            bad = next(r for r in records if not {"loss", "grad_norm"} <= set(metrics.finite(r)))
             raise UserError(
-                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): the "
+                f"the loss is {bad['loss']} and its gradient {bad['grad_norm']} at step "
+                f"{bad['step']} (epoch {bad['epoch']}): the "
                 f"checkpoint of step {self.last_saved_step} is kept; try a lower --lr or fp32",
                 every_rank=True,
             )
@@ -482,7 +504,10 @@ class Run:
                 accuracy = self.knn(due=True)  # stopped within an epoch, or continued at its end
             if self.rank == 0:
                 results.draw_curves(self, queue.dim)
-                results.draw_neighbours(self, queue, select, weigh, k)
+                try:
+                    results.draw_neighbours(self, queue, select, weigh, k)
+                except UserError as error:  # an unreadable image costs the picture, not the run
+                    self.warn(f"no neighbours.png: {error}")
                 results.write(self, accuracy)
                 self.wandb.finish()
         if self.rank == 0:

@@ -211,18 +211,19 @@ def main(argv: list[str] | None = None) -> None:
         average_gradients(model)
         optimizer.step()
 
+        t = config.momentum
+        if config.momentum_schedule == "cosine":
+            t = warmup_cosine(step, run.total_steps, 0, base=config.momentum, end=1.0)
         retrieved = Q.ids[torch.cat([found1, found2], dim=1)]
         run.log(
             loss=loss,
             lr=rate,
             grad_norm=grad_norm(model),
             **run.watch(z1, ids, retrieved, labels),
+            **({"momentum": t} if f_m else {}),
         )
         Q.enqueue(zq1, ids)  # only view 1, after both look-ups
         if f_m:
-            t = config.momentum
-            if config.momentum_schedule == "cosine":
-                t = warmup_cosine(step, run.total_steps, 0, base=config.momentum, end=1.0)
             update_momentum(f_m, model.f, t)
 
     run.finish(Q, select=f_m or model.f)

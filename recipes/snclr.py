@@ -288,22 +288,23 @@ def main(argv: list[str] | None = None) -> None:
         average_gradients(model)
         optimizer.step()
 
+        # the momentum of the step to come: the update after this step is then what the code does,
+        # which updates before it computes the keys
+        m = config.momentum
+        if config.momentum_schedule == "cosine":
+            m = warmup_cosine(step + 1, run.total_steps, 0, base=config.momentum, end=1.0)
         retrieved = queue.ids[torch.cat([found1, found2], dim=1)] if k else None
         run.log(
             loss=loss,
             lr=rate,
+            momentum=m,
             grad_norm=grad_norm(model),
             **run.watch(y1, ids, retrieved, labels),
             **(positiveness_statistics(y1, near2) if k else {}),
         )
         queue.enqueue(key2, ids)  # view 2 of the momentum branch only, after both look-ups (code)
 
-        # after the step (Sec. 3.2); with the momentum of the step to come it is what the code
-        # does, which updates before it computes the keys
-        m = config.momentum
-        if config.momentum_schedule == "cosine":
-            m = warmup_cosine(step + 1, run.total_steps, 0, base=config.momentum, end=1.0)
-        update_momentum(target, model.branch, m)
+        update_momentum(target, model.branch, m)  # after the step (Sec. 3.2)
 
     run.finish(
         queue,

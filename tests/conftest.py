@@ -34,8 +34,8 @@ def run_script(script: str, *flags: str, timeout: float = 240, **extra: str):
     )
 
 
-def run_ranks(ranks: int, script: str, *flags: str, timeout: float = 240) -> None:
-    """Runs a script on several ranks of one gloo group; fails with the first rank's output."""
+def start_ranks(ranks: int, script: str, *flags: str) -> list[subprocess.Popen]:
+    """A process for each rank of one gloo group, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,6 +52,12 @@ def run_ranks(ranks: int, script: str, *flags: str, timeout: float = 240) -> Non
                 text=True,
             )
         )
+    return processes
+
+
+def run_ranks(ranks: int, script: str, *flags: str, timeout: float = 240) -> None:
+    """Runs a script on several ranks; fails with the first rank's output."""
+    processes = start_ranks(ranks, script, *flags)
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output

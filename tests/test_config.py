@@ -392,7 +392,12 @@ def test_every_recipe_has_the_flags_that_all_share(recipe):
 # -- what enters the numbers --------------------------------------------------------------------
 
 FREE = {"data", "output", "workers", "wandb", "knn_every", "checkpoint_minutes", "resume"}
-FREE |= {"download", "config", "max_steps"}  # schedules go on as if max-steps were not
+FREE |= {
+    "download",
+    "config",
+    "on_bad_image",
+    "max_steps",
+}  # schedules go on as if max-steps were not
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, only_error, run_ranks, run_script
+from conftest import ROOT, SMALL, environment, only_error, run_ranks, run_script, start_ranks
 from PIL import Image
 
 from common import checkpoint, metrics, photos
@@ -234,13 +235,32 @@ def test_a_finished_run_prints_its_results_and_changes_nothing(whole):
     assert before == {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.glob("*.p*")}
 
 
-def test_two_ranks_resume_with_their_private_queues(tmp_path):
+def test_two_ranks_agree_on_a_stop_and_resume_with_their_private_queues(tmp_path):
+    """One rank alone gets the signal; both save the same step and end with 75."""
     flags = ["--follow", "official", "--neighbours", "5", *SMALL, "--queue-size", "100"]
+    flags += ["--max-steps", "40"]
     a, b = tmp_path / "a", tmp_path / "b"
-    run_ranks(2, "recipes/snclr.py", *flags, "--output", a, "--max-steps", "4")
-    run_ranks(2, "recipes/snclr.py", *flags, "--output", b, "--max-steps", "2")
-    run_ranks(2, "recipes/snclr.py", *flags, "--output", b, "--max-steps", "4")
+    run_ranks(2, "recipes/snclr.py", *flags, "--output", a)
+    processes = start_ranks(2, "recipes/snclr.py", *flags, "--output", b)
+    wait_for_step(b, 3, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], outputs
+    assert 3 <= checkpoint.load(b / "checkpoint.pt")["step"] < 40
+    run_ranks(2, "recipes/snclr.py", *flags, "--output", b)
     assert_same_runs(a, b)
+
+
+def test_results_without_a_checkpoint_are_not_trained_anew(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("nnsiam"), folder)
+    for path in folder.glob("checkpoint*.pt"):
+        path.unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = start("nnsiam", folder, 1)
+    output = again.communicate(timeout=60)[0]
+    assert again.returncode == 0 and "k-NN" in output, output
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_max_steps_keeps_the_schedule_of_the_whole_run(tmp_path):
