@@ -157,8 +157,8 @@ def same_on_all_ranks(module: nn.Module) -> None:
 def rank_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Batch norms that take their statistics over all ranks: PyTorch's on CUDA, ours on CPU.
 
-    Ours also on one rank: PyTorch's CPU kernel rounds (N,C) inputs so much worse that a ReLU or a
-    look-up of the first step flipped between one rank and two.
+    Ours also on one rank: PyTorch's CPU kernel sums (N,C) inputs in float32, and gradients of the
+    first step were once 2 % off the float64 ones on one rank, 2e-6 on two.
     """
     if device.type == "cuda":
         several = world_size() > 1
