@@ -216,8 +216,9 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
 
 def check_values(config: Any) -> None:
     """Bounds that hold for the fields of any recipe that has them."""
-    positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature", "lr_batch"}
+    positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature"}
     not_negative = {"lr", "weight_decay", "warmup_epochs", "seed", "max_steps", "knn_every"}
+    not_negative |= {"lr_batch"}
     not_negative |= {"neighbours", "neighbour_free_epochs", "checkpoint_minutes", "small_crops"}
     shares = {"momentum", "sgd_momentum", "crop_min"}
     for name, value in dataclasses.asdict(config).items():

@@ -166,6 +166,11 @@ def update_momentum(target: nn.Module, online: nn.Module, momentum: float) -> No
     )
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a batch norm is in it: then its output depends on which images come together."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
 def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     """bf16 outputs as float32, others as they are: similarities and losses are never in bf16."""
     return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)

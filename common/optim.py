@@ -92,6 +92,11 @@ def warmup_cosine(
     return end + (base - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def scaled_lr(lr: float, batch: int, lr_batch: int) -> float:
+    """The linear rule lr * batch / lr_batch (Goyal et al. 2017); lr itself for lr_batch 0."""
+    return lr * batch / lr_batch if lr_batch else lr
+
+
 def build_optimizer(
     name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:

@@ -15,12 +15,16 @@ PANELS = (
     ("neighbour_purity", "retrieved with the query's label"),
     ("self_matches", "retrieved the query itself"),
     ("positiveness_std", "spread of the positiveness"),
+    ("choice_", "share of pairs with this least distance"),
+    ("distance_", "mean distance within a pair"),
     ("grad_norm", "gradient norm"),
 )
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
 def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int) -> None:
     """Each metric that a run has over its epochs: steps in pale, epoch means in full colour.
+    A panel whose name ends in _ shows every metric that begins with it.
 
     `dim` is the width of the embedding: its std is 1/sqrt(dim) when spread over the sphere.
     """
@@ -29,25 +33,30 @@ def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int)
     steps = [r for r in records if r["kind"] == "step"]
     last = max((r["step"] for r in records), default=0)
     per_epoch = max((r["step"] / r["epoch"] for r in epochs if r["epoch"]), default=None)
-    panels = [p for p in PANELS if any(p[0] in r for r in records)]
+    logged = [*dict.fromkeys(name for record in records for name in record)]
+    panels = [(lines, label) for p, label in PANELS if (lines := lines_of(p, logged))]
     columns = min(3, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     scale = per_epoch or 1.0
-    for axis, (name, label) in zip(axes.flat, panels, strict=False):
-        for source, style in ((steps, {"alpha": 0.35, "lw": 0.8}), (epochs, {"lw": 1.8})):
-            points = [(r["step"] / scale, r[name]) for r in source if name in r]
-            if points:
-                marker = "o" if len(points) < 30 and source is epochs else None
-                axis.plot(
-                    *zip(*points, strict=True), color="tab:blue", marker=marker, ms=3, **style
-                )
-        if name == "embedding_std":
+    for axis, (lines, label) in zip(axes.flat, panels, strict=False):
+        for name, colour in zip(lines, COLOURS, strict=False):
+            for source, style in ((steps, {"alpha": 0.35, "lw": 0.8}), (epochs, {"lw": 1.8})):
+                points = [(r["step"] / scale, r[name]) for r in source if name in r]
+                if points:
+                    marker = "o" if len(points) < 30 and source is epochs else None
+                    axis.plot(
+                        *zip(*points, strict=True), color=colour, marker=marker, ms=3, **style
+                    )
+        if len(lines) > 1:
+            for name, colour in zip(lines, COLOURS, strict=False):
+                axis.plot([], [], color=colour, label=name.split("_", 1)[1].replace("_", ","))
+            axis.legend(fontsize=7, ncols=2)
+        if lines == ["embedding_std"]:
             axis.axhline(dim**-0.5, color="grey", ls=":", lw=1)
-            axis.set_ylim(bottom=0)
-        if name in ("knn", "neighbour_purity", "self_matches"):
+        if lines[0] in ("embedding_std", "knn", "neighbour_purity", "self_matches", "choice_11_21"):
             axis.set_ylim(bottom=0)
         axis.set_title(label, fontsize=10)
         axis.set_xlim(0, max(last / scale, 1e-9))
@@ -57,6 +66,11 @@ def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     save(figure, path, plt)
+
+
+def lines_of(panel: str, logged: list[str]) -> list[str]:
+    """The metrics that a panel shows, of those that were logged."""
+    return [n for n in logged if n == panel or (panel.endswith("_") and n.startswith(panel))]
 
 
 def draw_neighbours(

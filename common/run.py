@@ -58,8 +58,9 @@ class Run:
             )
         self.total_steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        if 0 < config.epochs <= config.warmup_epochs:
-            self.warn(f"the lr warm-up of {config.warmup_epochs:g} epochs covers the whole run")
+        warmup = getattr(config, "warmup_epochs", 0)  # GSG has none
+        if 0 < config.epochs <= warmup:
+            self.warn(f"the lr warm-up of {warmup:g} epochs covers the whole run")
         self.workers = config.workers
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
@@ -490,22 +491,25 @@ class Run:
 
     def finish(
         self,
-        queue: SupportSet,
-        select: Callable[[Tensor], Tensor],
+        dim: int,
+        queue: SupportSet | None = None,
+        select: Callable[[Tensor], Tensor] | None = None,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
         k: int = results.SHOWN_NEIGHBOURS,
     ) -> None:
-        """Export, pictures, results; prints them. `select` maps images to the embedding that
-        looks neighbours up, `weigh` images and their k neighbours to the positiveness.
+        """Export, pictures, results; prints them. `dim` is the width of the watched embedding.
+        With a queue also neighbours.png: `select` maps images to the embedding that looks
+        neighbours up, `weigh` images and their k neighbours to the positiveness.
         """
         if not distributed.from_rank_zero(results.is_finished(self)):
             accuracy = distributed.from_rank_zero(self.last_knn)
             if accuracy is None:
                 accuracy = self.knn(due=True)  # stopped within an epoch, or continued at its end
             if self.rank == 0:
-                results.draw_curves(self, queue.dim)
+                results.draw_curves(self, dim)
                 try:
-                    results.draw_neighbours(self, queue, select, weigh, k)
+                    if queue is not None:
+                        results.draw_neighbours(self, queue, select, weigh, k)
                 except UserError as error:  # an unreadable image costs the picture, not the run
                     self.warn(f"no neighbours.png: {error}")
                 results.write(self, accuracy)

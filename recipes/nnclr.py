@@ -26,7 +26,7 @@ from common.config import RunConfig, parse
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
 from common.models import build_encoder, full_precision, mlp, momentum_copy, update_momentum
-from common.optim import build_optimizer, grad_norm, set_lr, warmup_cosine
+from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
 
@@ -42,7 +42,7 @@ class Config(RunConfig):
     epochs: int = 1000  # secondary (VISSL fork that quotes the paper)
     batch_size: int = 4096  # global batch; secondary; suppl. C has it for NNSiam
     lr: float = 0.3  # base rate, times batch/lr-batch; secondary (VISSL fork)
-    lr_batch: int = 256  # the batch that --lr is given for; secondary
+    lr_batch: int = 256  # the batch that --lr is given for, 0: not scaled; secondary
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # secondary
     sgd_momentum: float = 0.9  # momentum of LARS or SGD; secondary
     weight_decay: float = 1e-6  # secondary; LARS leaves out biases and norms
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     Q = Q.to(run.device, run.dtype)
     run.warn_of_long_queue(config.queue_size)
 
-    lr = config.lr * config.batch_size / config.lr_batch
+    lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
     optimizer = build_optimizer(
         config.optimizer, model.parameters(), lr, config.sgd_momentum, config.weight_decay
     )
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         if f_m:
             update_momentum(f_m, model.f, t)
 
-    run.finish(Q, select=f_m or model.f)
+    run.finish(config.output_dim, Q, select=f_m or model.f)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from common.config import RunConfig, parse
 from common.distributed import average_gradients
 from common.errors import UserError, command
 from common.models import build_encoder, full_precision, mlp
-from common.optim import build_optimizer, grad_norm, set_lr, warmup_cosine
+from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
 
@@ -40,7 +40,7 @@ class Config(RunConfig):
     epochs: int = 800  # unstated; the 71.3 % that suppl. Table 1 compares with is SimSiam's at 800
     batch_size: int = 4096  # global batch; suppl. C
     lr: float = 0.2  # base rate, times batch/lr-batch; suppl. C
-    lr_batch: int = 256  # the batch that --lr is given for; unstated, as SimSiam Sec. 3
+    lr_batch: int = 256  # the batch of --lr, 0: not scaled; unstated, as SimSiam Sec. 3
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # suppl. C
     sgd_momentum: float = 0.9  # momentum of LARS or SGD; unstated, as SimSiam Sec. 3
     weight_decay: float = 1e-6  # unstated; NNCLR's LARS setting, biases and norms left out
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     Q = Q.to(run.device, run.dtype)
     run.warn_of_long_queue(config.queue_size)
 
-    lr = config.lr * config.batch_size / config.lr_batch
+    lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
     predictor = {"params": model.h.parameters()}
     if config.fixed_predictor_lr:
         predictor["fixed_lr"] = lr
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         Q.enqueue(z1, ids)  # which view is unstated; view 1, as NNCLR's Algorithm 1
 
-    run.finish(Q, select=model.f)
+    run.finish(config.output_dim, Q, select=model.f)
 
 
 if __name__ == "__main__":

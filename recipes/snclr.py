@@ -35,7 +35,7 @@ from common.models import (
     momentum_copy,
     update_momentum,
 )
-from common.optim import build_optimizer, grad_norm, set_lr, warmup_cosine
+from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
 
@@ -65,7 +65,7 @@ class Config(RunConfig):
     epochs: int = 800  # Sec. 4.1 (ResNet-50); ViTs 300
     batch_size: int = 4096  # global batch; App. A
     lr: float = 0.3  # base rate, times batch/lr-batch; Sec. 4.1 (ResNet-50); ViTs 1.5e-4
-    lr_batch: int = 256  # the batch that --lr is given for; Sec. 4.1
+    lr_batch: int = 256  # the batch that --lr is given for, 0: not scaled; Sec. 4.1
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # Sec. 4.1 (ResNet-50); ViTs AdamW
     sgd_momentum: float = 0.9  # momentum of LARS or SGD; unstated; code
     weight_decay: float = 1e-6  # unstated for ResNet-50, the code's default; ViTs 0.1, App. A
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     ).to(run.device, run.dtype)
     run.warn_of_long_queue(config.queue_size)
 
-    lr = config.lr * config.batch_size / config.lr_batch
+    lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
     optimizer = build_optimizer(
         config.optimizer, model.parameters(), lr, config.sgd_momentum, config.weight_decay
     )
@@ -307,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         update_momentum(target, model.branch, m)  # after the step (Sec. 3.2)
 
     run.finish(
+        config.output_dim,
         queue,
         select=target,
         weigh=lambda x, near: positiveness(*full_precision(model.branch(x)), near),

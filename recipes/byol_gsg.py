@@ -1,0 +1,209 @@
+"""BYOL-GSG: BYOL with guided stop-gradient, Lee and Lee, NeurIPS 2023.
+
+BYOL pulls the prediction of each view towards the momentum encoder's projection of the other view.
+Guided stop-gradient looks at two images at once, four views: the two views of different images
+whose momentum projections are nearest become the sources, each is pulled to the other view of its
+own image and so away from the other image. No negative term (App. A, Algorithm 1, "analogously").
+
+    python recipes/byol_gsg.py --data /path/to/imagenet              # 100 epochs, ResNet-50
+    python recipes/byol_gsg.py --no-gsg --data /path/to/imagenet     # its baseline: BYOL
+
+The claim is the difference between the two at equal epochs, on ImageNet and CIFAR-10; the paper's
+tables were at no source at hand. Both wear SimSiam's heads and optimizer and a fixed momentum, so
+BYOL's own numbers are no target. Four views per image: an epoch costs twice the baseline's. See
+recipes/byol_gsg.md.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.augment import View, cifar_view, simsiam_view
+from common.config import RunConfig, parse
+from common.distributed import average_gradients
+from common.errors import UserError, command
+from common.gsg import (
+    Pairing,
+    choice_statistics,
+    draw_pairs,
+    gsg_loss,
+    guiding_distances,
+    symmetric_loss,
+)
+from common.models import (
+    build_encoder,
+    full_precision,
+    has_batch_norm,
+    mlp,
+    momentum_copy,
+    update_momentum,
+)
+from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
+from common.run import Run
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """BYOL-GSG: BYOL with guided stop-gradient (Lee and Lee 2023).
+
+    Each flag says where its value comes from: "App." is the paper's appendix, "code" the authors'
+    released code (ImageNet only), "SimSiam" the paper that App. C.1 follows.
+    """
+
+    follow: Literal["paper", "official"] = "paper"  # official: --pairing local, as the code
+    gsg: bool = True  # --no-gsg: plain BYOL, two views, symmetric loss, all else equal
+    # App. A shuffles the batch; code: each rank's own (local); derangement: no image meets itself
+    pairing: Pairing = "global"
+
+    epochs: int = 100  # code; SimSiam Sec. 4
+    batch_size: int = 512  # global batch; code; SimSiam Sec. 3
+    # base rate, times batch/lr-batch; App. C.1: SimSiam Sec. 3; code. cifar10: unstated, 0.06
+    lr: float = 0.05
+    # the batch that --lr is given for, 0: not scaled; SimSiam Sec. 3; code. cifar10: unstated, 0 as
+    # for SimSiam; lightly's rule for BYOL is 128, which makes 0.24 of 0.06 at batch 512
+    lr_batch: int = 256
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"  # App. C.1: SimSiam Sec. 3; code
+    sgd_momentum: float = 0.9  # momentum of SGD or LARS; SimSiam Sec. 3; code
+    weight_decay: float = 1e-4  # on all parameters, biases and norms too; SimSiam Sec. 3; code
+    cosine_per: Literal["epoch", "step"] = "epoch"  # when the cosine moves the rate; code
+    # unstated; SimSiam Sec. 4.2; the code's README has --fix-pred-lr for SimSiam only
+    fixed_predictor_lr: bool = True
+    momentum: float = 0.99  # of the momentum encoder, constant; code
+    projector_layers: int = 3  # 2048-2048-2048; App. C.1
+    projector_hidden: int = 2048  # App. C.1
+    output_dim: int = 2048  # App. C.1
+    output_affine: bool = False  # affine batch norm at the projector's output; code: no
+    predictor_hidden: int = 512  # App. C.1
+    views: Literal["simsiam", "cifar"] = "simsiam"  # App. B.1; cifar: App. B.2, without blur
+    crop_min: float = 0.2  # smallest share of the area; App. B.1
+    crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # unstated; code
+
+
+SMALL_IMAGES = {  # App. B.2 and C.2, "the default setup of lightly"; its CIFAR-10 benchmark
+    "image_size": 32,
+    "epochs": 200,  # unstated; lightly (secondary: the paper too)
+    "batch_size": 512,  # unstated; secondary
+    "lr": 0.06,  # unstated; lightly
+    "lr_batch": 0,  # unstated; SimSiam's in lightly, BYOL's there is 128: lr 0.24
+    "weight_decay": 5e-4,  # unstated; lightly
+    "fixed_predictor_lr": False,  # unstated; lightly
+    "projector_layers": 2,  # App. C.2: 512-2048-2048
+    "output_affine": True,  # unstated; lightly
+    "views": "cifar",  # App. B.2
+    "crop_min": 0.08,  # App. B.2
+}
+PRESETS = {
+    "official": {"pairing": "local"},
+    "cifar10": {"arch": "resnet18_cifar", **SMALL_IMAGES},
+    "photos": {
+        "arch": "tiny",
+        **SMALL_IMAGES,
+        "epochs": 10,
+        "batch_size": 64,
+        "lr": 0.02,
+        "knn_every": 5,
+    },
+}
+
+
+class BYOL(nn.Module):
+    """The online network, with SimSiam's heads (App. C): f = encoder + projector, h = predictor;
+    batch norm after every FC of the projector, also the last, ReLU after all but the last; the
+    predictor's last FC plain.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        # SimSiam App. A: zero-initialised last batch norm of each residual block
+        encoder = build_encoder(config.arch, config.image_size, zero_init_residual=True)
+        hidden = [config.projector_hidden] * (config.projector_layers - 1)
+        sizes = [encoder.embed_dim, *hidden, config.output_dim]
+        projector = mlp(sizes, output_norm=True, output_affine=config.output_affine)
+        self.f = nn.Sequential(encoder, projector)
+        sizes = [config.output_dim, config.predictor_hidden, config.output_dim]
+        self.h = mlp(sizes, output_bias=True)
+
+
+def project(f: nn.Sequential, views: Sequence[Tensor]) -> list[Tensor]:
+    """Projections of each view, batch-norm statistics per view. An encoder without batch norms (a
+    ViT) takes all views in one forward, which changes nothing.
+    """
+    encoder, projector = f
+    if has_batch_norm(encoder):
+        return [f(x) for x in views]
+    return [projector(y) for y in encoder(torch.cat([*views])).chunk(len(views))]
+
+
+def views_of(config: Config) -> list[View]:
+    """x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
+    view = simsiam_view if config.views == "simsiam" else cifar_view
+    view = view(config.image_size, config.crop_min, config.crop_interpolation)
+    return [view] * (4 if config.gsg else 2)
+
+
+def check(config: Config) -> Config:
+    if config.projector_layers < 1:
+        raise UserError("--projector-layers must be 1 or more", every_rank=True)
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, PRESETS, argv, check)
+    run = Run("byol_gsg", config)
+    model = run.place(BYOL(config))
+    target = momentum_copy(model.f)
+
+    lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
+    predictor = {"params": model.h.parameters()}
+    if config.fixed_predictor_lr:
+        predictor["fixed_lr"] = lr
+    groups = [{"params": model.f.parameters()}, predictor]
+    optimizer = build_optimizer(
+        config.optimizer, groups, lr, config.sgd_momentum, config.weight_decay
+    )
+    run.begin(model.f[0], model=model, target=target, optimizer=optimizer)
+
+    for step, views, ids in run.batches(views_of(config)):
+        moved = step if config.cosine_per == "step" else step - step % run.steps_per_epoch
+        rate = warmup_cosine(moved, run.total_steps, 0, lr)
+        set_lr(optimizer, rate)
+
+        update_momentum(target, model.f, config.momentum)  # before the forward (code)
+        with run.autocast():
+            online = project(model.f, views)
+            p = [model.h(y) for y in online]  # p11, p12, p21, p22: before anything is chosen
+            with torch.no_grad():
+                z = project(target, views)  # z11, …: momentum projections, also for the distances
+        online, p, z = full_precision(*online), full_precision(*p), full_precision(*z)
+
+        if config.gsg:
+            pairs = draw_pairs(config.pairing, config.batch_size, run.ranks, config.seed, step)
+            pairs = pairs.to(run.device, non_blocking=True)
+            distances = guiding_distances(*z, pairs)
+            loss = gsg_loss(*p, *z, pairs, distances)
+        else:
+            loss = symmetric_loss(*p, *z)
+
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(model)
+        optimizer.step()
+
+        run.log(
+            loss=loss,
+            lr=rate,
+            momentum=config.momentum,
+            grad_norm=grad_norm(model),
+            **run.watch(online[0], ids, None, None),
+            **(choice_statistics(distances) if config.gsg else {}),
+        )
+
+    run.finish(config.output_dim)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
