@@ -13,7 +13,12 @@ SHARED_IMAGES = ROOT.parent / "shared" / "data"  # on the project's own machines
 
 # the smallest photos run: every test that starts a process uses it
 SMALL = ["--dataset", "photos", "--batch-size", "36", "--workers", "1", "--knn-every", "0"]
-SMALL += ["--queue-size", "128"]
+QUEUE = ["--queue-size", "128"]
+
+
+def small(recipe: str) -> list[str]:
+    """The smallest run of a recipe, with its queue where it has one."""
+    return SMALL if recipe.endswith("gsg") else [*SMALL, *QUEUE]
 
 
 def environment(**extra: str) -> dict[str, str]:

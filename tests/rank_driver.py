@@ -2,8 +2,9 @@
 
     python tests/rank_driver.py FOLDER RECIPE [flags …]
 
-FOLDER/rank<r>.pt holds `positions` (each look-up), `gradients` (of the first step, after the mean
-over ranks), `terms` (the tensors of each snclr_loss call) and `enqueued`.
+FOLDER/rank<r>.pt holds `positions` (each look-up, or GSG's choices), `gradients` (of the first
+step, after the mean over ranks), `terms` (the tensors of each snclr_loss or gsg_loss call) and
+`enqueued`.
 """
 
 import importlib
@@ -55,6 +56,18 @@ if recipe_name == "snclr":
         return loss
 
     recipe.snclr_loss = noting_loss
+
+if recipe_name.endswith("gsg"):
+    gsg_loss = recipe.gsg_loss
+
+    def noting_gsg_loss(*arguments):
+        loss = gsg_loss(*arguments)
+        *tensors, pairs, distances = arguments
+        seen["terms"].append(([t.detach().clone() for t in tensors], pairs, loss.item()))
+        seen["positions"].append(distributed.gather(distances.argmin(dim=1)))
+        return loss
+
+    recipe.gsg_loss = noting_gsg_loss
 
 # the pictures of the end look neighbours up too, on rank 0 alone
 results.draw_neighbours = lambda *arguments: None

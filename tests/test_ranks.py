@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_ranks
+from conftest import run_ranks, small
+from test_gsg import algorithm_1
 
 from common import checkpoint, metrics
 
@@ -14,6 +15,11 @@ RECIPES = {
     "nnclr momentum": ["--momentum-encoder", "--symmetric-loss"],
     "nnsiam": ["--output-dim", "64"],
     "snclr": ["--neighbours", "5", "--neighbour-free-epochs", "0"],
+    "simsiam_gsg": ["--output-dim", "64"],
+    "simsiam_gsg derangement": ["--output-dim", "64", "--pairing", "derangement"],
+    "simsiam_gsg plain": ["--output-dim", "64", "--no-gsg"],
+    "byol_gsg": ["--output-dim", "64"],
+    "byol_gsg derangement": ["--output-dim", "64", "--pairing", "derangement"],
 }
 STEPS = 5
 
@@ -22,8 +28,9 @@ def run_on(ranks, folder, case, *flags):
     """A run's folder, and what each of its ranks saw."""
     folder = folder / f"{ranks}"
     folder.mkdir()
-    arguments = [*SMALL, "--resume", "never", "--output", str(folder / "run"), *RECIPES[case]]
-    run_ranks(ranks, "tests/rank_driver.py", folder, case.split()[0], *arguments, *flags)
+    recipe = case.split()[0]
+    arguments = [*small(recipe), "--resume", "never", "--output", str(folder / "run")]
+    run_ranks(ranks, "tests/rank_driver.py", folder, recipe, *arguments, *RECIPES[case], *flags)
     seen = [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(ranks)]
     return folder / "run", seen
 
@@ -45,7 +52,7 @@ def test_two_ranks_train_as_one_in_float64(case, tmp_path):
     two, seen_two = run_on(2, tmp_path, case, *flags)
     assert len(step_losses(one)) == STEPS
     np.testing.assert_allclose(step_losses(two), step_losses(one), rtol=1e-10, atol=0)
-    assert len(seen_one["positions"]) == 2 * STEPS
+    assert len(seen_one["positions"]) == STEPS * (1 if "gsg" in case else 2) * ("plain" not in case)
     for seen in seen_two:
         for a, b in zip(seen_one["positions"], seen["positions"], strict=True):
             assert torch.equal(a, b)
@@ -54,9 +61,10 @@ def test_two_ranks_train_as_one_in_float64(case, tmp_path):
             accuracies = [json.loads((r / "results.json").read_text())[name] for r in (one, two)]
             assert accuracies[0] == accuracies[1] > 1 / 18
     state_one, state_two = state_of(one), state_of(two)
-    queue_one, queue_two = (s.pop("queue")["ranks"][0] for s in (state_one, state_two))
-    for name, value in queue_one.items():
-        torch.testing.assert_close(queue_two[name], value, rtol=1e-8, atol=1e-8)
+    if "queue" in state_one:
+        queue_one, queue_two = (s.pop("queue")["ranks"][0] for s in (state_one, state_two))
+        for name, value in queue_one.items():
+            torch.testing.assert_close(queue_two[name], value, rtol=1e-8, atol=1e-8)
     for part in set(state_one) - {"optimizer"}:
         for name, value in state_one[part].items():
             torch.testing.assert_close(
@@ -64,7 +72,7 @@ def test_two_ranks_train_as_one_in_float64(case, tmp_path):
             )
 
 
-@pytest.mark.parametrize("case", ["nnclr", "nnsiam", "snclr"])
+@pytest.mark.parametrize("case", ["nnclr", "nnsiam", "snclr", "simsiam_gsg", "byol_gsg"])
 def test_first_step_gradients_agree_in_float32(case, tmp_path):
     flags = ["--precision", "fp32", "--max-steps", "1"]
     one, (seen_one,) = run_on(1, tmp_path, case, *flags)
@@ -145,6 +153,20 @@ def official_loss(z, y, columns, first, temperature=0.2):
 def test_private_queues_refuse_another_number_of_ranks(tmp_path):
     flags = ["--follow", "official", "--neighbours", "5", "--max-steps"]
     run, _ = run_on(2, tmp_path, "snclr", *flags, "1")
-    arguments = [*SMALL, "--output", str(run), *RECIPES["snclr"], *flags, "2"]
+    arguments = [*small("snclr"), "--output", str(run), *RECIPES["snclr"], *flags, "2"]
     with pytest.raises(AssertionError, match="one private queue for each of 2 ranks"):
         run_ranks(1, "recipes/snclr.py", *arguments)
+
+
+def test_local_pairing_is_algorithm_1_in_each_ranks_own_batch(tmp_path):
+    flags = ["--follow", "official", "--precision", "fp64", "--max-steps", str(STEPS)]
+    run, ranks = run_on(2, tmp_path, "simsiam_gsg", *flags)
+    losses = np.zeros((2, STEPS))
+    for r, seen in enumerate(ranks):
+        assert len(seen["terms"]) == STEPS
+        for step, (tensors, pairs, loss) in enumerate(seen["terms"]):
+            own = pairs[18 * r : 18 * (r + 1)] - 18 * r
+            assert sorted(own.tolist()) == [*range(18)]
+            losses[r, step] = algorithm_1(*tensors, own.tolist())
+            np.testing.assert_allclose(loss, losses[r, step], rtol=1e-10)
+    np.testing.assert_allclose(step_losses(run), losses.mean(axis=0), rtol=1e-10)

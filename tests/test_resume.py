@@ -21,12 +21,15 @@ from common import checkpoint, metrics, photos
 
 # 160 images in batches of 16 are 10 steps per epoch
 FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--batch-size", "16"]
-FLAGS += ["--epochs", "3", "--queue-size", "70", "--knn-every", "2", "--predictor-hidden", "64"]
-FLAGS += ["--projector-hidden", "64", "--output-dim", "32", "--warmup-epochs", "1"]
+FLAGS += ["--epochs", "3", "--knn-every", "2", "--predictor-hidden", "64"]
+FLAGS += ["--projector-hidden", "64", "--output-dim", "32"]
+QUEUE = ["--queue-size", "70", "--warmup-epochs", "1"]
 RECIPES = {
-    "nnclr": ["--momentum-encoder"],
-    "nnsiam": [],
-    "snclr": ["--neighbours", "5"],
+    "nnclr": [*QUEUE, "--momentum-encoder"],
+    "nnsiam": QUEUE,
+    "snclr": [*QUEUE, "--neighbours", "5"],
+    "simsiam_gsg": [],
+    "byol_gsg": [],
 }
 PASSING = ("images_per_second", "data_wait", "memory_gb")  # not of the numbers
 

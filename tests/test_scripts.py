@@ -8,15 +8,16 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import SMALL, only_error, run_ranks, run_script
+from conftest import SMALL, only_error, run_ranks, run_script, small
 from PIL import Image
 
 from common import metrics, photos
 from common.backbone import load_backbone
 from common.errors import command
-from recipes import nnclr, nnsiam, snclr
+from recipes import byol_gsg, nnclr, nnsiam, simsiam_gsg, snclr
 
-MAINS = {"nnclr": nnclr.main, "nnsiam": nnsiam.main, "snclr": snclr.main}
+RECIPES = (nnclr, nnsiam, snclr, simsiam_gsg, byol_gsg)
+MAINS = {recipe.__name__.removeprefix("recipes."): recipe.main for recipe in RECIPES}
 ARTEFACTS = {
     "config.yaml",
     "environment.json",
@@ -24,11 +25,10 @@ ARTEFACTS = {
     "checkpoint.pt",
     "backbone.safetensors",
     "curves.png",
-    "neighbours.png",
     "results.json",
 }
 STEP_KEYS = {"epoch", "step", "loss", "lr", "grad_norm", "images_per_second", "data_wait"}
-STEP_KEYS |= {"memory_gb", "embedding_std", "self_matches"}
+STEP_KEYS |= {"memory_gb", "embedding_std"}
 
 
 def in_process(capsys, recipe, *flags):
@@ -52,10 +52,15 @@ def error_of(capsys, recipe, *flags):
         ("nnsiam", []),
         ("snclr", ["--neighbour-free-epochs", "0"]),
         ("snclr", ["--follow", "official", "--precision", "bf16"]),
+        ("simsiam_gsg", []),
+        ("simsiam_gsg", ["--no-gsg"]),
+        ("byol_gsg", ["--follow", "official", "--precision", "bf16"]),
+        ("byol_gsg", ["--no-gsg"]),
     ],
 )
 def test_runs_end_to_end(recipe, flags, tmp_path):
-    flags = [*SMALL, *flags, "--max-steps", "3", "--knn-every", "1", "--output", tmp_path / "run"]
+    flags = [*small(recipe), *flags, "--max-steps", "3", "--knn-every", "1"]
+    flags += ["--output", tmp_path / "run"]
     done = run_script(f"recipes/{recipe}.py", *flags)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "run") in done.stdout.splitlines()[-1]
@@ -66,14 +71,21 @@ def test_runs_end_to_end(recipe, flags, tmp_path):
     for record in steps:
         assert set(record) >= STEP_KEYS
     assert records[0]["kind"] == "epoch" and records[0]["knn"] > 1 / 18
-    if recipe == "snclr" or "--momentum-encoder" in flags:
+    if recipe in ("snclr", "byol_gsg") or "--momentum-encoder" in flags:
         assert all(0.9 < record["momentum"] <= 1 for record in steps)
     if recipe == "snclr":
         assert steps[-1]["positiveness_mean"] == pytest.approx(1 / 30, rel=1e-5)
         assert steps[-1]["positiveness_std"] >= 0
+    if "--no-gsg" not in flags and recipe.endswith("gsg"):
+        shares = [steps[-1][f"choice_{name}"] for name in ("11_21", "11_22", "12_21", "12_22")]
+        assert sum(shares) == pytest.approx(1) and steps[-1]["distance_11_21"] > 0
+    pictures = ["curves.png"]
+    if not recipe.endswith("gsg"):
+        pictures += ["neighbours.png"]
+        assert all("self_matches" in record for record in steps)
     encoder, metadata = load_backbone(tmp_path / "run")
     assert encoder.embed_dim == 64 and metadata["recipe"] == recipe
-    for picture in ("curves.png", "neighbours.png"):
+    for picture in pictures:
         with Image.open(tmp_path / "run" / picture) as image:
             assert min(image.size) > 200
             assert np.asarray(image.convert("L")).std() > 5  # not an empty page
@@ -84,7 +96,7 @@ def test_runs_end_to_end(recipe, flags, tmp_path):
 
 @pytest.mark.parametrize("recipe", MAINS)
 def test_frozen_positions_do_not_stop_any_recipe(recipe, tmp_path, capsys):
-    flags = [*SMALL, "--arch", "vit_small_mocov3", "--batch-size", "4", "--max-steps", "1"]
+    flags = [*small(recipe), "--arch", "vit_small_mocov3", "--batch-size", "4", "--max-steps", "1"]
     code, lines = in_process(capsys, recipe, *flags, "--output", tmp_path)
     assert code == 0, lines
 

@@ -1,0 +1,298 @@
+"""Guided stop-gradient against a literal loop over Algorithm 1, and the pairings it is given."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, run_ranks
+from test_losses import cosine, draw
+
+from common import gsg
+from recipes import byol_gsg, simsiam_gsg
+from recipes.simsiam_gsg import gsg_loss
+
+NAMES = ("p11", "p12", "p21", "p22", "z11", "z12", "z21", "z22")
+
+
+def distance(a, b):
+    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+
+
+def algorithm_1(p11, p12, p21, p22, z11, z12, z21, z22, pairs, taken=None):
+    """The paper's pseudo-code, line by line: one pair after another, on Python floats."""
+    lists = [t.tolist() for t in (p11, p12, p21, p22, z11, z12, z21, z22)]
+    losses = []
+    for i, j in enumerate(pairs):
+        first = [t[i] for t in lists]
+        second = [t[j] for t in lists]
+        p11, p12, _, _, z11, z12, _, _ = first  # of x1
+        _, _, p21, p22, _, _, z21, z22 = second  # of x2
+        d1121, d1122 = distance(z11, z21), distance(z11, z22)
+        d1221, d1222 = distance(z12, z21), distance(z12, z22)
+        m = min(d1121, d1122, d1221, d1222)
+        if d1121 == m:
+            branch, loss = 0, -cosine(p11, z12) - cosine(p21, z22)
+        elif d1122 == m:
+            branch, loss = 1, -cosine(p11, z12) - cosine(p22, z21)
+        elif d1221 == m:
+            branch, loss = 2, -cosine(p12, z11) - cosine(p21, z22)
+        else:
+            branch, loss = 3, -cosine(p12, z11) - cosine(p22, z21)
+        losses.append(0.5 * loss)
+        if taken is not None:
+            taken.append(branch)
+    return sum(losses) / len(losses)
+
+
+def views(n, d, seed=0, spread=1.0):
+    return [draw(seed + i, n, d, spread=spread) for i in range(8)]
+
+
+def permutation(n, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).permutation(n))
+
+
+# -- the loss -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [simsiam_gsg, byol_gsg])
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 5), (7, 2), (40, 6)])
+def test_gsg_loss_is_algorithm_1(recipe, n, d):
+    tensors = views(n, d)
+    for pairs in (permutation(n), permutation(n, 1), torch.arange(n).roll(1)):
+        expected = algorithm_1(*tensors, pairs.tolist())
+        assert recipe.gsg_loss(*tensors, pairs).item() == pytest.approx(expected, rel=1e-11)
+    expected = algorithm_1(*tensors, range(n))
+    assert recipe.gsg_loss(*tensors).item() == pytest.approx(expected, rel=1e-11)
+
+
+def test_all_four_branches_are_taken_and_told_apart():
+    tensors, pairs = views(40, 6), permutation(40)
+    taken = []
+    algorithm_1(*tensors, pairs.tolist(), taken)
+    assert set(taken) == {0, 1, 2, 3}
+    distances = gsg.guiding_distances(*tensors[4:], pairs)
+    assert distances.argmin(dim=1).tolist() == taken
+    for branch in range(4):  # pair by pair, so that errors of two branches cannot cancel
+        i = taken.index(branch)
+        places = [i, i, pairs[i], pairs[i]] * 2
+        row = [t[None, place] for t, place in zip(tensors, places, strict=True)]
+        assert gsg_loss(*row).item() == pytest.approx(algorithm_1(*row, [0]), rel=1e-11)
+
+
+# z11, z12, z21, z22 in a plane, and the branch; moved away from zero, where a cosine has no value
+TIES = {
+    "all": ([0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], 0),
+    "11,21 and 12,22": ([0.0, 0.0], [5.0, 0.0], [1.0, 0.0], [6.0, 0.0], 0),
+    "11,22 and 12,21": ([0.0, 0.0], [5.0, 0.0], [6.0, 0.0], [1.0, 0.0], 1),
+    "11,22 and 12,22": ([0.0, 0.0], [2.0, 0.0], [1.0, 9.0], [1.0, 0.0], 1),
+    "12,21 and 12,22": ([9.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, -1.0], 2),
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_a_tie_goes_to_the_first_branch(case):
+    *z, branch = TIES[case]
+    z = [torch.tensor([row], dtype=torch.float64) + torch.tensor([3.0, 7.0]) for row in z]
+    p = views(1, 2, seed=50)[:4]
+    taken = []
+    expected = algorithm_1(*p, *z, [0], taken)
+    assert taken == [branch]
+    assert gsg.guiding_distances(*z).argmin(dim=1).tolist() == [branch]
+    assert gsg_loss(*p, *z).item() == pytest.approx(expected, rel=1e-11)
+
+
+def test_distances_are_of_unnormalised_projections():
+    """Nearest in angle and nearest in space differ here: 11,21 by angle, 12,22 in space."""
+    z11, z12 = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    z21, z22 = torch.tensor([[100.0, 1.0]]), torch.tensor([[0.5, 1.0]])
+    distances = gsg.guiding_distances(z11, z12, z21, z22)
+    assert distances[0].tolist() == pytest.approx([math.hypot(99, 1), math.hypot(0.5, 1), 100, 0.5])
+    assert distances.argmin(dim=1).item() == 3
+
+
+def test_gradient_reaches_the_chosen_predictions_only():
+    tensors, pairs = [t.requires_grad_() for t in views(12, 4)], permutation(12)
+    p, z = tensors[:4], tensors[4:]
+    taken = []
+    algorithm_1(*tensors, pairs.tolist(), taken)
+    assert set(taken) == {0, 1, 2, 3}
+    gsg_loss(*tensors, pairs).backward()
+    assert all(t.grad is None for t in z)
+    inverse = pairs.argsort()
+    for i in range(12):
+        of_x1, of_x2 = taken[i], taken[inverse[i]]
+        chosen = (of_x1 < 2, of_x1 >= 2, of_x2 % 2 == 0, of_x2 % 2 == 1)
+        for t, is_source in zip(p, chosen, strict=True):
+            assert (t.grad[i].norm() > 1e-6) == is_source
+    assert torch.autograd.gradcheck(lambda *p: gsg_loss(*p, *z, pairs), p)
+
+
+def test_distances_already_known_change_nothing():
+    tensors, pairs = views(9, 3), permutation(9)
+    known = gsg.guiding_distances(*tensors[4:], pairs)
+    assert gsg_loss(*tensors, pairs, known).item() == gsg_loss(*tensors, pairs).item()
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_pairs_of_another_length_are_refused(length):
+    with pytest.raises(ValueError, match="one number for each"):
+        gsg_loss(*views(4, 3), torch.arange(length))
+
+
+def test_symmetric_loss_of_the_baselines():
+    p1, p2, z1, z2 = (t.requires_grad_() for t in views(6, 4)[:4])
+    lists = [t.tolist() for t in (p1, p2, z1, z2)]
+    terms = [-cosine(a, d) / 2 - cosine(b, c) / 2 for a, b, c, d in zip(*lists, strict=True)]
+    loss = gsg.symmetric_loss(p1, p2, z1, z2)
+    assert loss.item() == pytest.approx(sum(terms) / 6, rel=1e-11)
+    loss.backward()
+    assert z1.grad is None and z2.grad is None and (p1.grad.norm(dim=1) > 1e-6).all()
+
+
+def test_statistics_count_the_choices():
+    distances = torch.tensor([[1.0, 2, 3, 4], [2, 1, 3, 4], [5, 2, 3, 4], [4, 3, 2, 1]])
+    statistics = gsg.choice_statistics(distances)
+    assert [statistics[f"choice_{n}"].item() for n in gsg.CHOICES] == [0.25, 0.5, 0, 0.25]
+    assert [statistics[f"distance_{n}"].item() for n in gsg.CHOICES] == [3, 2, 2.75, 3.25]
+
+
+# -- pairings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairing", ["global", "local", "derangement"])
+@pytest.mark.parametrize(("batch", "ranks"), [(2, 1), (8, 1), (8, 2), (24, 3)])
+def test_pairs_are_a_permutation_of_their_own_step(pairing, batch, ranks):
+    drawn = [gsg.draw_pairs(pairing, batch, ranks, 3, step) for step in range(50)]
+    for step, pairs in enumerate(drawn):
+        assert sorted(pairs.tolist()) == [*range(batch)]
+        assert torch.equal(pairs, gsg.draw_pairs(pairing, batch, ranks, 3, step))
+        if pairing == "derangement":
+            assert (pairs != torch.arange(batch)).all()
+        if pairing == "local":
+            assert torch.equal(pairs // (batch // ranks), torch.arange(batch) // (batch // ranks))
+    if batch > 2:
+        assert len({tuple(pairs.tolist()) for pairs in drawn}) > 5
+        other_seed = [gsg.draw_pairs(pairing, batch, ranks, 4, step) for step in range(50)]
+        assert sum(torch.equal(a, b) for a, b in zip(drawn, other_seed, strict=True)) < 25
+
+
+@pytest.mark.parametrize("pairing", ["global", "derangement"])
+def test_pairs_do_not_depend_on_the_number_of_ranks(pairing):
+    drawn = [gsg.draw_pairs(pairing, 24, ranks, 0, 7).tolist() for ranks in (1, 2, 3)]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize(("pairing", "kinds"), [("global", 24), ("local", 24), ("derangement", 9)])
+def test_every_permutation_is_as_likely(pairing, kinds):
+    """4 images have 24 permutations, 9 of them derangements: chi-square at 1 in 10 000."""
+    counts: dict = dict.fromkeys(itertools.permutations(range(4)), 0)
+    for step in range(4800):
+        counts[tuple(gsg.draw_pairs(pairing, 4, 1, 0, step).tolist())] += 1
+    seen = [count for count in counts.values() if count]
+    expected = 4800 / kinds
+    assert len(seen) == kinds
+    assert sum((count - expected) ** 2 / expected for count in seen) < {24: 55, 9: 32}[kinds]
+
+
+def test_mistakes_of_a_pairing():
+    with pytest.raises(ValueError, match="needs two"):
+        gsg.draw_pairs("derangement", 1, 1, 0, 0)
+    with pytest.raises(ValueError, match="does not divide"):
+        gsg.draw_pairs("local", 7, 2, 0, 0)
+    with pytest.raises(ValueError, match="unknown pairing"):
+        gsg.draw_pairs("random", 8, 2, 0, 0)
+
+
+# -- the momentum encoder -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-gsg"]])
+def test_the_momentum_encoder_follows_before_the_forward_and_gets_no_gradient(
+    flags, tmp_path, monkeypatch
+):
+    """After step n it is 0.99 of itself and 0.01 of the weights that step n began with."""
+    seen = []
+
+    def noting(target, online, momentum):
+        expected = [
+            momentum * t + (1 - momentum) * o.detach()
+            for t, o in zip(target.parameters(), online.parameters(), strict=True)
+        ]
+        update(target, online, momentum)
+        seen.append((target, online, momentum, expected))
+
+    update = byol_gsg.update_momentum
+    monkeypatch.setattr(byol_gsg, "update_momentum", noting)
+    given = ["--precision", "fp64", "--max-steps", "3", "--output", str(tmp_path / "run")]
+    byol_gsg.main([*SMALL, *flags, *given])
+    assert [momentum for _, _, momentum, _ in seen] == [0.99] * 3
+    target, online, _, expected = seen[-1]
+    parameters = zip(target.parameters(), online.parameters(), expected, strict=True)
+    for t, o, e in parameters:
+        torch.testing.assert_close(t, e, rtol=1e-12, atol=1e-15)
+        assert t.grad is None and not t.requires_grad and o.grad is not None
+    pairs = zip(target.parameters(), online.parameters(), strict=True)
+    assert any(not torch.equal(t, o) for t, o in pairs)
+    statistics = dict(target.named_buffers())  # its batch norms ran in train mode, once per view
+    counts = {v.item() for n, v in statistics.items() if n.endswith("num_batches_tracked")}
+    assert counts == {3 * (2 if flags else 4)}
+
+
+# -- one forward or several -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [simsiam_gsg, byol_gsg])
+@pytest.mark.parametrize("arch", ["tiny", "vit_small"])
+def test_projections_have_batch_norm_statistics_per_view(recipe, arch):
+    """The views of a ViT go through its encoder together, those of a CNN do not."""
+    config = dataclasses.replace(
+        recipe.Config(), arch=arch, image_size=32, projector_hidden=16, output_dim=8
+    )
+    network = recipe.SimSiam if recipe is simsiam_gsg else recipe.BYOL
+    f = network(config).f
+    forwards = []
+    f[0].register_forward_hook(lambda *_: forwards.append(1))
+    x = [torch.randn(6, 3, 32, 32) * (i + 1) for i in range(4)]
+    projections = recipe.project(f, x)
+    assert len(forwards) == (1 if arch == "vit_small" else 4)
+    for view, z in zip(x, projections, strict=True):
+        torch.testing.assert_close(z, f(view), rtol=1e-3, atol=1e-4)
+
+
+# -- over ranks -----------------------------------------------------------------------------------
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+from recipes.simsiam_gsg import gsg_loss
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+tensors, pairs = torch.load(sys.argv[1])
+own = [t.chunk(ranks)[rank].clone().requires_grad_() for t in tensors]
+loss = gsg_loss(*own, pairs)
+loss.backward()
+torch.save((loss.detach(), [t.grad for t in own]), f"{sys.argv[1]}.{rank}")
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_mean_over_ranks_is_the_value_and_gradient_of_one_process(ranks, tmp_path):
+    tensors, pairs = views(12, 5), permutation(12)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torch.save((tensors, pairs), tmp_path / "inputs")
+    run_ranks(ranks, tmp_path / "ranks.py", tmp_path / "inputs")
+    results = [torch.load(tmp_path / f"inputs.{rank}") for rank in range(ranks)]
+    whole = [t.clone().requires_grad_() for t in tensors]
+    loss = gsg_loss(*whole, pairs)
+    loss.backward()
+    assert torch.stack([r[0] for r in results]).mean().item() == pytest.approx(loss.item(), 1e-12)
+    assert loss.item() == pytest.approx(algorithm_1(*tensors, pairs.tolist()), rel=1e-11)
+    for number, t in enumerate(whole):
+        parts = [r[1][number] for r in results]
+        if t.grad is None:
+            assert parts == [None] * ranks, NAMES[number]
+        else:  # each rank's own rows; the mean over ranks divides by their number
+            torch.testing.assert_close(torch.cat(parts) / ranks, t.grad, msg=NAMES[number])
