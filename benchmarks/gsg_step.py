@@ -1,0 +1,63 @@
+"""What guided stop-gradient costs: a training step with it against one without.
+
+    python benchmarks/gsg_step.py                                  # photos, tiny
+    python benchmarks/gsg_step.py --steps 8 --arch resnet18_cifar --batch-size 128
+
+Runs both recipes as a user would, with and without --no-gsg in turn, and takes the median time of
+a step from their metrics, waiting for data left out (four views instead of two also cost the
+loaders twice). Flags that are not of this script go to the recipes.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from common import metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 3  # steps that are not counted: allocation, the algorithm search of a GPU
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps counted per run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
+    arguments, flags = parser.parse_known_args()
+    if "--dataset" not in flags:
+        flags = ["--dataset", "photos", *flags]
+    for recipe in ("simsiam_gsg", "byol_gsg"):
+        seconds: dict[str, list[float]] = {"--gsg": [], "--no-gsg": []}
+        for _ in range(arguments.repeats):
+            for choice in seconds:
+                seconds[choice] += step_seconds(recipe, [choice, *flags], arguments.steps)
+        gsg, plain = (statistics.median(seconds[choice]) for choice in seconds)
+        print(
+            f"{recipe}: {1e3 * gsg:.1f} ms per step with GSG, {1e3 * plain:.1f} ms without, "
+            f"ratio {gsg / plain:.3f} (medians of {len(seconds['--gsg'])} steps each)",
+            flush=True,
+        )
+
+
+def step_seconds(recipe: str, flags: list[str], steps: int) -> list[float]:
+    """The time of each counted step of one run, without waiting for data."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), *flags]
+        command += ["--max-steps", str(steps + WARM_UP), "--knn-every", "0", "--output", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr.strip() or done.stdout)
+        batch = yaml.safe_load((Path(folder) / "config.yaml").read_text())["batch_size"]
+        records = metrics.read(Path(folder) / metrics.NAME)
+    steps_only = [r for r in records if r["kind"] == "step"][WARM_UP:]
+    return [batch / r["images_per_second"] * (1 - r["data_wait"]) for r in steps_only]
+
+
+if __name__ == "__main__":
+    main()
