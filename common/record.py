@@ -1,0 +1,180 @@
+"""Records: the fields that a finished run gives, and what makes a record whole.
+
+An evaluation takes `of_runs`, adds what it measured, and writes a JSON file that
+`python results/record.py add` stores; results/schema.json says what is in it.
+"""
+
+import datetime
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common import backbone, environment, metrics
+from common.errors import UserError
+
+SCHEMA = Path(__file__).resolve().parent.parent / "results" / "schema.json"
+
+METHODS = {
+    "nnclr": "NNCLR",
+    "nnsiam": "NNSiam",
+    "snclr": "SNCLR",
+    "simsiam_gsg": "SimSiam-GSG",
+    "byol_gsg": "BYOL-GSG",
+}
+# flags that do not make another experiment: places, speed, and what has its own field in a record
+NOT_SETTINGS = {"recipe", "dataset", "arch", "seed", "epochs", "batch_size", "follow", "gsg"}
+DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"}
+PLACES = {"data", "output", "workers", "download", "wandb", "knn_every", "checkpoint_minutes"}
+PLACES |= {"resume", "max_steps", "on_bad_image", "config"}
+
+
+def problems(record: Any) -> list[str]:
+    """What is wrong with a record, one line each; empty for a good one."""
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    found = []
+    for error in sorted(validator.iter_errors(record), key=lambda e: [*map(str, e.path)]):
+        where = ".".join(map(str, error.path)) or "the record"
+        found.append(f"{where}: {error.message}")
+    if found:
+        return found
+    seeds, values = record["seeds"], record["values"]
+    if len(values) != len(seeds):
+        found.append(f"values: {len(values)} for {len(seeds)} seeds")
+    elif abs(record["value"] - statistics.fmean(values)) > 0.01:
+        found.append(f"value: {record['value']} is not the mean {statistics.fmean(values):.3f}")
+    if len(set(seeds)) != len(seeds):
+        found.append(f"seeds: {seeds} repeat")
+    spread = spread_of(values)
+    if (spread is None) != (record["spread"] is None):
+        found.append("spread: a number for several seeds, null for one")
+    elif spread is not None and abs(spread - record["spread"]) > 0.01:
+        found.append(f"spread: {record['spread']} is not the standard deviation {spread:.3f}")
+    return found
+
+
+def spread_of(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds (n - 1), None for one."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
+    """The fields of a record that come from finished run folders; of several, the runs must differ
+    in the seed only. An evaluation adds `dataset`, `protocol`, `metric`, its values and command.
+    """
+    facts = [facts_of(run) for run in runs]
+    first = facts[0]
+    for run, other in zip(runs[1:], facts[1:], strict=True):
+        differing = {n for n in first["config"] if first["config"][n] != other["config"].get(n)}
+        if differing - {"seed", *PLACES}:
+            raise UserError(
+                f"{run} differs from {runs[0]} in {', '.join(sorted(differing))}: one record is of "
+                "runs that differ in the seed only"
+            )
+    config, seen = first["config"], first["environment"]
+    commits = {f["results"]["commit"] for f in facts}
+    if len(commits) > 1:
+        raise UserError(f"the runs are of {len(commits)} commits: make one record for each")
+    name, copy = dataset_of(config["dataset"], first["results"]["dataset"])
+    return {
+        "method": method_of(config),
+        "recipe": config["recipe"],
+        "arch": config["arch"],
+        "pretraining": {
+            "dataset": name,
+            "copy": copy,
+            "incomplete": None,
+            "epochs": round(first["results"]["epoch"], 4),
+            "batch": config["batch_size"],
+        },
+        "seeds": [f["config"]["seed"] for f in facts],
+        "seeds_of": "pretraining",
+        "epoch": "last",
+        "settings": settings_of(config, seen["command"]),
+        "commit": commits.pop(),
+        "dirty": any(f["results"]["dirty"] is not False for f in facts),
+        "config_hash": first["results"]["config_hash"],
+        "command": [f["environment"]["command"] for f in facts],
+        "versions": {n: v for n, v in seen["versions"].items() if v is not None},
+        "hardware": f"{seen['devices']['name']} x {seen['devices']['ranks']}",
+        "hours": round(statistics.fmean(f["results"]["hours"] for f in facts), 4),
+        "images_per_second": round(
+            statistics.fmean(f["results"]["images_per_second"] for f in facts), 1
+        ),
+        "backbone_sha256": [f["results"]["backbone_sha256"] for f in facts],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def facts_of(run: Path) -> dict[str, Any]:
+    """config, environment and results of one finished run."""
+    run = Path(run)
+    if not (run / "results.json").exists():
+        raise UserError(f"{run} is no finished run: it has no results.json")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    results = read(run / "results.json")
+    stored = hashlib.sha256((run / backbone.NAME).read_bytes()).hexdigest()
+    if stored != results["backbone_sha256"]:
+        raise UserError(f"{run / backbone.NAME} is not the one that results.json was written for")
+    return {
+        "config": config,
+        "environment": read(run / environment.NAME),
+        "results": results,
+        "metrics": metrics.read(run / metrics.NAME),
+    }
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """The paper's name of what a configuration runs."""
+    recipe = config["recipe"]
+    name = METHODS[recipe]
+    if recipe.endswith("_gsg") and not config["gsg"]:
+        name = name.removesuffix("-GSG")
+    if config.get("momentum_encoder"):
+        name += " (momentum encoder)"
+    if config.get("follow") == "official":
+        name += " (official)"
+    return name
+
+
+def dataset_of(dataset: str, name: str) -> tuple[str, str | None]:
+    """(data set, which copy of it) from the flag and the name that a run prints."""
+    found = re.search(r"\((.+)\)$", name)
+    return DATASETS.get(dataset, "other"), found.group(1) if found else None
+
+
+def settings_of(config: dict[str, Any], line: str) -> dict[str, Any]:
+    """The values of the flags that a command line gave, places and what has a field aside."""
+    given = re.findall(r"--(?:no-)?([a-z0-9-]+)", line.replace("_", "-"))
+    names = [name.replace("-", "_") for name in given]
+    skip = NOT_SETTINGS | PLACES
+    return {name: config[name] for name in names if name in config and name not in skip}
+
+
+def with_values(record: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
+    """The record with its values in percent, one for each seed, their mean and spread."""
+    values = [round(v, 3) for v in values]
+    spread = spread_of(values)
+    mean = round(statistics.fmean(values), 3)
+    return record | {
+        "value": mean,
+        "values": values,
+        "spread": spread if spread is None else round(spread, 3),
+    }
+
+
+def read(path: Path) -> Any:
+    """A JSON file; UserError where there is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,1 @@
+"""Published numbers, records of ours, and the pages made of them."""
