@@ -29,6 +29,7 @@ METHODS = {
 }
 # flags that do not make another experiment: places, speed, and what has its own field in a record
 NOT_SETTINGS = {"recipe", "dataset", "arch", "seed", "epochs", "batch_size", "follow", "gsg"}
+NOT_SETTINGS |= {"precision"}
 DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"}
 PLACES = {"data", "output", "workers", "download", "wandb", "knn_every", "checkpoint_minutes"}
 PLACES |= {"resume", "max_steps", "on_bad_image", "config"}
@@ -136,7 +137,7 @@ def method_of(config: dict[str, Any]) -> str:
     recipe = config["recipe"]
     name = METHODS[recipe]
     if recipe.endswith("_gsg") and not config["gsg"]:
-        name = name.removesuffix("-GSG")
+        name = "BYOL (SimSiam heads)" if recipe == "byol_gsg" else "SimSiam"
     if config.get("momentum_encoder"):
         name += " (momentum encoder)"
     if config.get("follow") == "official":

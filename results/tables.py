@@ -1,0 +1,165 @@
+"""What stands beside what: published numbers and records, like with like only.
+
+A record stands in a row with a published number when method, encoder, pre-training data, epochs,
+batch, evaluation data, protocol, metric and settings are equal, and both data sets are whole and no
+copy. Everything else is shown apart, with what sets it apart, and without a difference.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+PUBLISHED = HERE / "published.yaml"
+GRADES = ("source", "ocr", "secondary", "not at hand")
+# the methods that this repository has recipes for, in the order of its tables
+OURS = ("SimSiam", "SimSiam-GSG", "BYOL (SimSiam heads)", "BYOL-GSG", "NNSiam", "NNCLR", "SNCLR")
+PROTOCOLS = ("linear", "semi-sup 1%", "semi-sup 10%", "kNN (k200,t.1)", "kNN", "linear (L-BFGS)")
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Row:
+    """A published number with the records that it may be compared with, or without any."""
+
+    published: dict[str, Any]
+    records: list[tuple[str, Record]] = field(default_factory=list)  # file name, record
+
+
+def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
+    """The rows of published.yaml; UserError for one that lacks a field or has no known grade."""
+    rows = yaml.safe_load(path.read_text())
+    needed = {"method", "arch", "pretraining", "epochs", "batch", "dataset", "protocol", "metric"}
+    needed |= {"value", "source", "grade"}
+    for number, row in enumerate(rows, 1):
+        if missing := needed - set(row):
+            raise UserError(f"{path}: row {number} has no {', '.join(sorted(missing))}")
+        if row["grade"] not in GRADES or (row["value"] is None) != (row["grade"] == GRADES[-1]):
+            raise UserError(f"{path}: row {number} ({row['method']}): grade and value do not fit")
+    return rows
+
+
+def is_like(record: Record, row: dict[str, Any]) -> bool:
+    """Whether this record may stand beside this published number."""
+    what, on = record["pretraining"], record["dataset"]
+    if any((what["copy"], what["incomplete"], on["copy"], on["incomplete"])):
+        return False
+    if record["epoch"] != "last" or row["epochs"] is None or row["batch"] is None:
+        return False
+    ours = (base_method(record), record["arch"], what["dataset"], what["epochs"], what["batch"])
+    ours += (on["name"], record["protocol"], record["metric"], record.get("settings") or {})
+    theirs = tuple(row[n] for n in ("method", "arch", "pretraining", "epochs", "batch"))
+    theirs += (row["dataset"], row["protocol"], row["metric"], row.get("settings") or {})
+    return ours == theirs
+
+
+def base_method(record: Record) -> str:
+    """The paper's method: the reading of the released code is compared with the paper's number."""
+    return record["method"].removesuffix(" (official)")
+
+
+def join(published: list[dict[str, Any]], records: list[tuple[str, Record]]):
+    """(a Row for each published number, the records that stand beside none)."""
+    rows = [Row(row) for row in published]
+    apart = []
+    for name, record in records:
+        fitting = [row for row in rows if is_like(record, row.published)]
+        for row in fitting:
+            row.records.append((name, record))
+        if not fitting:
+            apart.append((name, record))
+    return rows, apart
+
+
+def difference(record: Record, row: dict[str, Any]) -> float | None:
+    """Ours minus the published number, in points; None where that is not at hand."""
+    return None if row["value"] is None else record["value"] - row["value"]
+
+
+def why_apart(record: Record, published: list[dict[str, Any]]) -> str:
+    """What keeps a record from standing beside a published number, in a few words."""
+    what, on = record["pretraining"], record["dataset"]
+    reasons = [text for text in (what["copy"], what["incomplete"]) if text]
+    reasons += [t for t in (on["copy"], on["incomplete"]) if t and t not in reasons]
+    if record["epoch"] != "last":
+        reasons.append(record["epoch"])
+    same = [
+        row
+        for row in published
+        if (row["method"], row["dataset"], row["protocol"], row["pretraining"])
+        == (base_method(record), on["name"], record["protocol"], what["dataset"])
+    ]
+    if not same:
+        reasons.append("nothing published")
+    elif what["epochs"] not in {row["epochs"] for row in same}:
+        reasons.append(f"{what['epochs']:g} epochs")
+    elif record["arch"] not in {row["arch"] for row in same}:
+        reasons.append(record["arch"])
+    reasons += [f"{n} {v}" for n, v in (record.get("settings") or {}).items()]
+    return ", ".join(dict.fromkeys(reasons))
+
+
+def protocol_order(protocol: str) -> tuple[int, str]:
+    known = PROTOCOLS.index(protocol) if protocol in PROTOCOLS else len(PROTOCOLS)
+    return known, protocol
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """By our methods, each followed by its variants."""
+    for number, name in enumerate(OURS):
+        if method == name or (method.startswith(name + " ") and "(as" not in method):
+            return number, method
+    return len(OURS), method
+
+
+# -- words for cells ------------------------------------------------------------------------------
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def published_cell(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "published, not at hand"
+    mark = {"ocr": " (OCR)", "secondary": " (secondary)"}.get(row["grade"], "")
+    return f"{row['value']:g}{mark}"
+
+
+def spread_cell(record: Record) -> str:
+    """± over n seeds, and over what; a single seed says so."""
+    seeds = len(record["seeds"])
+    if seeds == 1:
+        return "1 seed"
+    what = " of the probe" if record.get("seeds_of") == "evaluation" else ""
+    return f"± {record['spread']:.2f}, {seeds} seeds{what}"
+
+
+def commit_cell(record: Record) -> str:
+    return record["commit"][:7] + (" + uncommitted changes" if record["dirty"] else "")
+
+
+def number_cell(value: float | None) -> str:
+    return "unstated" if value is None else f"{value:g}"
+
+
+def hours_cell(record: Record) -> str:
+    hours = record["hours"]
+    if hours is None:
+        return ""
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def data_cell(dataset: dict[str, Any], name: str = "name") -> str:
+    """CIFAR-10 (JPEG copy, 5 000 images)."""
+    marks = [text for text in (dataset["copy"], dataset["incomplete"]) if text]
+    return dataset[name] + (f" ({', '.join(marks)})" if marks else "")
+
+
+def protocol_cell(record: Record) -> str:
+    return record["protocol"] + (" (assumed)" if record.get("assumed") else "")
