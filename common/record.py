@@ -74,7 +74,8 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
     first = facts[0]
     for run, other in zip(runs[1:], facts[1:], strict=True):
         differing = {n for n in first["config"] if first["config"][n] != other["config"].get(n)}
-        if differing - {"seed", *PLACES}:
+        differing -= {"seed", *PLACES}
+        if differing:
             raise UserError(
                 f"{run} differs from {runs[0]} in {', '.join(sorted(differing))}: one record is of "
                 "runs that differ in the seed only"

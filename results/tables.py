@@ -94,14 +94,27 @@ def why_apart(record: Record, published: list[dict[str, Any]]) -> str:
         if (row["method"], row["dataset"], row["protocol"], row["pretraining"])
         == (base_method(record), on["name"], record["protocol"], what["dataset"])
     ]
-    if not same:
+    if same:
+        ours = (record["arch"], what["epochs"], what["batch"], record["metric"])
+        words = (
+            record["arch"],
+            f"{number_cell(what['epochs'])} epochs",
+            f"batch {what['batch']}",
+            ours[3],
+        )
+        differing = [
+            [w for w, mine, its in zip(words, ours, fields_of(row), strict=True) if mine != its]
+            for row in same
+        ]
+        reasons += min(differing, key=len)
+    else:
         reasons.append("nothing published")
-    elif what["epochs"] not in {row["epochs"] for row in same}:
-        reasons.append(f"{what['epochs']:g} epochs")
-    elif record["arch"] not in {row["arch"] for row in same}:
-        reasons.append(record["arch"])
     reasons += [f"{n} {v}" for n, v in (record.get("settings") or {}).items()]
     return ", ".join(dict.fromkeys(reasons))
+
+
+def fields_of(row: dict[str, Any]) -> tuple:
+    return row["arch"], row["epochs"], row["batch"], row["metric"]
 
 
 def protocol_order(protocol: str) -> tuple[int, str]:
