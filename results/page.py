@@ -109,29 +109,22 @@ def html(published, records, figures: list[dict[str, str]], folder: Path) -> str
 
 def compared(rows: list[tables.Row]) -> tuple[list[str], list[list[Cell]], tuple[str, ...]]:
     head = ["method", "encoder", "protocol", "evaluated on", "metric", "epochs", "batch"]
-    head += ["published", "grade", "source", "ours", "difference", "spread", "commit", "record"]
+    head += ["published", "ours", "difference", "spread", "grade", "source", "commit", "record"]
     cells: list[list[Cell]] = []
     for row in rows:
         p = row.published
         settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
         left: list[Cell] = [p["method"] + settings, p["arch"], p["protocol"], p["dataset"]]
         left += [p["metric"], number(p["epochs"], "unstated"), number(p["batch"], "unstated")]
-        left += [number(p["value"], "not at hand"), p["grade"], p["source"]]
+        left.append(("not at hand", None) if p["value"] is None else (tables.exact(p), p["value"]))
+        origin: list[Cell] = [p["grade"], p["source"]]
         for name, r in row.records or [("", None)]:
             if r is None:
-                cells.append([*left, ("", None), ("", None), "", "", ""])
+                cells.append([*left, ("", None), ("", None), "", *origin, "", ""])
                 continue
-            off = tables.difference(r, p)
-            cells.append(
-                [
-                    *left,
-                    number(r["value"]),
-                    number(off, signed=True),
-                    tables.spread_cell(r),
-                    tables.commit_cell(r),
-                    link(name),
-                ]
-            )
+            ours = [number(r["value"]), number(tables.difference(r, p), signed=True)]
+            ours.append(tables.spread_cell(r))
+            cells.append([*left, *ours, *origin, tables.commit_cell(r), link(name)])
     return head, cells, ("method", "protocol", "evaluated on")
 
 
@@ -214,5 +207,5 @@ def line(row: list[Cell]) -> str:
             cells.append(f"<td>{cell[1:]}</td>")
         else:
             cells.append(f"<td>{escape.escape(cell)}</td>")
-    empty = ' class="empty"' if "not at hand" in row else ""
+    empty = ' class="empty"' if ("not at hand", None) in row else ""
     return f"<tr{empty}>{''.join(cells)}</tr>"

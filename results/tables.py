@@ -141,7 +141,13 @@ def published_cell(row: dict[str, Any]) -> str:
     if row["value"] is None:
         return "published, not at hand"
     mark = {"ocr": " (OCR)", "secondary": " (secondary)"}.get(row["grade"], "")
-    return f"{row['value']:g}{mark}"
+    return exact(row) + mark
+
+
+def exact(row: dict[str, Any]) -> str:
+    """The number with the decimals that it was published with, at least one."""
+    value = row["value"]
+    return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
 
 
 def spread_cell(record: Record) -> str:
