@@ -5,10 +5,12 @@
 
 Runs both recipes as a user would, with and without --no-gsg in turn, and takes the median time of
 a step from their metrics, waiting for data left out (four views instead of two also cost the
-loaders twice). Flags that are not of this script go to the recipes.
+loaders twice). On a GPU kernels are launched one by one, so that a step's time is its own. Flags
+that are not of this script go to the recipes.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import yaml
 from common import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 3  # steps that are not counted: allocation, the algorithm search of a GPU
+WARM_UP = 3  # steps that are not counted: allocation, the first kernels
 
 
 def main() -> None:
@@ -50,7 +52,8 @@ def step_seconds(recipe: str, flags: list[str], steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), *flags]
         command += ["--max-steps", str(steps + WARM_UP), "--knn-every", "0", "--output", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
+        own = os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=own)
         if done.returncode:
             sys.exit(done.stderr.strip() or done.stdout)
         batch = yaml.safe_load((Path(folder) / "config.yaml").read_text())["batch_size"]

@@ -53,7 +53,7 @@ class RunConfig:
     download: bool = free(False)  # cifar10: download torchvision's python batches into --data
     arch: ARCHS = "resnet50"  # encoder, one exact network per name
     image_size: int = 224  # side of a view in pixels
-    seed: int = 0  # keys initialisation, data order, views and the random start of the queue
+    seed: int = 0  # keys initialisation, data order, views, queue start, GSG's pairs
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     # default: bf16 autocast on a GPU, fp32 on CPU
@@ -217,6 +217,7 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
 def check_values(config: Any) -> None:
     """Bounds that hold for the fields of any recipe that has them."""
     positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature"}
+    positive |= {"output_dim", "projector_hidden", "predictor_hidden"}
     not_negative = {"lr", "weight_decay", "warmup_epochs", "seed", "max_steps", "knn_every"}
     not_negative |= {"lr_batch"}
     not_negative |= {"neighbours", "neighbour_free_epochs", "checkpoint_minutes", "small_crops"}

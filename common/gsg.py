@@ -34,7 +34,7 @@ def draw_pairs(pairing: Pairing, batch: int, ranks: int, seed: int, step: int) -
         if batch % ranks:
             raise ValueError(f"a batch of {batch} does not divide over {ranks} ranks")
         local = batch // ranks
-        blocks = [rank * local + rng.permutation(local) for rank in range(ranks)]
+        blocks = [start + rng.permutation(local) for start in range(0, batch, local)]
         return torch.from_numpy(np.concatenate(blocks))
     if pairing == "derangement" and batch < 2:
         raise ValueError("one image cannot be paired with another: a derangement needs two")

@@ -47,6 +47,7 @@ class Config(RunConfig):
     warmup_epochs: float = 10  # linear from 0; unstated; SimSiam Sec. 4 for batches from 1024
     fixed_predictor_lr: bool = True  # unstated; SimSiam Sec. 4.2 and its --fix-pred-lr
     queue_size: int = 98304  # unstated; NNCLR's
+    zero_init_residual: bool = True  # last batch norm of each block; SimSiam App. A
     projector_layers: int = 3  # "SimSiam" (suppl. C): 2048-2048-2048, SimSiam Sec. 3
     projector_hidden: int = 2048  # SimSiam Sec. 3
     output_dim: int = 2048  # suppl. C
@@ -69,6 +70,7 @@ SMALL_IMAGES = {
     "warmup_epochs": 0,
     "fixed_predictor_lr": False,
     "queue_size": 16384,
+    "zero_init_residual": False,  # unstated; lightly
     "projector_layers": 2,  # GSG App. C.2
     "output_affine": True,  # unstated; lightly's default, which GSG App. C.2 follows
     "views": "cifar",
@@ -96,8 +98,7 @@ class NNSiam(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # SimSiam App. A: zero-initialised last batch norm of each residual block
-        encoder = build_encoder(config.arch, config.image_size, zero_init_residual=True)
+        encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
         hidden = [config.projector_hidden] * (config.projector_layers - 1)
         sizes = [encoder.embed_dim, *hidden, config.output_dim]
         projector = mlp(sizes, output_norm=True, output_affine=config.output_affine)

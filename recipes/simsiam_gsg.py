@@ -51,15 +51,17 @@ class Config(RunConfig):
     # App. A shuffles the batch; code: each rank's own (local); derangement: no image meets itself
     pairing: Pairing = "global"
 
-    epochs: int = 100  # code; SimSiam Sec. 4
+    epochs: int = 100  # code; SimSiam Sec. 3
     batch_size: int = 512  # global batch; code; SimSiam Sec. 3
     lr: float = 0.05  # base rate, times batch/lr-batch; App. C.1: SimSiam Sec. 3; code
     lr_batch: int = 256  # the batch that --lr is given for, 0: not scaled; SimSiam Sec. 3; code
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"  # App. C.1: SimSiam Sec. 3; code
     sgd_momentum: float = 0.9  # momentum of SGD or LARS; SimSiam Sec. 3; code
-    weight_decay: float = 1e-4  # on all parameters, biases and norms too; SimSiam Sec. 3; code
+    # SGD: on all parameters, biases and norms too; SimSiam Sec. 3, App. A; code
+    weight_decay: float = 1e-4
     cosine_per: Literal["epoch", "step"] = "epoch"  # when the cosine moves the rate; code
     fixed_predictor_lr: bool = True  # SimSiam Sec. 4.2; --fix-pred-lr of the code's README
+    zero_init_residual: bool = True  # last batch norm of each block; SimSiam App. A; code
     projector_layers: int = 3  # 2048-2048-2048; App. C.1
     projector_hidden: int = 2048  # App. C.1
     output_dim: int = 2048  # App. C.1
@@ -73,11 +75,12 @@ class Config(RunConfig):
 SMALL_IMAGES = {  # App. B.2 and C.2, "the default setup of lightly"; its CIFAR-10 benchmark
     "image_size": 32,
     "epochs": 200,  # unstated; lightly (secondary: the paper too)
-    "batch_size": 512,  # unstated; secondary
+    "batch_size": 512,  # unstated; secondary (lightly: 128, its table has 512 too)
     "lr": 0.06,  # unstated; lightly
     "lr_batch": 0,  # unstated; lightly does not scale SimSiam's
     "weight_decay": 5e-4,  # unstated; lightly
     "fixed_predictor_lr": False,  # unstated; lightly
+    "zero_init_residual": False,  # unstated; lightly
     "projector_layers": 2,  # App. C.2: 512-2048-2048
     "output_affine": True,  # unstated; lightly
     "views": "cifar",  # App. B.2
@@ -104,8 +107,7 @@ class SimSiam(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # SimSiam App. A: zero-initialised last batch norm of each residual block
-        encoder = build_encoder(config.arch, config.image_size, zero_init_residual=True)
+        encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
         hidden = [config.projector_hidden] * (config.projector_layers - 1)
         sizes = [encoder.embed_dim, *hidden, config.output_dim]
         projector = mlp(sizes, output_norm=True, output_affine=config.output_affine)

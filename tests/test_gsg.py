@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_ranks
+from conftest import run_ranks
 from test_losses import cosine, draw
 
 from common import gsg
@@ -205,41 +205,6 @@ def test_mistakes_of_a_pairing():
         gsg.draw_pairs("local", 7, 2, 0, 0)
     with pytest.raises(ValueError, match="unknown pairing"):
         gsg.draw_pairs("random", 8, 2, 0, 0)
-
-
-# -- the momentum encoder -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flags", [[], ["--no-gsg"]])
-def test_the_momentum_encoder_follows_before_the_forward_and_gets_no_gradient(
-    flags, tmp_path, monkeypatch
-):
-    """After step n it is 0.99 of itself and 0.01 of the weights that step n began with."""
-    seen = []
-
-    def noting(target, online, momentum):
-        expected = [
-            momentum * t + (1 - momentum) * o.detach()
-            for t, o in zip(target.parameters(), online.parameters(), strict=True)
-        ]
-        update(target, online, momentum)
-        seen.append((target, online, momentum, expected))
-
-    update = byol_gsg.update_momentum
-    monkeypatch.setattr(byol_gsg, "update_momentum", noting)
-    given = ["--precision", "fp64", "--max-steps", "3", "--output", str(tmp_path / "run")]
-    byol_gsg.main([*SMALL, *flags, *given])
-    assert [momentum for _, _, momentum, _ in seen] == [0.99] * 3
-    target, online, _, expected = seen[-1]
-    parameters = zip(target.parameters(), online.parameters(), expected, strict=True)
-    for t, o, e in parameters:
-        torch.testing.assert_close(t, e, rtol=1e-12, atol=1e-15)
-        assert t.grad is None and not t.requires_grad and o.grad is not None
-    pairs = zip(target.parameters(), online.parameters(), strict=True)
-    assert any(not torch.equal(t, o) for t, o in pairs)
-    statistics = dict(target.named_buffers())  # its batch norms ran in train mode, once per view
-    counts = {v.item() for n, v in statistics.items() if n.endswith("num_batches_tracked")}
-    assert counts == {3 * (2 if flags else 4)}
 
 
 # -- one forward or several -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ from conftest import run_ranks, small
 from test_gsg import algorithm_1
 
 from common import checkpoint, metrics
+from common.gsg import draw_pairs
 
 RECIPES = {
     "nnclr": [],
@@ -56,6 +57,12 @@ def test_two_ranks_train_as_one_in_float64(case, tmp_path):
     for seen in seen_two:
         for a, b in zip(seen_one["positions"], seen["positions"], strict=True):
             assert torch.equal(a, b)
+    if "gsg" in case:  # the pairs are those of the flag, the seed and the step
+        pairing = case.split()[1] if "derangement" in case else "global"
+        drawn = [draw_pairs(pairing, 36, 1, 0, step) for step in range(STEPS)]
+        for seen in (seen_one, *seen_two):
+            used = [pairs for _, pairs, _ in seen["terms"]]
+            assert all(map(torch.equal, used, drawn)) and len(used) == STEPS * ("plain" not in case)
     if case == "nnclr":  # spread over ranks, merged: the same accuracy
         for name in ("knn_before", "knn"):
             accuracies = [json.loads((r / "results.json").read_text())[name] for r in (one, two)]
@@ -158,13 +165,15 @@ def test_private_queues_refuse_another_number_of_ranks(tmp_path):
         run_ranks(1, "recipes/snclr.py", *arguments)
 
 
-def test_local_pairing_is_algorithm_1_in_each_ranks_own_batch(tmp_path):
+@pytest.mark.parametrize("recipe", ["simsiam_gsg", "byol_gsg"])
+def test_local_pairing_is_algorithm_1_in_each_ranks_own_batch(recipe, tmp_path):
     flags = ["--follow", "official", "--precision", "fp64", "--max-steps", str(STEPS)]
-    run, ranks = run_on(2, tmp_path, "simsiam_gsg", *flags)
+    run, ranks = run_on(2, tmp_path, recipe, *flags)
     losses = np.zeros((2, STEPS))
     for r, seen in enumerate(ranks):
         assert len(seen["terms"]) == STEPS
         for step, (tensors, pairs, loss) in enumerate(seen["terms"]):
+            assert torch.equal(pairs, draw_pairs("local", 36, 2, 0, step))
             own = pairs[18 * r : 18 * (r + 1)] - 18 * r
             assert sorted(own.tolist()) == [*range(18)]
             losses[r, step] = algorithm_1(*tensors, own.tolist())
