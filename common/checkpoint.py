@@ -5,6 +5,7 @@ Written beside and renamed, the one before kept: at every moment `checkpoint.pt`
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def keep_previous(path: Path, previous: Path) -> None:
         if is_disk_error(error):
             raise
         os.replace(path, previous)
+
+
+def keep(folder: Path, path: Path) -> None:
+    """Keeps the folder's present checkpoint under another name, by a hard link where there are."""
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_suffix(".partial")
+    with contextlib.suppress(FileNotFoundError):
+        beside.unlink()
+    try:
+        os.link(folder / NAME, beside)
+    except OSError as error:
+        if is_disk_error(error):
+            raise
+        shutil.copyfile(folder / NAME, beside)
+    os.replace(beside, path)
 
 
 def find(folder: Path) -> Path | None:

@@ -62,6 +62,8 @@ class RunConfig:
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
     knn_every: int = free(10)  # epochs between k-NN evaluations (and one before); 0: none
     checkpoint_minutes: float = free(15.0)  # minutes between checkpoints within an epoch
+    # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
+    snapshot_epochs: str = free("")
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
     # skip: log an unreadable image, take the next
     on_bad_image: Literal["stop", "skip"] = free("stop")
@@ -236,8 +238,20 @@ def check_values(config: Any) -> None:
             raise UserError(f"{flag} {value}: must not be negative", every_rank=True)
         if name in shares and not 0 <= value <= 1:
             raise UserError(f"{flag} {value}: must lie between 0 and 1", every_rank=True)
+    snapshot_epochs(config)
     if config.workers < -1:
         raise UserError(f"--workers {config.workers}: must be -1 or more", every_rank=True)
+
+
+def snapshot_epochs(config: Any) -> set[int]:
+    """The epochs of --snapshot-epochs."""
+    try:
+        return {int(word) for word in config.snapshot_epochs.split(",") if word.strip()}
+    except ValueError:
+        raise UserError(
+            f"--snapshot-epochs {config.snapshot_epochs}: whole numbers with commas, as 0,1,10",
+            every_rank=True,
+        ) from None
 
 
 def is_free(config_class: type, name: str) -> bool:

@@ -107,6 +107,7 @@ def show(axis, image: np.ndarray | None, text: str, frame: str) -> None:
     if image is None:
         axis.text(0.5, 0.5, "random\nstart", ha="center", va="center", fontsize=7)
         axis.set_xlim(0, 1)
+        axis.set_box_aspect(1)
     else:
         axis.imshow(image)
     axis.set_xticks([])

@@ -32,7 +32,7 @@ NOT_SETTINGS = {"recipe", "dataset", "arch", "seed", "epochs", "batch_size", "fo
 NOT_SETTINGS |= {"precision"}
 DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"}
 PLACES = {"data", "output", "workers", "download", "wandb", "knn_every", "checkpoint_minutes"}
-PLACES |= {"resume", "max_steps", "on_bad_image", "config"}
+PLACES |= {"snapshot_epochs", "resume", "max_steps", "on_bad_image", "config"}
 
 
 def problems(record: Any) -> list[str]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed, environment, metrics, results
 from common.augment import View, to_input
-from common.config import changed_fields
+from common.config import changed_fields, snapshot_epochs
 from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
 from common.errors import Stopped, UserError, say_error
 from common.knn import knn_of_encoder
@@ -65,6 +65,7 @@ class Run:
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
         self.folder = distributed.from_rank_zero(self.choose_folder())
+        self.snapshots = snapshot_epochs(config)
         self.step, self.seconds = 0, 0.0
         self.last_saved_step, self.last_knn = 0, None
         self.waiting: list[dict[str, Any]] = []  # logged, not yet read from the device
@@ -385,6 +386,8 @@ class Run:
             self.end_epoch()
         if save or stop or epoch_ends or done:
             self.save()
+        if epoch_ends:
+            self.keep_snapshot(self.step // self.steps_per_epoch)
         if stop and not done:
             name = self.requests.received.name if self.requests.received else "another rank"
             self.say(
@@ -421,8 +424,16 @@ class Run:
         if good:
             self.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
 
+    def keep_snapshot(self, epoch: int) -> None:
+        """Keeps the checkpoint just saved as snapshots/epoch-….pt, where --snapshot-epochs asks."""
+        if self.rank == 0 and epoch in self.snapshots:
+            checkpoint.keep(self.folder, self.folder / "snapshots" / f"epoch-{epoch:04}.pt")
+
     def evaluate_at_start(self) -> None:
         """k-NN of the random encoder, so that a run says what it learned."""
+        if self.step == 0 and 0 in self.snapshots:
+            self.save()
+            self.keep_snapshot(0)
         if self.step == 0 and (accuracy := self.knn(due=True)) is not None:
             self.write_epoch({"kind": "epoch", "epoch": 0, "step": 0, "knn": accuracy})
             self.say(f"epoch 0: k-NN {accuracy:.1%} (random encoder)")

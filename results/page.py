@@ -166,8 +166,9 @@ def number(value: float | None, otherwise: str = "", signed: bool = False) -> Ce
     return (f"{value:+.2f}" if signed else f"{value:g}"), float(value)
 
 
-def link(name: str) -> str:
-    return f'\x00<a href="records/{name}">{name.removesuffix(".json")}</a>'
+def link(names: str) -> str:
+    each = [f'<a href="records/{n}">{n.removesuffix(".json")}</a>' for n in names.split()]
+    return "\x00" + "<br>".join(each)
 
 
 def section(

@@ -156,7 +156,7 @@ def compared_cells(rows: Iterable[tables.Row]) -> Iterable[list[str]]:
                 tables.spread_cell(r),
                 tables.commit_cell(r),
                 tables.hours_cell(r),
-                f"[record](records/{name})",
+                links(name),
             ]
 
 
@@ -180,8 +180,16 @@ def apart_cells(name: str, r: tables.Record, published) -> list[str]:
         tables.why_apart(r, published) + ("; protocol assumed" if r.get("assumed") else ""),
         tables.commit_cell(r),
         tables.hours_cell(r),
-        f"[record](records/{name})",
+        links(name),
     ]
+
+
+def links(names: str) -> str:
+    """A link to each of a row's records."""
+    each = names.split()
+    return ", ".join(
+        f"[{'record' if len(each) == 1 else i + 1}](records/{name})" for i, name in enumerate(each)
+    )
 
 
 def table(head: Iterable[str], rows: Iterable[list[str]]) -> str:

@@ -5,6 +5,8 @@ batch, evaluation data, protocol, metric and settings are equal, and both data s
 copy. Everything else is shown apart, with what sets it apart, and without a difference.
 """
 
+import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
+from common.record import with_values
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.yaml"
@@ -28,7 +31,7 @@ class Row:
     """A published number with the records that it may be compared with, or without any."""
 
     published: dict[str, Any]
-    records: list[tuple[str, Record]] = field(default_factory=list)  # file name, record
+    records: list[tuple[str, Record]] = field(default_factory=list)  # file names, record
 
 
 def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
@@ -63,11 +66,44 @@ def base_method(record: Record) -> str:
     return record["method"].removesuffix(" (official)")
 
 
+SAME = ("method", "recipe", "arch", "pretraining", "dataset", "protocol", "metric", "settings")
+SAME += ("epoch", "assumed", "dirty")
+
+
+def merge_seeds(records: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
+    """Records of one seed each that differ in the seed, with what follows from it, as one row with
+    mean and spread; its name is those of its records, a space between. Others stay as they are.
+    """
+    groups: dict[str, list[tuple[str, Record]]] = {}
+    for name, record in records:
+        alone = len(record["seeds"]) == 1 and record.get("seeds_of", "pretraining") == "pretraining"
+        key = [record.get(n) for n in SAME] + [
+            (record.get("hyperparameters") or {}).get("protocol")
+        ]
+        key += [] if alone else [name]
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append((name, record))
+    merged = []
+    for group in groups.values():
+        by_seed = {r["seeds"][0]: (n, r) for n, r in group}  # the newest name of a seed run twice
+        if len(by_seed) < 2 or len(by_seed) < len(group):
+            merged += group
+            continue
+        names, parts = zip(*(by_seed[seed] for seed in sorted(by_seed)), strict=True)
+        whole = with_values(parts[0], [r["value"] for r in parts])
+        whole |= {"seeds": [r["seeds"][0] for r in parts]}
+        for mean in ("hours", "images_per_second"):
+            known = [r[mean] for r in parts if r[mean] is not None]
+            whole[mean] = statistics.fmean(known) if known else None
+        whole["commit"] = " ".join(dict.fromkeys(r["commit"] for r in parts))
+        merged.append((" ".join(names), whole))
+    return merged
+
+
 def join(published: list[dict[str, Any]], records: list[tuple[str, Record]]):
     """(a Row for each published number, the records that stand beside none)."""
     rows = [Row(row) for row in published]
     apart = []
-    for name, record in records:
+    for name, record in merge_seeds(records):
         fitting = [row for row in rows if is_like(record, row.published)]
         for row in fitting:
             row.records.append((name, record))
@@ -160,7 +196,8 @@ def spread_cell(record: Record) -> str:
 
 
 def commit_cell(record: Record) -> str:
-    return record["commit"][:7] + (" + uncommitted changes" if record["dirty"] else "")
+    commits = ", ".join(commit[:7] for commit in record["commit"].split())
+    return commits + (" + uncommitted changes" if record["dirty"] else "")
 
 
 def number_cell(value: float | None) -> str:

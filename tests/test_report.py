@@ -146,6 +146,22 @@ def test_pages_of_golden_records(tmp_path):
     assert report.build(tmp_path, tmp_path / "ROOT.md") == pages  # made anew: the same
 
 
+def test_records_of_one_seed_each_make_one_row_with_spread(tmp_path):
+    golden(tmp_path)
+    for path in (tmp_path / "records").iterdir():
+        path.unlink()
+    for seed, value in ((0, 70.0), (1, 72.0), (2, 74.0)):
+        one = good(seeds=[seed], values=[value], value=value, spread=None)
+        record.add(one | {"backbone_sha256": [f"{seed}" * 64]}, folder=tmp_path / "records")
+    other = good(seeds=[0], values=[50.0], value=50.0, spread=None, settings={"neighbours": 10})
+    record.add(other, folder=tmp_path / "records")
+    text = report.build(tmp_path, tmp_path / "ROOT.md")[tmp_path / "README.md"]
+    compared, apart = text.split("## Ours under other settings")
+    line = next(li for li in compared.splitlines() if "73.38" in li)
+    assert "| 72.00 | -1.38 | ± 2.00, 3 seeds |" in line and line.count("](records/") == 3
+    assert "| 50.00 | 1 seed | neighbours 10 |" in apart
+
+
 def test_a_changed_record_makes_the_pages_stale(tmp_path):
     golden(tmp_path)
     before = report.build(tmp_path, tmp_path / "ROOT.md")

@@ -1,0 +1,1 @@
+"""Accuracy against one flag, over runs."""

@@ -1,0 +1,1 @@
+"""Which neighbours a run retrieves, over training and by positiveness."""

@@ -1,0 +1,1 @@
+"""t-SNE of test images, runs side by side."""

@@ -1,0 +1,139 @@
+"""t-SNE of a test set's features, a panel for each run (GSG Fig. 1).
+
+    python eval/tsne/run.py RUN [RUN …] --output tsne.png
+
+Each panel embeds the same images with the same seed. The title has the run's own k-NN accuracy
+(results.json: k=200, the whole test set) and the silhouette of the l2-normalised features by label
+(cosine distance, of the shown images): how well classes part before t-SNE bends anything.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from torch.nn import functional as F
+
+from common import pictures
+from common.backbone import load_backbone
+from common.data import Images, load_dataset
+from common.errors import UserError, command
+from common.knn import extract_features
+from common.record import method_of
+
+
+def shown_images(images: Images, count: int, seed: int) -> np.ndarray:
+    """The same number of images of each class, drawn from the seed; all where `count` is 0."""
+    if count == 0 or count >= len(images):
+        return np.arange(len(images))
+    rng = np.random.default_rng(seed)
+    classes = np.unique(images.labels)
+    each = max(1, count // len(classes))
+    chosen = [
+        rng.choice(of, min(each, len(of)), replace=False)
+        for of in (np.flatnonzero(images.labels == c) for c in classes)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def features_of(run: Path, images: Images, samples: np.ndarray) -> np.ndarray:
+    """(N,D) l2-normalised features of a run's backbone."""
+    encoder, metadata = load_backbone(run)
+    features = extract_features(encoder, images, samples, int(metadata["image_size"]))
+    return F.normalize(features.double(), dim=1).numpy()
+
+
+def embed(features: np.ndarray, seed: int, perplexity: float) -> np.ndarray:
+    """(N,D) -> (N,2). scikit-learn's t-SNE from the first two principal components."""
+    from sklearn.manifold import TSNE
+
+    return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
+
+
+def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
+    """Mean silhouette by label, cosine distance, in [-1, 1]."""
+    from sklearn.metrics import silhouette_score
+
+    return float(silhouette_score(features, labels, metric="cosine"))
+
+
+def draw(path: Path, panels: list[tuple[str, np.ndarray]], labels: np.ndarray, names, title: str):
+    """Panels side by side, a colour for each class."""
+    plt = pictures.headless_pyplot()
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    legend_columns = 3 * columns
+    legend = 0.1 + 0.2 * math.ceil(len(names) / legend_columns)  # inches
+    size = (3.6 * columns, 3.9 * rows + 0.4 + legend)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (text, points) in zip(axes.flat, panels, strict=False):
+        for number, name in enumerate(names):
+            of = labels == number
+            colour = colours(number % colours.N)
+            axis.scatter(*points[of].T, s=3, color=colour, label=str(name), linewidths=0)
+        axis.set_title(text, fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    handles, texts = axes.flat[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        texts,
+        loc="lower center",
+        ncols=legend_columns,
+        fontsize=7,
+        markerscale=3,
+    )
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, legend / size[1], 1, 1))
+    pictures.save(figure, path, plt)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
+    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    parser.add_argument("--data", default=None, help="the images, where the runs' --data has moved")
+    parser.add_argument("--images", type=int, default=0, help="how many, balanced (default: all)")
+    parser.add_argument("--perplexity", type=float, default=30.0, help="of t-SNE (default 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of t-SNE and of the choice of images")
+    arguments = parser.parse_args(argv)
+    configs = []
+    for run in arguments.runs:
+        if not (run / "results.json").exists():
+            raise UserError(f"{run} is no finished run: it has no results.json")
+        configs.append(yaml.safe_load((run / "config.yaml").read_text()))
+    if len({config["dataset"] for config in configs}) > 1:
+        raise UserError("the runs are of several data sets: panels of one data set only")
+    data = configs[0]["data"] if arguments.data is None else arguments.data
+    _, images = load_dataset(configs[0]["dataset"], data)
+    if images is None or images.labels is None:
+        raise UserError(f"{configs[0]['dataset']} has no labelled test images")
+    samples = shown_images(images, arguments.images, arguments.seed)
+    labels = images.labels[samples]
+    if not 0 < arguments.perplexity < len(samples):
+        raise UserError(f"--perplexity must lie between 0 and {len(samples)}, the number of images")
+    panels = []
+    for run, config in zip(arguments.runs, configs, strict=True):
+        results = json.loads((run / "results.json").read_text())
+        features = features_of(run, images, samples)
+        knn = "" if results["knn"] is None else f"k-NN {results['knn']:.1%}, "
+        text = f"{method_of(config)}, {results['epoch']:g} epochs\n"
+        text += f"{knn}silhouette {silhouette(features, labels):+.3f}"
+        print(text.replace("\n", ": "), flush=True)
+        panels.append((text, embed(features, arguments.seed, arguments.perplexity)))
+    names = getattr(images, "classes", None) or [*range(int(labels.max()) + 1)]
+    title = f"t-SNE of {len(samples):,} test images of {images.name}"
+    draw(arguments.output, panels, labels, names, title)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,341 @@
+"""The plan of runs: what is recorded, running, missing; and the next piece of it.
+
+    python results/reproduce.py --list                               # the plan as YAML, with states
+    python results/reproduce.py --next --budget 9m --cifar10 PATH    # goes on with it
+    python results/reproduce.py --next --only photos-nnclr           # this run and no other
+
+--next continues an unfinished run first, else starts the first missing one whose data is given; it
+trains, evaluates and stores the records. When the budget is spent it stops the run, which saves,
+and exits with 75; the same command continues. Nothing left to do: exit code 0.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import EXIT_STOPPED, Stopped, UserError, command, nearest_name
+from results import record
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PLAN = HERE / "plan.yaml"
+STATES = ("recorded", "trained", "running", "unfinished", "missing")
+PATIENCE = 120.0  # seconds that a stopped run may take to save before it is killed
+LOCK = "reproduce.lock"
+# an evaluation's script and flags; {run} is the run folder, {out} where its records go
+EVALUATIONS = {
+    "knn": [],  # the run's own, after its last epoch
+    "linear": ["eval/linear_probe/run.py", "--backbone", "{run}", "--record", "{out}"],
+    "semi 1%": [
+        "eval/semi_supervised/run.py",
+        "--backbone",
+        "{run}",
+        "--percent",
+        "1",
+        "--record",
+        "{out}",
+    ],
+    "semi 10%": [
+        "eval/semi_supervised/run.py",
+        "--backbone",
+        "{run}",
+        "--percent",
+        "10",
+        "--record",
+        "{out}",
+    ],
+}
+PROTOCOLS = {
+    "knn": "kNN (k200,t.1)",
+    "linear": "linear",
+    "semi 1%": "semi-sup 1%",
+    "semi 10%": "semi-sup 10%",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One seed of one run of the plan."""
+
+    run: dict[str, Any]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.run['name']}-{self.seed}"
+
+    @property
+    def dataset(self) -> str:
+        return self.run["flags"].get("dataset", "imagenet")
+
+
+def load_plan(path: Path = PLAN) -> list[dict[str, Any]]:
+    """The runs of plan.yaml; UserError for one that lacks a field or asks for the unknown."""
+    runs = yaml.safe_load(path.read_text())["runs"]
+    needed = {"name", "recipe", "flags", "seeds", "evaluations", "hours", "device", "basis"}
+    for run in runs:
+        where = f"{path}: {run.get('name', 'a run')}"
+        if needed != set(run):
+            raise UserError(f"{where}: fields {', '.join(sorted(needed ^ set(run)))} are amiss")
+        if unknown := set(run["evaluations"]) - set(EVALUATIONS):
+            raise UserError(f"{where}: unknown evaluation {', '.join(sorted(unknown))}")
+        if not (ROOT / "recipes" / f"{run['recipe']}.py").exists():
+            raise UserError(f"{where}: no recipe {run['recipe']}")
+    names = [run["name"] for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: a name appears twice")
+    return runs
+
+
+def pieces(plan: list[dict[str, Any]]) -> Iterator[Piece]:
+    """First seeds of all runs first, then second seeds."""
+    for number in range(max(len(run["seeds"]) for run in plan)):
+        for run in plan:
+            if number < len(run["seeds"]):
+                yield Piece(run, run["seeds"][number])
+
+
+class Work:
+    """The folders of the plan's runs and the records that exist."""
+
+    def __init__(self, runs: Path, records: Path = record.RECORDS):
+        self.runs, self.records = runs, records
+
+    def folder(self, piece: Piece) -> Path:
+        return self.runs / piece.name
+
+    def recorded(self, piece: Piece) -> list[str]:
+        """The evaluations of this piece that have a record, known by the backbone's checksum."""
+        results = self.folder(piece) / "results.json"
+        done = set()
+        trained = json.loads(results.read_text()) if results.exists() else None
+        for _, one in record.load_all(self.records):
+            of_this = trained and trained["backbone_sha256"] in one["backbone_sha256"]
+            if of_this or is_of(one, piece):
+                done.add(one["protocol"])
+        return [e for e in piece.run["evaluations"] if PROTOCOLS[e] in done]
+
+    def state(self, piece: Piece) -> str:
+        if set(self.recorded(piece)) >= set(piece.run["evaluations"]):
+            return "recorded"
+        folder = self.folder(piece)
+        if is_locked(folder):
+            return "running"
+        if (folder / "results.json").exists():
+            return "trained"
+        return "unfinished" if (folder / "config.yaml").exists() else "missing"
+
+
+def is_of(one: dict[str, Any], piece: Piece) -> bool:
+    """Whether a record, perhaps of another machine, is of this piece: by the name that its
+    training command gave the run folder.
+    """
+    folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
+    return piece.name in {Path(folder).name for folder in folders}
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process is at work on this run: its lock names a living process."""
+    try:
+        pid = int((folder / LOCK).read_text())
+        os.kill(pid, 0)
+        return pid != os.getpid()
+    except (OSError, ValueError):
+        return False
+
+
+# -- doing it -------------------------------------------------------------------------------------
+
+
+def listing(plan: list[dict[str, Any]], work: Work) -> list[dict[str, Any]]:
+    """The plan with the state of every seed and the hours that are left."""
+    rows = []
+    for run in plan:
+        states = {seed: work.state(Piece(run, seed)) for seed in run["seeds"]}
+        left = sum(state not in ("recorded", "trained") for state in states.values())
+        shown = {"state": {f"seed {seed}": state for seed, state in states.items()}}
+        todo = {
+            f"seed {seed}": [e for e in run["evaluations"] if e not in done]
+            for seed in run["seeds"]
+            if (done := work.recorded(Piece(run, seed))) != run["evaluations"]
+            and states[seed] == "trained"
+        }
+        if todo:
+            shown["to evaluate"] = todo
+        rows.append({**run, **shown, "hours left": round(left * run["hours"], 3)})
+    return rows
+
+
+def choose(plan: list[dict[str, Any]], work: Work, has_data: Callable[[str], bool]) -> Piece | None:
+    """What is to be done next: an unfinished run, else what waits for evaluation, else the first
+    missing run whose data is at hand.
+    """
+    candidates = [piece for piece in pieces(plan) if has_data(piece.dataset)]
+    states = {piece.name: work.state(piece) for piece in candidates}
+    for wanted in ("unfinished", "trained", "missing"):
+        for piece in candidates:
+            if states[piece.name] == wanted:
+                return piece
+    return None
+
+
+def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
+    flags = []
+    for name, value in piece.run["flags"].items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
+    if data:
+        flags += ["--data", data]
+    script = ROOT / "recipes" / f"{piece.run['recipe']}.py"
+    return [sys.executable, str(script), *flags, "--seed", str(piece.seed), "--output", str(folder)]
+
+
+def work_on(
+    piece: Piece,
+    work: Work,
+    data: str | None,
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+    allow_dirty: bool = False,
+) -> None:
+    """Trains, evaluates and records one piece. Raises Stopped at the deadline, with all saved."""
+    folder = work.folder(piece)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOCK).write_text(str(os.getpid()))
+    try:
+        if not (folder / "results.json").exists():
+            until(training_command(piece, folder, data), deadline, clock)
+        for evaluation in piece.run["evaluations"]:
+            if evaluation in work.recorded(piece):
+                continue
+            if evaluation == "knn":
+                path = record.add(record.knn_record([folder]), allow_dirty, work.records)
+                print(f"stored {path}")
+                continue
+            evaluate(evaluation, folder, data, deadline, clock, work, allow_dirty)
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+
+
+def evaluate(
+    evaluation: str, folder: Path, data: str | None, deadline: float, clock, work: Work, dirty: bool
+) -> None:
+    script, *flags = EVALUATIONS[evaluation]
+    out = folder / f"{re.sub('[^a-z0-9]+', '-', PROTOCOLS[evaluation])}.json"
+    line = [sys.executable, str(ROOT / script)]
+    line += [flag.format(run=folder, out=out) for flag in flags]
+    until(line + (["--data", data] if data else []), deadline, clock)
+    print(f"stored {record.add(record.read(out), dirty, work.records)}")
+
+
+def until(line: list[str], deadline: float, clock: Callable[[], float] = time.monotonic) -> None:
+    """Runs a command; at the deadline asks it to stop, which it answers with 75: Stopped. Any
+    other end but 0 is a UserError.
+    """
+    process = subprocess.Popen(line)
+    asked = None
+    try:
+        while process.poll() is None:
+            now = clock()
+            if asked is None and now >= deadline:
+                process.send_signal(signal.SIGTERM)
+                asked = now
+            elif asked is not None and now >= asked + PATIENCE:
+                process.kill()
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE)
+        raise Stopped from None
+    except BaseException:
+        process.kill()
+        raise
+    if process.returncode == EXIT_STOPPED or (asked is not None and process.returncode):
+        raise Stopped
+    if process.returncode:
+        shown = " ".join([Path(line[1]).name, *line[2:]])
+        raise UserError(f"{shown} ended with exit code {process.returncode}, see above")
+
+
+def seconds(text: str) -> float:
+    """'9m' -> 540; s, m and h, or plain seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no time: 540, 9m or 1.5h")
+    return float(found.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600}[found.group(2)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print the plan with its states as YAML")
+    what.add_argument("--next", action="store_true", help="do the next piece of it")
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        default=float("inf"),
+        metavar="TIME",
+        help="stop and save after so long: 9m, 1.5h, 540 (default: none)",
+    )
+    parser.add_argument("--only", default="", metavar="NAME", help="a run of the plan by its name")
+    parser.add_argument("--imagenet", default="", metavar="PATH", help="its train/ and val/")
+    parser.add_argument("--cifar10", default="", metavar="PATH", help="as the recipes' --data")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=ROOT / "runs" / "plan",
+        metavar="FOLDER",
+        help="where the run folders are (default runs/plan)",
+    )
+    parser.add_argument(
+        "--allow-dirty",
+        action="store_true",
+        help="record runs of a tree with changes too; shows in the tables",
+    )
+    arguments = parser.parse_args(argv)
+    plan = load_plan()
+    if arguments.only:
+        names = [run["name"] for run in plan]
+        if arguments.only not in names:
+            hint = nearest_name(arguments.only, names)
+            raise UserError(f"--only {arguments.only}: no such run in the plan{hint}")
+        plan = [run for run in plan if run["name"] == arguments.only]
+    work = Work(arguments.runs.absolute())
+    if arguments.list:
+        rows = listing(plan, work)
+        print(yaml.safe_dump(rows, sort_keys=False, width=100), end="")
+        return
+    data = {"imagenet": arguments.imagenet, "cifar10": arguments.cifar10, "photos": ""}
+    deadline = time.monotonic() + arguments.budget
+    piece = choose(plan, work, lambda name: name == "photos" or bool(data.get(name)))
+    if piece is None:
+        waiting = {p.dataset for p in pieces(plan) if work.state(p) != "recorded"}
+        needs = " and ".join(f"--{name} PATH" for name in sorted(waiting - {"photos"}))
+        print(f"nothing left to do here{f'; what is missing needs {needs}' if needs else ''}")
+        return
+    print(
+        f"{piece.name}: {work.state(piece)}, {piece.run['hours']:g} h {piece.run['basis']} "
+        f"for its training on {piece.run['device']}",
+        flush=True,
+    )
+    work_on(piece, work, data[piece.dataset] or None, deadline, allow_dirty=arguments.allow_dirty)
+    print(f"{piece.name} is recorded; python results/report.py makes the pages anew")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,179 @@
+"""The figures' scripts on runs of `photos`: what they show is what the run holds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SMALL, only_error, run_script, small
+from PIL import Image
+
+from common import checkpoint, photos
+from common.data import load_dataset
+from eval.ablation import run as ablation
+from eval.neighbours import run as neighbours
+from eval.tsne import run as tsne
+
+TINY_HEADS = ["--projector-hidden", "64", "--predictor-hidden", "64", "--output-dim", "32"]
+RECIPES = {
+    "nnclr": ["--momentum-encoder"],
+    "nnsiam": [],
+    "snclr": ["--neighbours", "5", "--neighbour-free-epochs", "0"],
+    "simsiam_gsg": [],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of one epoch of each, 21 steps at batch 256, with snapshots before and after."""
+    folders = {}
+
+    def of(recipe):
+        if recipe not in folders:
+            folders[recipe] = tmp_path_factory.mktemp("runs") / recipe
+            flags = [*small(recipe), *TINY_HEADS, *RECIPES[recipe], "--batch-size", "256"]
+            flags += ["--epochs", "1", "--knn-every", "1", "--snapshot-epochs", "0,1"]
+            done = run_script(f"recipes/{recipe}.py", *flags, "--output", folders[recipe])
+            assert done.returncode == 0, done.stderr
+        return folders[recipe]
+
+    return of
+
+
+def is_picture(path, wide=200):
+    with Image.open(path) as image:
+        assert min(image.size) > wide
+        assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_snapshots_are_the_checkpoints_of_their_epochs(runs):
+    run = runs("nnclr")
+    snapshots = sorted(p.name for p in (run / "snapshots").iterdir())
+    assert snapshots == ["epoch-0000.pt", "epoch-0001.pt"]
+    first, last = (checkpoint.load(run / "snapshots" / name) for name in snapshots)
+    assert (first["epoch"], last["epoch"]) == (0, 1)
+    assert (first["state"]["queue"]["ranks"][0]["ids"] == -1).all()
+    now = checkpoint.load(run / "checkpoint.pt")["state"]["model"]
+    for name, value in last["state"]["model"].items():
+        assert torch.equal(value, now[name])
+
+
+@pytest.mark.parametrize("recipe", ["nnclr", "nnsiam", "snclr"])
+def test_evolution_shows_the_nearest_entries_of_each_snapshot(recipe, runs, tmp_path):
+    run, picture = runs(recipe), tmp_path / "evolution.png"
+    done = run_script("eval/neighbours/run.py", "evolution", run, "--output", picture)
+    assert done.returncode == 0, done.stderr
+    is_picture(picture)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "epoch 0: no labels" and lines[1].startswith("epoch 1: ")
+    # against a plain search with the trained network
+    images, _ = load_dataset("photos", "")
+    queries = neighbours.choose_queries(images, 4, 0)
+    at = neighbours.restore(run, run / "checkpoint.pt")
+    found = neighbours.look_up(at, images, queries, 32, 3)
+    with torch.no_grad():
+        pixels, _ = photos.patches("train")
+        x = torch.from_numpy(pixels[queries]).permute(0, 3, 1, 2).float() / 255
+        mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        z = at.select(x).double()
+    rows = at.queue.embeddings.double()
+    for i, query in enumerate(queries):
+        cosines = torch.nn.functional.cosine_similarity(z[i][None], rows)
+        cosines[at.queue.ids == query] = -2
+        order = cosines.argsort(descending=True)[:3]
+        assert found.ids[i].tolist() == at.queue.ids[order].tolist()
+        np.testing.assert_allclose(found.cosines[i], cosines[order], atol=1e-5)
+    share = neighbours.purity(found, images, queries)
+    same = [images.labels[j] == images.labels[q] for q, r in zip(queries, found.ids, strict=True)
+            for j in r if j >= 0]  # fmt: skip
+    assert share == pytest.approx(sum(same) / len(same))
+
+
+def test_positiveness_is_sorted_and_over_all_neighbours_of_the_run(runs, tmp_path):
+    run, picture = runs("snclr"), tmp_path / "positiveness.png"
+    flags = ["positiveness", run, "--output", picture, "--neighbours", "3"]
+    done = run_script("eval/neighbours/run.py", *flags)
+    assert done.returncode == 0, done.stderr
+    is_picture(picture)
+    images, _ = load_dataset("photos", "")
+    at = neighbours.restore(run, run / "checkpoint.pt")
+    found = neighbours.look_up(at, images, np.array([0, 700]), 32, 5)
+    np.testing.assert_allclose(found.weights.sum(axis=1), 1, rtol=1e-5)
+    ordered = neighbours.by_weight(found, 3)
+    assert ordered.ids.shape == (2, 3) and (np.diff(ordered.weights, axis=1) <= 0).all()
+    for row in range(2):
+        best = sorted(zip(-found.weights[row], found.ids[row], strict=True))[:3]
+        assert [i for _, i in best] == ordered.ids[row].tolist()
+
+
+def test_mistakes_of_the_neighbour_figures(runs, tmp_path):
+    def error(*flags):
+        line = [*flags, "--output", tmp_path / "x.png"]
+        return only_error(run_script("eval/neighbours/run.py", *line))
+
+    assert "no run folder" in error("evolution", tmp_path)
+    assert "no support set" in error("evolution", runs("simsiam_gsg"))
+    assert "only SNCLR" in error("positiveness", runs("nnclr"))
+    bad = run_script("recipes/nnclr.py", *SMALL, "--snapshot-epochs", "1;2")
+    assert "--snapshot-epochs 1;2" in only_error(bad)
+
+
+def test_tsne_of_runs_side_by_side(runs, tmp_path):
+    picture = tmp_path / "tsne.png"
+    line = [runs("nnclr"), runs("simsiam_gsg"), "--images", "180", "--output", picture]
+    done = run_script("eval/tsne/run.py", *line)
+    assert done.returncode == 0, done.stderr
+    is_picture(picture, wide=400)
+    knn = json.loads((runs("nnclr") / "results.json").read_text())["knn"]
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith(f"NNCLR (momentum encoder), 1 epochs: k-NN {knn:.1%}, silhouette")
+    assert second.startswith("SimSiam-GSG, 1 epochs")
+    line = [tmp_path, "--output", picture]
+    assert "no finished run" in only_error(run_script("eval/tsne/run.py", *line))
+
+
+def test_tsne_is_the_same_twice_and_its_images_are_balanced(runs):
+    _, images = load_dataset("photos", "")
+    samples = tsne.shown_images(images, 90, 0)
+    assert np.bincount(images.labels[samples]).tolist() == [5] * 18
+    features = tsne.features_of(runs("nnclr"), images, samples)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(tsne.embed(features, 1, 10.0), tsne.embed(features, 1, 10.0))
+
+
+def test_silhouette_of_two_tight_classes():
+    points = np.array([[1.0, 0], [1, 0.01], [0, 1], [0.01, 1]])
+    assert tsne.silhouette(points, np.array([0, 0, 1, 1])) > 0.99
+    assert tsne.silhouette(points, np.array([0, 1, 0, 1])) < 0
+
+
+def fake_run(folder, knn, **config):
+    folder.mkdir()
+    config = {"recipe": "snclr", "arch": "tiny", "follow": "paper", "seed": 0, **config}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    results = {"knn": knn, "dataset": "photos", "epoch": 10}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_ablation_gathers_seeds_by_value_and_shows_the_papers_points(tmp_path):
+    values = [(5, 0, 0.5), (0, 0, 0.4), (5, 1, 0.6), (30, 0, 0.55)]
+    folders = [
+        fake_run(tmp_path / f"{k}-{seed}", knn, neighbours=k, seed=seed) for k, seed, knn in values
+    ]
+    _, points = ablation.points_of(folders, "neighbours")
+    assert points == {0: [40.0], 5: [50.0, 60.0], 30: [pytest.approx(55.0)]}
+    what, published = ablation.published_points("SNCLR", "neighbours")
+    assert published == [(0, 71.17), (30, 73.38)] and "vit_small" in what
+    assert ablation.published_points("NNCLR", "neighbours") == ("", [])
+    line = [*folders, "--over", "neighbours", "--output", tmp_path / "k.png"]
+    done = run_script("eval/ablation/run.py", *line)
+    assert done.returncode == 0 and "neighbours 5: 50.00, 60.00 %" in done.stdout, done.stderr
+    is_picture(tmp_path / "k.png")
+    other = fake_run(tmp_path / "other", 0.5, neighbours=7, temperature=0.1)
+    line = [*folders, other, "--over", "neighbours", "--output", tmp_path / "x.png"]
+    assert "in temperature too" in only_error(run_script("eval/ablation/run.py", *line))
+    line = [*folders, "--over", "neighbors", "--output", tmp_path / "k.png"]
+    assert "did you mean neighbours" in only_error(run_script("eval/ablation/run.py", *line))
