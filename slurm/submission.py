@@ -181,8 +181,10 @@ def submit_to_slurm(
     from submitit.helpers import clean_env
 
     executor = slurm_executor(name, own, resources, max_parallel)
+    configuration = {n: os.environ[n] for n in ("SLURM_CONF",) if n in os.environ}
     try:
         with clean_env():  # a job may submit jobs
+            os.environ.update(configuration)  # it takes this away too
             jobs = executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"Slurm refuses the job: {' '.join(str(error).split())}") from None
