@@ -9,6 +9,7 @@ A recipe is a module with `Config` and `PRESETS` and, where flags depend on each
 or `check`. Another script is checked where it has a function `parse_arguments(argv)`.
 """
 
+import ast
 import importlib
 import json
 import sys
@@ -34,17 +35,32 @@ def main() -> None:
 
 def facts_of(script: str, flags: list[str], ranks: int) -> dict[str, Any]:
     """What a run will do: `checked`, and of a recipe its name and folder."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if hasattr(module, "Config") and hasattr(module, "PRESETS"):
-        return recipe_facts(module, Path(script).stem, flags, ranks)
-    if hasattr(module, "parse_arguments"):
+    names = names_in(Path(__file__).resolve().parent.parent / script)
+    if {"Config", "PRESETS"} <= names:
+        return recipe_facts(load(script), Path(script).stem, flags, ranks)
+    if "parse_arguments" in names:
         try:
-            module.parse_arguments(flags)
+            load(script).parse_arguments(flags)
         except SystemExit as exit_:  # argparse has said why
             if exit_.code:
                 raise UserError("these flags are not understood, see above") from None
         return {"checked": True, "folder": None}
     return {"checked": False, "folder": None}
+
+
+def names_in(path: Path) -> set[str]:
+    """What a script defines at its top level; read, since importing it might run it."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def load(script: str) -> Any:
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def recipe_facts(module: Any, recipe: str, flags: list[str], ranks: int) -> dict[str, Any]:

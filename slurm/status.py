@@ -253,6 +253,8 @@ def rows_of(folder: Path, record: dict[str, Any], queue: Queue) -> list[list[str
 
 def in_short(seconds: float) -> str:
     """5400 -> '1 h 30'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     total = round(seconds / 60)
     if total >= 48 * 60:
         return f"{total // 1440} d {total % 1440 // 60} h"

@@ -81,8 +81,7 @@ class Task:
             self.note("end", code=1, error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            if self.child is not None and self.exit_code() is None:
-                self.child.kill()
+            self.send(signal.SIGKILL)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -99,7 +98,7 @@ class Task:
             self.note("signal", signal=STOP.name)
             self.pass_on(STOP)
             code = self.wait()
-            if code not in (EXIT_STOPPED, -STOP, -signal.SIGTERM):
+            if not self.has_stopped(code):
                 raise Ended(code)  # it had finished, or failed: nothing to continue
             self.note("requeue", code=code)
         return DelayedSubmission(dataclasses.replace(self, attempt=self.attempt + 1))
@@ -157,7 +156,7 @@ class Task:
             time.sleep(CHILD_POLL)
             now = time.monotonic()
             if failed_at is not None and now - failed_at > PEER_GRACE:
-                self.child.kill()
+                self.send(signal.SIGKILL)
             elif self.ranks > 1 and failed_at is None and now - looked > PEER_POLL:
                 looked = now
                 failed_at = now if self.failure_elsewhere() else None
@@ -168,20 +167,35 @@ class Task:
         if number == signal.SIGTERM and not self.signalled and self.rank == 0:
             self.note("signal", signal="SIGTERM")
         self.signalled = True
+        self.send(number)
+
+    def send(self, number: int) -> None:
+        """A signal to the child, if it runs. (Popen's own would collect a child that has ended.)"""
         if self.child is not None and self.exit_code() is None:
-            self.child.send_signal(number)
+            os.kill(self.child.pid, number)
 
     # -- the end --------------------------------------------------------------------------------
 
     def end(self, code: int) -> int:
-        self.reader.join(timeout=5)  # a loader's worker may hold the pipe a little longer
         if code == 0:
             if self.rank == 0:
                 self.note("end", code=0)
             return 0
-        if code == EXIT_STOPPED or (self.signalled and code in (-STOP, -signal.SIGTERM)):
+        if self.has_stopped(code):
             self.stopped()
         self.failed(code)
+
+    def has_stopped(self, code: int) -> bool:
+        """Whether the script stopped because it was asked to: with 75, or, while it starts or ends
+        and answers no signals, by the signal, or by the loss of a rank that died so.
+        """
+        self.reader.join(timeout=5)  # a loader's worker may hold the pipe a little longer
+        if code == EXIT_STOPPED:
+            return True
+        if code in (-STOP, -signal.SIGTERM):
+            return self.signalled
+        lost = self.signalled and code != 0 and SECONDARY in self.last_error
+        return lost and self.failure_elsewhere() is None
 
     def stopped(self) -> NoReturn:
         """The script has saved without a request to this rank's `checkpoint`."""
