@@ -168,12 +168,16 @@ def progress(folder: str | None) -> dict[str, Any]:
     for line in backwards(path / "metrics.jsonl"):
         if line["kind"] == "step" and len(steps) < RECENT:
             steps.append(line)
-        if "knn" in line:
+        if "knn" in line and line.get("epoch") != 0:  # that of epoch 0 is the random encoder's
             facts["knn"] = line["knn"]
             break
     if not steps:
         return facts
     facts["step"] = steps[0]["step"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        results = json.loads((path / "results.json").read_text())
+        if results["step"] == facts["step"] and results["knn"] is not None:
+            facts["knn"] = results["knn"]
     if "steps" in facts:
         rates = [s["images_per_second"] for s in steps if s.get("images_per_second")]
         left = facts["steps"]["last"] - facts["step"]

@@ -1,7 +1,9 @@
 """From runs to Slurm jobs: flags checked, code snapshot, sbatch script, record."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -183,8 +185,9 @@ def submit_to_slurm(
     executor = slurm_executor(name, own, resources, max_parallel)
     configuration = {n: os.environ[n] for n in ("SLURM_CONF",) if n in os.environ}
     try:
-        with clean_env():  # a job may submit jobs
-            os.environ.update(configuration)  # it takes this away too
+        # a job may submit jobs; what sbatch says is said below, once
+        with clean_env(), contextlib.redirect_stderr(io.StringIO()):
+            os.environ.update(configuration)  # clean_env takes this away too
             jobs = executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"Slurm refuses the job: {' '.join(str(error).split())}") from None

@@ -661,7 +661,8 @@ def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
             line = {"kind": "step", "step": step, "images_per_second": 32.0 if step > 300 else 1.0}
             print(json.dumps(line), file=file)
             if step in (100, 300):
-                print(json.dumps({"kind": "epoch", "step": step, "knn": step / 1000}), file=file)
+                line = {"kind": "epoch", "epoch": step // 10, "step": step, "knn": step / 1000}
+                print(json.dumps(line), file=file)
         file.write('{"kind": "step", "st')
     facts = status.progress(str(run))
     assert facts["step"] == 400 and facts["knn"] == 0.3
@@ -670,6 +671,10 @@ def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
     record["runs"][0]["folder"] = str(run)
     row = status.rows_of(folder, record, status.Queue())[0]
     assert row[3:6] == ["40 of 50", "30.0%", "3 min"]
+    (run / "results.json").write_text(json.dumps({"step": 400, "knn": 0.456}))
+    assert status.progress(str(run))["knn"] == 0.456  # of the last step, if it is no epoch's end
+    (run / "results.json").write_text(json.dumps({"step": 200, "knn": 0.456}))
+    assert status.progress(str(run))["knn"] == 0.3  # continued since
     lines = status.table([row], 30).splitlines()
     assert lines[0].startswith("run  job") and all(len(line) <= 30 for line in lines)
     assert status.progress(str(tmp_path / "none")) == {} and status.progress(None) == {}
