@@ -80,7 +80,8 @@ def recipe_facts(module: Any, recipe: str, flags: list[str], ranks: int) -> dict
         if saved.get("recipe") != recipe:
             changes = [f"recipe was {saved.get('recipe')}, is {recipe}"]
         # bf16 or fp32 is decided where the job runs
-        changes = [c for c in changes if not c.startswith("precision ") or "--precision" in flags]
+        given = any(flag.split("=")[0] == "--precision" for flag in flags)
+        changes = [c for c in changes if given or not c.startswith("precision ")]
         if changes:
             raise UserError(
                 f"{folder} holds a run with another configuration ({'; '.join(changes)}): use the "

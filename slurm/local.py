@@ -27,23 +27,30 @@ def run(
 ) -> int:
     """Runs tasks on this machine, some at a time, and shows the logs of their ranks 0. Returns an
     exit code: 0 if all finished, 75 if one was stopped and can be continued, else that of a run
-    that failed. At Ctrl-C or SIGTERM the runs save and stop.
+    that failed. At Ctrl-C or SIGTERM the runs save and stop. submitit starts a job that has met its
+    time limit at once again, five times at most.
     """
     import submitit
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     submission = record["submissions"][-1]
     own = folder / str(submission["number"])
-    if resources.nodes > 1:
-        raise UserError("--local has one machine: leave --nodes out")
     executor = submitit.LocalExecutor(own / "jobs", max_num_timeout=resources.max_timeouts)
-    executor.update_parameters(
-        timeout_min=resources.minutes if resources.time else FOREVER,
-        signal_delay_s=resources.signal_delay,
-        tasks_per_node=resources.tasks,
-        gpus_per_node=resources.gpus_per_node,
-        stderr_to_stdout=True,
-    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    chosen = [int(number) for number in visible.split(",") if number.strip().isdigit()]
+    try:
+        executor.update_parameters(
+            timeout_min=resources.minutes if resources.time else FOREVER,
+            signal_delay_s=resources.signal_delay,
+            tasks_per_node=resources.tasks,
+            gpus_per_node=resources.gpus_per_node,
+            visible_gpus=chosen or (),
+            stderr_to_stdout=True,
+        )
+    except ValueError:
+        raise UserError(
+            f"--gpus-per-node {resources.gpus_per_node}, but CUDA_VISIBLE_DEVICES={visible}"
+        ) from None
     waiting, running, codes, told = [*tasks], {}, [], 0
     with stop_requests() as asked:
         while running or (waiting and not asked):

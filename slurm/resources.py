@@ -71,8 +71,6 @@ HELP = {
     "scratch": "folder that all nodes see, for code snapshots, job files and logs (default "
     "runs/slurm)",
 }
-
-
 WHOLE = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task")
 WHOLE += ("signal_delay", "max_timeouts")
 KINDS: dict[str, Any] = dict.fromkeys(HELP, str) | dict.fromkeys(WHOLE, int)
@@ -122,7 +120,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
-    """The resources that layers of (where, values) ask for, later ones first to win."""
+    """The resources that layers of (where, values) ask for, of which later ones win."""
     known = {f.name: f for f in dataclasses.fields(Resources)}
     values: dict[str, Any] = {}
     for where, layer in layers:

@@ -42,7 +42,7 @@ RECENT = 50  # steps that the speed is taken over
 
 @dataclass
 class State:
-    """What is known of a run. `state` is Slurm's word, or FINISHED, STOPPED, LOST, NEVER SENT."""
+    """What is known of a run. `state` is Slurm's word, or FINISHED, STOPPED, LOST, NOT STARTED."""
 
     job: str
     cluster: str
@@ -71,7 +71,7 @@ class Queue:
                 "--user",
                 str(os.getuid()),
             ]
-            lines = answer([*words, "--format", "%i|%T|%r"])
+            lines = answer([*words, "--format", "%i|%T|%r"], needed=True)
             fields = [line.split("|", 2) for line in lines]
             self.known = {f[0]: (f[1], f[2]) for f in fields if len(f) == 3}
         if job in self.known:
@@ -87,12 +87,19 @@ class Queue:
         return self.accounted.get(job, ""), ""
 
 
-def answer(words: list[str]) -> list[str]:
-    """The lines that a Slurm command prints; none where it fails or is missing."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+def answer(words: list[str], needed: bool = False) -> list[str]:
+    """The lines that a Slurm command prints; none where it is missing or, unless needed, fails."""
+    try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-        if done.returncode == 0:
-            return done.stdout.splitlines()
+    except OSError:
+        return []
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is not None and done.returncode == 0:
+        return done.stdout.splitlines()
+    if needed:  # a job that is not listed would look as if it had ended
+        said = done.stderr.strip().split("\n")[0] if done else "no answer within 60 s"
+        raise UserError(f"Slurm does not tell the state of jobs, try again: {said}")
     return []
 
 
@@ -100,7 +107,7 @@ def state_of(folder: Path, record: dict[str, Any], run: dict[str, Any], queue: Q
     """The state of a run's latest job."""
     submission = submission_of(record, run["name"])
     if submission is None:
-        return State("", "", "NEVER SENT", live=False)
+        return State("", "", "NOT STARTED", live=False)
     job, cluster = submission["jobs"][run["name"]], submission["cluster"]
     notes = read_notes(folder / str(submission["number"]) / "notes", run["name"])
     starts = [n for n in notes if n["event"] == "start"]
@@ -113,6 +120,8 @@ def state_of(folder: Path, record: dict[str, Any], run: dict[str, Any], queue: Q
         state.state = said
     else:
         state.state = noted_state(notes, said)
+        if cluster == "local" and state.state == "CANCELLED":
+            state.state = "STOPPED"
     return state
 
 

@@ -80,6 +80,8 @@ def submit(
         print(f"# code: {head}{' with uncommitted changes' if dirty else ''}")
         print(sbatch_script(name, own, len(jobs), resources, max_parallel))
         return 0
+    if arguments.local and resources.nodes > 1:
+        raise UserError("--local has one machine: leave --nodes out")
     refuse_live(jobs, resources)
     snapshot.check(REPOSITORY, arguments.allow_dirty)
     try:
@@ -88,7 +90,7 @@ def submit(
     except OSError as error:
         raise UserError(f"{own}: {error.strerror}; set another --scratch") from None
     except UserError:
-        shutil.rmtree(own)
+        remove(own)
         raise
     known = {run["name"]: run for run in record["runs"]}
     known |= {job.name: dataclasses.asdict(job) for job in jobs}
@@ -102,7 +104,7 @@ def submit(
     try:
         identities = submit_to_slurm(name, own, tasks, resources, max_parallel)
     except UserError:
-        shutil.rmtree(own)
+        remove(own)
         raise
     submission["jobs"] = {job.name: job_id for job, job_id in zip(jobs, identities, strict=True)}
     write_record(folder, record)
@@ -111,6 +113,13 @@ def submit(
     print(f"log: {log_path(folder, submission, jobs[0].name)}")
     print(f"state: python slurm/status.py {name}")
     return 0
+
+
+def remove(own: Path) -> None:
+    """Takes back a submission that came to nothing."""
+    shutil.rmtree(own)
+    with contextlib.suppress(OSError):  # others may be beside it
+        own.parent.rmdir()
 
 
 def slurm_executor(

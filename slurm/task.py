@@ -205,7 +205,7 @@ class Task:
         while self.on_slurm and self.is_running() and time.monotonic() < until:
             if self.failure_elsewhere():
                 break
-            time.sleep(2)  # a preemption with a grace time: Slurm requeues what it ends itself
+            time.sleep(5)  # a preemption with a grace time: Slurm requeues what it ends itself
         self.note("end", code=EXIT_STOPPED)
         raise SystemExit(EXIT_STOPPED)
 

@@ -50,6 +50,7 @@ def repository(tmp_path) -> Path:
         (["--", "recipes/snlcr.py"], "no such script"),
         (["--", "/etc/hostname"], "no such script"),
         (["--"], "-- script.py and its flags"),
+        (["--local", "--nodes", "2", "--", *SNCLR], "--local has one machine"),
         (["--nodse", "3", "--", *SNCLR], "unrecognized arguments: --nodse"),
         (["--nodes", "0", "--", *SNCLR], "--nodes 0: must be above 0"),
         (["--nodes", "5", "--gpus-per-node", "8", "--", *SNCLR], "does not divide over 40 ranks"),
@@ -231,6 +232,7 @@ def test_no_slurm_on_this_machine_is_one_line(code, tmp_path):
     words = command(code, "launch.py", "--time", "1h", "--", *SNCLR)
     done = subprocess.run(words, cwd=tmp_path, env=bare, capture_output=True, text=True)
     assert "no srun on this machine" in only_error(done)
+    assert not (tmp_path / "runs" / "slurm" / "snclr-photos-tiny-0").exists()
 
 
 def only_git(folder: Path) -> str:
@@ -647,6 +649,14 @@ def test_states_come_from_squeue_then_sacct_then_the_notes(tmp_path, monkeypatch
     rows = {row[0]: row for row in status.rows_of(folder, record, queue)}
     assert rows["failed"][-1] == "rank 1 on n: the image x.png cannot be read"
     assert rows["waits"][-1] == "waits: BeginTime"
+
+
+def test_a_slurm_that_does_not_answer_is_no_reason_to_call_jobs_lost(tmp_path, monkeypatch):
+    folder, record = recorded(tmp_path, ["a"])
+    fake(tmp_path / "bin", "squeue", ["nothing"], code=1)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match="Slurm does not tell the state of jobs"):
+        status.state_of(folder, record, record["runs"][0], status.Queue())
 
 
 def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
