@@ -372,8 +372,11 @@ def center_batches(
 
 
 def default_workers(ranks_here: int) -> int:
-    """One loader process per CPU core of this rank, at most 16."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // ranks_here))
+    """One loader process per CPU core of this rank, at most 16. Slurm may have given this task its
+    own cores already, and then says how many.
+    """
+    own = int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
+    return max(1, min(16, own or len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def ignore_stop_signals(worker: int) -> None:

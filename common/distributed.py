@@ -7,6 +7,7 @@ is the loss and gradient of the global batch.
 
 import os
 import subprocess
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -66,9 +67,11 @@ def ranks_from_slurm() -> None:
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
         )
         os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
-    # one port per job and step, so that two jobs on one node do not meet
-    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
-    os.environ.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 20000))
+    # one port per job, step and attempt, so that neither two jobs on one node meet, nor a requeued
+    # job what its last attempt left behind; below the ports that systems give out by themselves
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    attempt = " ".join(os.environ.get(name, "0") for name in names)
+    os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(attempt.encode()) % 12000))
 
 
 def stop() -> None:

@@ -19,18 +19,21 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "
 
 def commit() -> tuple[str, bool | None]:
     """(commit, dirty): of the checkout, or of the file .commit that a launcher wrote, else
-    ("unknown", None). Dirty: changes outside results/ and runs/.
+    ("unknown", None). Dirty: changes outside results/ and runs/. A launcher's snapshot may lie
+    within a checkout, so only a checkout with these very files at its root counts.
     """
-    try:
-        head = git("rev-parse", "HEAD")
-        status = git("status", "--porcelain", "--", ".", ":!results", ":!runs")
-        return head, bool(status)
-    except (OSError, subprocess.CalledProcessError):
-        stored = REPOSITORY / ".commit"
-        if stored.exists():
-            words = stored.read_text().split()
-            return words[0], "dirty" in words[1:]
-        return "unknown", None
+    if (REPOSITORY / ".git").exists():
+        try:
+            head = git("rev-parse", "HEAD")
+            status = git("status", "--porcelain", "--", ".", ":!results", ":!runs")
+            return head, bool(status)
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    stored = REPOSITORY / ".commit"
+    if stored.exists():
+        words = stored.read_text().split()
+        return words[0], "dirty" in words[1:]
+    return "unknown", None
 
 
 def git(*arguments: str) -> str:

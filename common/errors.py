@@ -58,8 +58,6 @@ def command(main: Callable[[], None]) -> int:
     0: finished. 2: a mistake, said in one line. 75: stopped on request, can be continued.
     130: interrupted. Anything unforeseen keeps its traceback, since it is a bug of ours.
     """
-    import torch  # here, so that importing this module stays cheap
-
     try:
         main()
         return 0
@@ -71,11 +69,11 @@ def command(main: Callable[[], None]) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
-    except torch.OutOfMemoryError as error:
-        text = str(error).split(". ")[0]
-        say_error(f"{text}: use a smaller --batch-size, more ranks or --precision bf16")
-        return EXIT_USER_ERROR
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is dear to import for this
+            text = str(error).split(". ")[0]
+            say_error(f"{text}: use a smaller --batch-size, more ranks or --precision bf16")
+            return EXIT_USER_ERROR
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not lost_peer(error):
             raise
         say_error(f"another rank ended, see its error: {error}")

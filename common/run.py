@@ -39,6 +39,25 @@ FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they ar
 MONITOR_STEPS = 20  # steps between the dearer monitors
 
 
+def check_batch(batch: int, ranks: int) -> None:
+    """UserError unless the global batch divides into at least 2 images for each rank."""
+    if batch % ranks:
+        below, above = batch - batch % ranks, batch + ranks - batch % ranks
+        raise UserError(
+            f"--batch-size {batch} is the global batch and does not divide over {ranks} "
+            f"ranks: take {below or above} or {above}",
+            every_rank=True,
+        )
+    if batch // ranks < 2:
+        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images", True)
+
+
+def default_folder(recipe: str, config: Any) -> Path:
+    """--output, or runs/<recipe>/<dataset>-<arch>-<seed>."""
+    name = f"{config.dataset}-{config.arch}-{config.seed}"
+    return Path(config.output or f"runs/{recipe}/{name}").expanduser().absolute()
+
+
 class Run:
     """One training run of a recipe. Every rank makes one; rank 0 writes and speaks."""
 
@@ -47,7 +66,7 @@ class Run:
         self.device = distributed.start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.check_batch()
+        check_batch(config.batch_size, self.ranks)
         self.train, self.test = self.load_images()
         self.steps_per_epoch = len(self.train) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -74,20 +93,6 @@ class Run:
 
     # -- set-up ---------------------------------------------------------------------------------
 
-    def check_batch(self) -> None:
-        batch = self.config.batch_size
-        if batch % self.ranks:
-            below, above = batch - batch % self.ranks, batch + self.ranks - batch % self.ranks
-            raise UserError(
-                f"--batch-size {batch} is the global batch and does not divide over {self.ranks} "
-                f"ranks: take {below or above} or {above}",
-                every_rank=True,
-            )
-        if batch // self.ranks < 2:
-            raise UserError(
-                f"--batch-size {batch}: each of {self.ranks} ranks needs 2 images", True
-            )
-
     def load_images(self) -> tuple[Images, Images | None]:
         """The dataset; what is to be downloaded comes first, by rank 0 alone."""
         config, error = self.config, None
@@ -101,10 +106,8 @@ class Run:
         return load_dataset(config.dataset, config.data)
 
     def choose_folder(self) -> Path:
-        config = self.config
-        name = f"{config.dataset}-{config.arch}-{config.seed}"
-        folder = Path(config.output or f"runs/{self.recipe}/{name}").expanduser().absolute()
-        if config.resume == "never":
+        folder = default_folder(self.recipe, self.config)
+        if self.config.resume == "never":
             first, number = folder, 2
             while folder.exists():
                 folder, number = first.with_name(f"{first.name}-{number}"), number + 1
@@ -170,6 +173,7 @@ class Run:
                 f"{self.folder} is at step {self.step}, beyond --max-steps {self.last_step}", True
             )
         description = environment.describe(self.device, self.ranks)
+        description["steps"] = {"per_epoch": self.steps_per_epoch, "last": self.last_step}
         distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

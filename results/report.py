@@ -211,13 +211,22 @@ def summary(published, records) -> str:
         and row.published["metric"] == "top1"
     ]
     main_rows.sort(key=lambda r: (*tables.method_order(r.published["method"]), r.published["arch"]))
-    head = ("method", "encoder", "epochs", "published", "ours")
+    head = ("method", "encoder", "epochs", "batch", "published", "ours")
     cells = []
     for row in main_rows:
         p = row.published
         ours = ", ".join(tables.percent(r["value"]) for _, r in row.records) or "not run yet"
-        epochs = tables.number_cell(p["epochs"])
-        cells.append([p["method"], p["arch"], epochs, tables.published_cell(p), ours])
+        settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
+        cells.append(
+            [
+                p["method"] + settings,
+                p["arch"],
+                tables.number_cell(p["epochs"]),
+                tables.number_cell(p["batch"]),
+                tables.published_cell(p),
+                ours,
+            ]
+        )
     text = ["Linear top-1 on ImageNet, in percent:\n", table(head, cells), ""]
     if apart:
         head = ("method", "encoder", "trained on", "epochs", "protocol", "ours", "spread")

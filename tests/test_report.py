@@ -140,7 +140,7 @@ def test_pages_of_golden_records(tmp_path):
     assert "published, not at hand" in compared
     root = pages[tmp_path / "ROOT.md"]
     assert root.startswith("# Title\n") and root.endswith("\nrest\n") and "old" not in root
-    assert "| SNCLR | vit_small | 300 | 73.38 | 73.00 |" in root
+    assert "| SNCLR | vit_small | 300 | 4096 | 73.38 | 73.00 |" in root
     for path, page in pages.items():
         path.write_text(page)
     assert report.build(tmp_path, tmp_path / "ROOT.md") == pages  # made anew: the same

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import SMALL, only_error, run_ranks, run_script, small
+from conftest import SMALL, only_error, run_fresh, run_ranks, run_script, small
 from PIL import Image
 
 from common import metrics, photos
@@ -61,7 +61,7 @@ def error_of(capsys, recipe, *flags):
 def test_runs_end_to_end(recipe, flags, tmp_path):
     flags = [*small(recipe), *flags, "--max-steps", "3", "--knn-every", "1"]
     flags += ["--output", tmp_path / "run"]
-    done = run_script(f"recipes/{recipe}.py", *flags)
+    done = run_fresh(f"recipes/{recipe}.py", *flags)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "run") in done.stdout.splitlines()[-1]
     assert {p.name for p in (tmp_path / "run").iterdir()} >= ARTEFACTS
@@ -103,7 +103,7 @@ def test_frozen_positions_do_not_stop_any_recipe(recipe, tmp_path, capsys):
 
 def test_demo_learns(tmp_path):
     """At least 25 points above its own random encoder, and above raw pixels."""
-    done = run_script("eval/demo.py", "--seed", "0", "--output", tmp_path / "demo", timeout=600)
+    done = run_fresh("eval/demo.py", "--seed", "0", "--output", tmp_path / "demo", timeout=600)
     assert done.returncode == 0, done.stderr
     table = {}
     for line in done.stdout.splitlines():
@@ -194,7 +194,7 @@ def test_unknown_arch_and_flag_name_the_nearest(capsys):
 
 
 def test_mistakes_of_a_real_process_have_no_traceback():
-    assert "--epocs" in only_error(run_script("recipes/nnsiam.py", "--epocs", "3"))
+    assert "--epocs" in only_error(run_fresh("recipes/nnsiam.py", "--epocs", "3"))
 
 
 def test_batch_that_does_not_divide_over_ranks():

@@ -1,0 +1,331 @@
+"""A table of runs: state, epoch, k-NN, time left, restarts, last line of the log.
+
+    python slurm/status.py              # everything in the scratch folder
+    python slurm/status.py SWEEP        # one launch or sweep
+    python slurm/status.py --watch
+
+States are Slurm's own while it knows the job (squeue, then sacct where there is accounting), and
+what the tasks noted afterwards.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import EXIT_STOPPED, UserError, command, nearest_name
+from slurm.record import log_path, records_in
+from slurm.resources import OneLineParser, cluster_layer, resources_of, scratch_folder
+from slurm.task import first_failure, read_notes
+
+LIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"}
+LIVE |= {
+    "REQUEUE_FED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+    "SUSPENDED",
+    "SPECIAL_EXIT",
+}
+TAIL = 1 << 18  # bytes of metrics.jsonl that are read at a time, from its end
+MOST = 1 << 24  # bytes after which the last k-NN is no longer looked for
+RECENT = 50  # steps that the speed is taken over
+
+
+@dataclass
+class State:
+    """What is known of a run. `state` is Slurm's word, or FINISHED, STOPPED, LOST, NOT STARTED."""
+
+    job: str
+    cluster: str
+    state: str
+    live: bool
+    reason: str = ""
+    restarts: int = 0
+
+
+class Queue:
+    """What Slurm says of this user's jobs, asked once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple[str, str]] | None = None
+        self.accounted: dict[str, str] = {}
+
+    def state(self, job: str) -> tuple[str, str]:
+        """(state, reason), or ("", "") where Slurm knows nothing of the job."""
+        if self.known is None:
+            words = [
+                "squeue",
+                "--noheader",
+                "--array",
+                "--states",
+                "all",
+                "--user",
+                str(os.getuid()),
+            ]
+            lines = answer([*words, "--format", "%i|%T|%r"], needed=True)
+            fields = [line.split("|", 2) for line in lines]
+            self.known = {f[0]: (f[1], f[2]) for f in fields if len(f) == 3}
+        if job in self.known:
+            return self.known[job]
+        array = job.split("_")[0]
+        if array not in self.accounted:
+            self.accounted[array] = ""
+            words = ["sacct", "--noheader", "--parsable2", "--allocations", "--jobs", array]
+            for line in answer([*words, "--format", "JobID,State"]):
+                if line.count("|") == 1:
+                    identity, state = line.split("|")
+                    self.accounted[identity] = state.split(" ")[0]  # "CANCELLED by 1000"
+        return self.accounted.get(job, ""), ""
+
+
+def answer(words: list[str], needed: bool = False) -> list[str]:
+    """The lines that a Slurm command prints; none where it is missing or, unless needed, fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except OSError:
+        return []
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is not None and done.returncode == 0:
+        return done.stdout.splitlines()
+    if needed:  # a job that is not listed would look as if it had ended
+        said = done.stderr.strip().split("\n")[0] if done else "no answer within 60 s"
+        raise UserError(f"Slurm does not tell the state of jobs, try again: {said}")
+    return []
+
+
+def state_of(folder: Path, record: dict[str, Any], run: dict[str, Any], queue: Queue) -> State:
+    """The state of a run's latest job."""
+    submission = submission_of(record, run["name"])
+    if submission is None:
+        return State("", "", "NOT STARTED", live=False)
+    job, cluster = submission["jobs"][run["name"]], submission["cluster"]
+    notes = read_notes(folder / str(submission["number"]) / "notes", run["name"])
+    starts = [n for n in notes if n["event"] == "start"]
+    state = State(job, cluster, "", live=False, restarts=max(0, len(starts) - 1))
+    said, reason = queue.state(job) if cluster == "slurm" else (local_state(submission, job), "")
+    if said in LIVE:
+        state.state, state.live = said, True
+        state.reason = reason if said != "RUNNING" and reason != "None" else ""
+    elif said and said != "COMPLETED":
+        state.state = said
+    else:
+        state.state = noted_state(notes, said)
+        if cluster == "local" and state.state == "CANCELLED":
+            state.state = "STOPPED"
+    return state
+
+
+def submission_of(record: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The latest submission that a run was part of."""
+    parts = [s for s in record["submissions"] if name in s["jobs"]]
+    return parts[-1] if parts else None
+
+
+def local_state(submission: dict[str, Any], job: str) -> str:
+    """RUNNING while the controlling process of a local run lives, on the machine it was started."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{job}/cmdline").read_bytes()
+        here = submission["host"] == os.uname().nodename
+        if here and b"submitit.local" in words:
+            return "RUNNING"
+    return ""
+
+
+def noted_state(notes: list[dict[str, Any]], said: str) -> str:
+    """The state that a run's own notes tell, where Slurm has forgotten it or says COMPLETED."""
+    if said == "COMPLETED":
+        return "FINISHED"
+    if not notes:
+        return "CANCELLED"  # it left the queue before it started
+    attempt = max(note["attempt"] for note in notes)
+    last = [note for note in notes if note["attempt"] == attempt]
+    if first_failure(last, attempt):
+        return "FAILED"
+    ends = [note["code"] for note in last if note["event"] == "end" and note["rank"] == 0]
+    if ends:
+        return "FINISHED" if ends[-1] == 0 else "STOPPED" if ends[-1] == EXIT_STOPPED else "FAILED"
+    events = [note["event"] for note in last]
+    signals = [note.get("signal") for note in last]
+    if "requeue" in events or "SIGTERM" in signals:
+        return "CANCELLED"  # asked to end, and never started again
+    return "LOST"
+
+
+# -- what a run has reached ----------------------------------------------------------------------
+
+
+def progress(folder: str | None) -> dict[str, Any]:
+    """Epochs, k-NN and seconds left of a run folder, as far as its files tell."""
+    facts: dict[str, Any] = {}
+    if folder is None or not Path(folder).is_dir():
+        return facts
+    path = Path(folder)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        starts = json.loads((path / "environment.json").read_text())
+        facts["steps"] = [starts, *starts.get("restarts", [])][-1]["steps"]
+    steps = []
+    for line in backwards(path / "metrics.jsonl"):
+        if line["kind"] == "step" and len(steps) < RECENT:
+            steps.append(line)
+        if "knn" in line and line.get("epoch") != 0:  # that of epoch 0 is the random encoder's
+            facts["knn"] = line["knn"]
+            break
+    if not steps:
+        return facts
+    facts["step"] = steps[0]["step"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        results = json.loads((path / "results.json").read_text())
+        if results["step"] == facts["step"] and results["knn"] is not None:
+            facts["knn"] = results["knn"]
+    if "steps" in facts:
+        rates = [s["images_per_second"] for s in steps if s.get("images_per_second")]
+        left = facts["steps"]["last"] - facts["step"]
+        if rates and left > 0:
+            seconds = sum(1 / rate for rate in rates) / len(rates) * batch_size(path)
+            facts["seconds_left"] = left * seconds
+    return facts
+
+
+def batch_size(folder: Path) -> int:
+    import yaml
+
+    return yaml.safe_load((folder / "config.yaml").read_text())["batch_size"]
+
+
+def backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file from its end, which a run may just be writing."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return
+    with open(path, "rb") as file:
+        end, rest = size, b""
+        while end > max(0, size - MOST):
+            start = max(0, end - TAIL)
+            file.seek(start)
+            lines = (file.read(end - start) + rest).split(b"\n")
+            rest, end = (lines.pop(0), start) if start else (b"", 0)
+            for line in reversed(lines):
+                with contextlib.suppress(json.JSONDecodeError):
+                    yield json.loads(line)
+
+
+def last_line(folder: Path, record: dict[str, Any], run: dict[str, Any], state: State) -> str:
+    """Why a run failed, else the last line of rank 0's log that is not submitit's own."""
+    submission = submission_of(record, run["name"])
+    if submission is None:
+        return ""
+    notes = read_notes(folder / str(submission["number"]) / "notes", run["name"])
+    attempt = max((note["attempt"] for note in notes), default=0)
+    if not state.live and (failure := first_failure(notes, attempt)):
+        return failure
+    with contextlib.suppress(OSError):
+        with open(log_path(folder, submission, run["name"]), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+        own = [line.strip() for line in lines if line.strip()]
+        own = [line for line in own if not line.startswith(("submitit ", "srun: ", "slurmstepd: "))]
+        if own:
+            return own[-1]
+    return f"waits: {state.reason}" if state.reason else "no log"
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+COLUMNS = ("run", "job", "state", "epoch", "k-NN", "left", "restarts", "last line")
+
+
+def rows_of(folder: Path, record: dict[str, Any], queue: Queue) -> list[list[str]]:
+    rows = []
+    for run in record["runs"]:
+        state, facts = state_of(folder, record, run, queue), progress(run["folder"])
+        epoch, left = "", ""
+        if "step" in facts and "steps" in facts:
+            per_epoch = facts["steps"]["per_epoch"]
+            epochs = facts["steps"]["last"] / per_epoch
+            epoch = f"{facts['step'] / per_epoch:.3g} of {epochs:.3g}"
+        if "seconds_left" in facts:
+            left = in_short(facts["seconds_left"])
+        knn = f"{facts['knn']:.1%}" if "knn" in facts else ""
+        line = last_line(folder, record, run, state)
+        rows.append(
+            [run["name"], state.job, state.state, epoch, knn, left, str(state.restarts), line]
+        )
+    return rows
+
+
+def in_short(seconds: float) -> str:
+    """5400 -> '1 h 30'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    total = round(seconds / 60)
+    if total >= 48 * 60:
+        return f"{total // 1440} d {total % 1440 // 60} h"
+    return f"{total // 60} h {total % 60:02}" if total >= 60 else f"{total} min"
+
+
+def table(rows: list[list[str]], width: int) -> str:
+    """Aligned columns; the last one is cut at the width."""
+    rows = [[*COLUMNS], *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)]
+        lines.append("  ".join(cells).rstrip()[:width])
+    return "\n".join(lines)
+
+
+def show(scratch: Path, name: str, width: int) -> None:
+    records = [(f, r) for f, r in records_in(scratch) if not name or f.name == name]
+    if name and not records:
+        names = sorted(folder.name for folder, _ in records_in(scratch))
+        hint = nearest_name(name, names) or f"; there are {', '.join(names) or 'none'}"
+        raise UserError(f"no launch or sweep {name} in {scratch}{hint}")
+    if not records:
+        raise UserError(f"nothing was submitted from {scratch}: see --cluster and --scratch")
+    queue = Queue()
+    rows = [row for folder, record in records for row in rows_of(folder, record, queue)]
+    print(table(rows, width), flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("sweep", nargs="?", default="", help="a launch or sweep (default: all)")
+    parser.add_argument("--watch", action="store_true", help="show it anew until Ctrl-C")
+    parser.add_argument(
+        "--every", type=float, default=10.0, metavar="N", help="seconds for --watch (default 10)"
+    )
+    parser.add_argument(
+        "--cluster", default="", metavar="FILE", help="as for launch.py: its scratch"
+    )
+    parser.add_argument("--scratch", default=None, metavar="FOLDER", help="instead of the file's")
+    arguments = parser.parse_args(argv)
+    if arguments.every < 1:
+        raise UserError("--every: at least 1 second, for the cluster's sake")
+    layer = cluster_layer(arguments.cluster)
+    resources = resources_of(layer, ("the command line", {"scratch": arguments.scratch}))
+    terminal = sys.stdout.isatty()
+    while True:
+        width = os.get_terminal_size().columns if terminal else 10**6
+        if arguments.watch:
+            print("\033[2J\033[H" if terminal else "", end="")
+            print(time.strftime("%H:%M:%S"))
+        show(scratch_folder(resources), arguments.sweep, width)
+        if not arguments.watch:
+            return
+        time.sleep(arguments.every)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # status.py | head
+    sys.exit(command(main))

@@ -1,0 +1,233 @@
+"""Submits many runs as one Slurm array: a grid or a list of flags, read from a YAML file.
+
+    python slurm/sweep.py slurm/examples/seeds.yaml --max-parallel 4
+
+The file:
+
+    name: seeds                        # default: the file's name
+    output: runs/seeds                 # each run gets a folder in it (default runs/<name>)
+    slurm: {gpus_per_node: 8, time: 24h}   # resources, as launch.py's flags
+    max_parallel: 4                    # how many jobs may run at a time
+    script: recipes/snclr.py
+    flags: {dataset: cifar10, data: /data/cifar10}   # of every run
+    grid:                              # every combination of these
+      seed: [0, 1, 2]
+      neighbours: [1, 30]
+    runs:                              # and, with each combination, each of these
+      - {}
+      - {name: long, queue_size: 65536}
+
+`script` may be in `grid` or in a run too. A value `{finished: 'runs/*/*'}` in the grid stands for
+all finished run folders that fit; `{name}` inside a text stands for the run's name. True is
+--flag, false --no-flag, null leaves the flag out. Submitted again, a sweep leaves out what is
+finished and what is still in the queue.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, command, nearest_name
+from slurm.record import Job, check_name, read_record
+from slurm.resources import (
+    OneLineParser,
+    add_common_flags,
+    add_resource_flags,
+    check_time,
+    cluster_layer,
+    flags_layer,
+    read_yaml,
+    resources_of,
+    scratch_folder,
+)
+from slurm.status import Queue, state_of
+from slurm.submission import check_flags, script_path, submit
+
+KEYS = ("name", "output", "slurm", "max_parallel", "script", "flags", "grid", "runs")
+LONGEST = 64  # characters of a name that is made from values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: submitted, or under --local finished; 75: stopped under --local."""
+    parser = OneLineParser(
+        description=__doc__.split("\n")[0],
+        epilog="The file's keys are explained at the top of slurm/sweep.py; see slurm/examples/.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", help="the sweep, a YAML file")
+    parser.add_argument(
+        "--max-parallel",
+        type=int,
+        metavar="N",
+        help="how many jobs may run at a time (default: the file's max_parallel, else all; "
+        "under --local 1)",
+    )
+    add_common_flags(parser)
+    add_resource_flags(parser)
+    arguments = parser.parse_args(argv)
+    spec = read_spec(Path(arguments.file))
+    resources = resources_of(
+        cluster_layer(arguments.cluster),
+        (f"{arguments.file}: slurm", spec["slurm"]),
+        flags_layer(arguments),
+    )
+    if resources.time or not arguments.local:
+        check_time(resources)
+    parallel = arguments.max_parallel or spec["max_parallel"]
+    if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
+        raise UserError(f"--max-parallel {parallel}: must be 1 or more")
+    jobs = jobs_of(spec)
+    check_flags(jobs, resources.ranks)
+    left = not_done(spec["name"], jobs, resources)
+    if not left:
+        print(f"all {len(jobs)} runs are finished or in the queue")
+        return 0
+    return submit(spec["name"], left, resources, arguments, parallel)
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """The file's values with defaults; UserError for what cannot be meant."""
+    spec = read_yaml(path)
+    for key in spec:
+        if key not in KEYS:
+            raise UserError(f"{path}: {key} is unknown{nearest_name(str(key), KEYS)}")
+    spec = {key: spec.get(key) for key in KEYS}
+    spec["name"] = check_name(str(spec["name"] or path.stem))
+    spec["output"] = str(spec["output"] or f"runs/{spec['name']}")
+    for key in ("slurm", "flags", "grid"):
+        spec[key] = {} if spec[key] is None else spec[key]
+        if not isinstance(spec[key], dict):
+            raise UserError(f"{path}: {key} must hold 'flag: value' lines")
+    spec["runs"] = spec["runs"] or [{}]
+    if not isinstance(spec["runs"], list) or not all(isinstance(r, dict) for r in spec["runs"]):
+        raise UserError(f"{path}: runs must be a list of 'flag: value' blocks")
+    for key, values in spec["grid"].items():
+        if isinstance(values, dict):
+            spec["grid"][key] = finished(path, key, values)
+        elif not isinstance(values, list) or not values:
+            raise UserError(f"{path}: grid: {key} must be a list of values")
+    return spec
+
+
+def finished(path: Path, key: str, values: dict[str, Any]) -> list[str]:
+    """The run folders that {finished: pattern} stands for, oldest name first."""
+    patterns = values.get("finished")
+    if set(values) != {"finished"} or not patterns:
+        raise UserError(f"{path}: grid: {key} must be a list, or {{finished: 'runs/*/*'}}")
+    patterns = patterns if isinstance(patterns, list) else [patterns]
+    folders = sorted(
+        {
+            str(folder.absolute())
+            for pattern in patterns
+            for folder in glob(str(pattern))
+            if is_finished(folder)
+        }
+    )
+    if not folders:
+        raise UserError(f"{path}: grid: {key}: no finished run in {', '.join(map(str, patterns))}")
+    return folders
+
+
+def glob(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser().absolute()
+    return [*Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
+
+
+def is_finished(folder: Path | str | None) -> bool:
+    """Whether a folder holds the results and the backbone of a run that reached its last step."""
+    if folder is None:
+        return False
+    try:
+        results = json.loads((Path(folder) / "results.json").read_text())
+        starts = json.loads((Path(folder) / "environment.json").read_text())
+        steps = [starts, *starts.get("restarts", [])][-1].get("steps", {})
+    except (OSError, json.JSONDecodeError, KeyError):
+        return False
+    whole = results.get("step") == steps.get("last", results.get("step"))
+    return whole and (Path(folder) / "backbone.safetensors").exists()
+
+
+def jobs_of(spec: dict[str, Any]) -> list[Job]:
+    """One job for each combination of the grid with each entry of `runs`."""
+    jobs = []
+    axes = [[(key, value) for value in values] for key, values in spec["grid"].items()]
+    for combination in itertools.product(*axes):
+        for entry in spec["runs"]:
+            own = {k: v for k, v in entry.items() if k not in ("name", "script")}
+            chosen = dict(combination)
+            script = entry.get("script") or chosen.pop("script", None) or spec["script"]
+            if not script:
+                raise UserError(f"{spec['name']}: no script: name one for all runs or in each")
+            parts = [entry.get("name") or "", *map(word, combination)]
+            if not entry.get("name"):
+                parts += [word(item) for item in entry.items()]
+            name = "-".join(part for part in parts if part) or Path(script).stem
+            name = check_name(name)
+            values = {**spec["flags"], **chosen, **own}
+            path = script_path(str(script))
+            if path.startswith("recipes/") and "output" not in values:
+                values["output"] = str(Path(spec["output"]).expanduser().absolute() / name)
+            jobs.append(Job(name, path, flags_of(values, name), values.get("output")))
+    names = [job.name for job in jobs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{spec['name']}: several runs are called {twice[0]}: give each a name")
+    return jobs
+
+
+def word(item: tuple[str, Any]) -> str:
+    """A flag and its value as a part of a run's name: seed0, queue_size65536, snclr."""
+    key, value = item
+    if key in ("script", "backbone", "datasets"):  # files and folders speak for themselves
+        path = Path(str(value))
+        own = path.parent.name if path.name == "run.py" else path.name.removesuffix(".py")
+        return own[:LONGEST]
+    if isinstance(value, bool):
+        return key if value else f"no-{key}"
+    text = "".join(c if c.isalnum() or c in "._+-" else "-" for c in str(value))
+    return f"{key}{text}"[:LONGEST]
+
+
+def flags_of(values: dict[str, Any], name: str) -> list[str]:
+    """`{queue_size: 5, symmetric: true}` as a command line, the later of two spellings winning."""
+    flags: dict[str, list[str]] = {}
+    for key, value in values.items():
+        flag = f"--{str(key).replace('_', '-')}"
+        if isinstance(value, dict):
+            raise UserError(f"{name}: {key}: {value} is no value for a flag")
+        if value is None:
+            flags.pop(flag, None)
+        elif isinstance(value, bool):
+            flags[flag] = [flag if value else f"--no-{flag[2:]}"]
+        elif isinstance(value, list):
+            flags[flag] = [flag, *map(str, value)]
+        else:
+            flags[flag] = [flag, str(value).replace("{name}", name)]
+    return [part for parts in flags.values() for part in parts]
+
+
+def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
+    """The runs that are neither finished nor in the queue; says how many are."""
+    folder = scratch_folder(resources)
+    record = read_record(folder / name)
+    known = {run["name"]: run for run in record["runs"]}
+    queue, left = Queue(), []
+    for job in jobs:
+        run, state = known.get(job.name), None
+        if run is not None:
+            state = state_of(folder / name, record, run, queue)
+        same = run is None or run["flags"] == job.flags  # more --max-steps: it goes on
+        ended = state is not None and state.state == "FINISHED"
+        if state is not None and state.live:
+            print(f"{job.name}: {state.state}, job {state.job}")
+        elif same and (is_finished(job.folder) if job.script.startswith("recipes/") else ended):
+            print(f"{job.name}: finished")
+        else:
+            left.append(job)
+    return left
+
+
+if __name__ == "__main__":
+    codes: list[int] = []
+    sys.exit(command(lambda: codes.append(main())) or codes[0])

@@ -1,0 +1,719 @@
+"""Launching without a Slurm: what is refused, snapshots, submitit's local and debug executors."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SMALL, environment, only_error
+from slurm_repo import call, command, commit_all, git, last_step, make_repository, wait_until
+
+from common import distributed
+from common.errors import UserError
+from recipes import snclr
+from slurm import check, resources, snapshot, status, sweep, task
+from slurm.record import Job, read_record
+
+SNCLR = ["recipes/snclr.py", *SMALL, "--queue-size", "128"]
+LOCAL = ["--local", "--gpus-per-node", "0"]
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory) -> Path:
+    """A repository that no test changes."""
+    return make_repository(tmp_path_factory.mktemp("repository") / "code")
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A repository of a test's own."""
+    return make_repository(tmp_path / "code")
+
+
+# -- what is checked before anything is submitted -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ["--", "recipes/snclr.py", "--epoch", "3"],
+            "unknown flag --epoch; did you mean --epochs?",
+        ),
+        (["--", "recipes/snlcr.py"], "no such script"),
+        (["--", "/etc/hostname"], "no such script"),
+        (["--"], "-- script.py and its flags"),
+        (["--local", "--nodes", "2", "--", *SNCLR], "--local has one machine"),
+        (["--nodse", "3", "--", *SNCLR], "unrecognized arguments: --nodse"),
+        (["--nodes", "0", "--", *SNCLR], "--nodes 0: must be above 0"),
+        (["--nodes", "5", "--gpus-per-node", "8", "--", *SNCLR], "does not divide over 40 ranks"),
+        (["--gpus-per-node", "2", "--tasks-per-node", "3", "--", *SNCLR], "each GPU gets one task"),
+        (["--time", "soon", "--", *SNCLR], "--time soon"),
+        (["--cluster", "nowhere.yaml", "--", *SNCLR], "nowhere.yaml"),
+        (["--name", "a/b", "--", *SNCLR], "is no name for a folder"),
+        (["--", "eval/parses/run.py", "--backbnoe", "x"], "not understood"),
+    ],
+)
+def test_a_mistake_is_one_line_before_submission(flags, expected, code, tmp_path):
+    assert expected in only_error(call(code, tmp_path, "launch.py", *flags))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"),
+    [
+        ("recipes/nnclr.py", ["--projector-layers", "0"], "--projector-layers must be 1"),
+        ("recipes/snclr.py", ["--batch-size", "many"], "--batch-size"),
+        ("recipes/snclr.py", ["--resume", "never"], "name a new folder with --output"),
+        ("recipes/snclr.py", ["--neighbours", "9", "--queue-size", "8"], "more than --queue-size"),
+        ("recipes/byol_gsg.py", ["--batch-size", "10"], "does not divide over 4 ranks"),
+        ("recipes/byol_gsg.py", ["--batch-size", "4"], "each of 4 ranks needs 2 images"),
+    ],
+)
+def test_the_check_is_the_recipes_own(script, flags, expected):
+    with pytest.raises(UserError, match=expected):
+        check.facts_of(script, ["--dataset", "photos", *flags], 4)
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("[a-z]*.py")))
+def test_every_recipe_is_known_to_the_check(recipe):
+    names = check.names_in(ROOT / "recipes" / recipe)
+    assert {"Config", "PRESETS"} <= names and names & {"resolve", "check"}
+
+
+def test_a_folder_of_another_run_is_refused_before_submission(tmp_path):
+    flags = ["--dataset", "photos", "--output", str(tmp_path)]
+    saved = {"recipe": "snclr", **vars(snclr.parse(snclr.Config, snclr.PRESETS, flags))}
+    path = tmp_path / "config.yaml"
+    # bf16 is decided where it runs, not where it is submitted
+    path.write_text(yaml.safe_dump(saved | {"precision": "bf16", "neighbour_free_epochs": 0.5}))
+    assert check.facts_of("recipes/snclr.py", flags, 1)["folder"] == str(tmp_path)
+    for change, expected in (
+        ({"temperature": 0.5}, "temperature was 0.5, is 0.2"),
+        ({"recipe": "nnclr"}, "recipe was nnclr, is snclr"),
+    ):
+        path.write_text(yaml.safe_dump(saved | {"neighbour_free_epochs": 0.5} | change))
+        with pytest.raises(UserError, match=expected):
+            check.facts_of("recipes/snclr.py", flags, 1)
+
+
+def test_scripts_without_a_parser_of_their_own_are_said_to_be_unchecked(code, tmp_path):
+    flags = ["--dry-run", "--", "eval/waits/run.py", "--any", "1"]
+    done = call(code, tmp_path, "launch.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "the flags of eval/waits/run.py cannot be checked" in done.stdout
+    done = call(
+        code, tmp_path, "launch.py", "--dry-run", "--", "eval/parses/run.py", "--backbone=a"
+    )
+    assert done.returncode == 0 and "cannot be checked" not in done.stdout, done.stderr
+
+
+def test_submitting_imports_no_recipe_and_nothing_heavy():
+    code = "import sys, slurm.launch, slurm.sweep, slurm.status; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "submitit", "recipes", "wandb", "matplotlib"} & {*done.stdout.split()}
+
+
+# -- time -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("72h", 4320),
+        ("90m", 90),
+        ("2d", 2880),
+        ("1d12h", 2160),
+        ("90s", 2),
+        ("45", 45),
+        ("12:30:00", 750),
+        ("10:30", 11),
+        ("1-6", 1800),
+        ("2-01:30:00", 2970),
+    ],
+)
+def test_time_limits(text, expected):
+    assert resources.minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0h", "h", "5x", "-3h", "1:2:3:4"])
+def test_time_limits_that_are_none(text):
+    with pytest.raises(UserError, match="--time"):
+        resources.minutes(text)
+
+
+def test_a_time_limit_too_short_for_the_signal_is_refused_with_the_sum():
+    with pytest.raises(UserError) as error:
+        resources.check_time(resources.Resources(time="6m", signal_delay=300))
+    assert "360 s - 300 s of --signal-delay - 60 s that Slurm may signal early = 0 s" in str(
+        error.value
+    )
+    assert "--time 7m or more, or --signal-delay 270 or less" in str(error.value)
+    resources.check_time(resources.Resources(time="7m", signal_delay=300))
+    resources.check_time(resources.Resources(time="6m", signal_delay=270))
+    with pytest.raises(UserError):
+        resources.check_time(resources.Resources(time="6m", signal_delay=271))
+
+
+# -- the cluster file and the script --------------------------------------------------------------
+
+
+def test_flags_win_over_the_sweep_over_the_cluster_file_over_defaults():
+    layers = [{"nodes": 2, "time": "1h", "gpus-per-node": 8}, {"time": "2h", "nodes": 3}]
+    got = resources.resources_of(*(("here", layer) for layer in layers), ("flags", {"nodes": 4}))
+    assert (got.nodes, got.time, got.gpus_per_node, got.max_timeouts) == (4, "2h", 8, 100)
+    assert got.ranks == 32
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"partitoin": "gpu"}, "did you mean partition?"),
+        ({"nodes": "two"}, "nodes 'two' is not a whole number"),
+        ({"nodes": True}, "nodes True is not a whole number"),
+        ({"time": 45000}, "write it as text with its unit"),  # YAML's reading of 12:30:00
+        ({"environment": "module load cuda"}, "is not a list of shell lines"),
+        ({"environment": [1]}, "is not a list of shell lines"),
+        ({"options": ["exclusive"]}, "is not a block"),
+        ({"mem_gb": "much"}, "mem_gb 'much' is not a number"),
+    ],
+)
+def test_a_cluster_file_with_a_mistake(values, expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        resources.resources_of(("cluster.yaml", values))
+
+
+def test_the_example_cluster_file_and_the_script_it_gives(code, tmp_path):
+    example = code / "slurm" / "cluster.example.yaml"
+    wide = ["--nodes", "4", "--time", "72h", "--partition", "X", "--scratch", tmp_path / "scratch"]
+    flags = ["--cluster", example, *wide, "--dry-run", "--"]
+    script = ["recipes/snclr.py", "--arch", "vit_small", "--epochs", "300", "--data", "/data"]
+    done = call(code, tmp_path, "launch.py", *flags, *script)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --cpus-per-task=12",
+        "#SBATCH --mem=491520MB",
+        "#SBATCH --time=4320",
+        "#SBATCH --partition=X",
+        "#SBATCH --account=my-project",
+        "#SBATCH --constraint=a100",
+        "#SBATCH --signal=USR2@300",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --exclude=node013",
+        "#SBATCH --mail-type=FAIL",
+        "module load cuda/12.8",
+    ):
+        assert line in lines, done.stdout
+    run = lines[-2] if not lines[-1] else lines[-1]
+    assert run.startswith("srun ") and "--kill-on-bad-exit=1 --wait=0 --cpus-per-task=12" in run
+    folder = tmp_path / "scratch" / "snclr-imagenet-vit_small-0" / "1"
+    assert any(line.startswith(f"export PYTHONPATH={folder / 'code'}") for line in lines)
+    assert lines.index("module load cuda/12.8") < lines.index(
+        next(line for line in lines if "PYTHONSAFEPATH" in line)
+    )
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    assert not [*tmp_path.iterdir()]  # a dry run leaves nothing
+
+
+def test_no_slurm_on_this_machine_is_one_line(code, tmp_path):
+    bare = environment(PYTHONPATH=str(code), PATH=only_git(tmp_path))
+    words = command(code, "launch.py", "--time", "1h", "--", *SNCLR)
+    done = subprocess.run(words, cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert "no srun on this machine" in only_error(done)
+    assert not (tmp_path / "runs" / "slurm" / "snclr-photos-tiny-0").exists()
+
+
+def only_git(folder: Path) -> str:
+    """A PATH with git and nothing else."""
+    own = folder / "bin"
+    own.mkdir()
+    (own / "git").symlink_to(subprocess.check_output(["which", "git"], text=True).strip())
+    return str(own)
+
+
+# -- sweeps ---------------------------------------------------------------------------------------
+
+
+def spec_of(folder: Path, text: str) -> dict:
+    (folder / "sweep.yaml").write_text(text)
+    return sweep.read_spec(folder / "sweep.yaml")
+
+
+def test_a_grid_times_a_list_with_names_folders_and_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = sweep.jobs_of(
+        spec_of(
+            tmp_path,
+            "name: abl\noutput: out\nflags: {epochs: 5, data: '/d/{name}', knn-every: 2}\n"
+            "grid:\n  script: [recipes/nnclr.py, recipes/snclr.py]\n  seed: [0, 1]\n"
+            "runs: [{}, {name: big, queue_size: 9, exclude_self: false, knn_every: null}]\n",
+        )
+    )
+    names = ["nnclr-seed0", "big-nnclr-seed0", "nnclr-seed1", "big-nnclr-seed1"]
+    assert [job.name for job in jobs] == [*names, *(n.replace("nnclr", "snclr") for n in names)]
+    assert jobs[0].script == "recipes/nnclr.py"
+    assert jobs[0].flags == [
+        *("--epochs", "5", "--data", "/d/nnclr-seed0", "--knn-every", "2", "--seed", "0"),
+        *("--output", str(tmp_path / "out" / "nnclr-seed0")),
+    ]
+    assert jobs[5].flags == [
+        *("--epochs", "5", "--data", "/d/big-snclr-seed0", "--seed", "0", "--queue-size", "9"),
+        *("--no-exclude-self", "--output", str(tmp_path / "out" / "big-snclr-seed0")),
+    ]
+    assert len({job.folder for job in jobs}) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("grids: {}", "grids is unknown; did you mean grid?"),
+        ("grid: {seed: 3}", "seed must be a list"),
+        ("grid: {seed: []}", "seed must be a list"),
+        ("script: recipes/snclr.py\nruns: [{seed: 0}, {seed: 0}]", "several runs are called seed0"),
+        ("grid: {seed: [0]}", "no script"),
+        ("script: recipes/snclr.py\nrun: 3", "run is unknown"),
+        ("script: recipes/snclr.py\nruns: 3", "runs must be a list"),
+        ("name: a b\nscript: recipes/snclr.py", "is no name for a folder"),
+        ("script: recipes/snlcr.py", "no such script"),
+        ("script: eval/linear_probe/none.py", "no such script"),
+        ("grid: {backbone: {finished: 'nowhere/*'}}", "no finished run in nowhere/*"),
+        ("grid: {backbone: {unfinished: 'nowhere/*'}}", "must be a list, or {finished"),
+        ("- 1", "must hold 'key: value' lines"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_sweep_with_a_mistake(text, expected, tmp_path):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        sweep.jobs_of(spec_of(tmp_path, text))
+
+
+def test_a_wrong_flag_in_a_sweep_is_found_before_submission(code, tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "script: recipes/snclr.py\nflags: {dataset: photos}\nruns: [{}, {name: b, neighbors: 3}]\n"
+    )
+    error = only_error(call(code, tmp_path, "sweep.py", "s.yaml"))
+    assert "unknown flag --neighbors; did you mean --neighbours?" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["s.yaml"]
+
+
+def finished_run(folder: Path, step: int = 30, last: int = 30) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"step": step}))
+    (folder / "environment.json").write_text(
+        json.dumps({"steps": {"last": 1}, "restarts": [{"steps": {"last": last}}]})
+    )
+    (folder / "backbone.safetensors").write_text("")
+    return folder
+
+
+@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "slurm/examples").glob("*")))
+def test_the_examples(example, tmp_path, monkeypatch):
+    """Each is read; recipes' flags are checked by their parsers, evaluations must exist one day."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("snclr-seed0", "nnclr-seed0"):
+        finished_run(tmp_path / "runs" / "seeds" / name)
+    finished_run(tmp_path / "runs" / "seeds" / "unfinished", step=10)
+    known = []
+
+    def script_path(text):
+        known.append(text)
+        return text
+
+    if example == "evaluate.yaml":  # its scripts may come after this one
+        monkeypatch.setattr(sweep, "script_path", script_path)
+    jobs = sweep.jobs_of(sweep.read_spec(ROOT / "slurm" / "examples" / example))
+    counts = {"seeds": 15, "snclr_neighbours": 21, "snclr_queue": 15, "snclr_positiveness": 21}
+    assert len(jobs) == {**counts, "evaluate": 2 * 15, "photos": 4}[Path(example).stem]
+    if example == "evaluate.yaml":
+        scripts = {"linear_probe", "semi_supervised", "transfer"}
+        assert {*known} == {f"eval/{name}/run.py" for name in scripts}
+        assert sum(job.script == "eval/transfer/run.py" for job in jobs) == 2 * 12
+        assert all("unfinished" not in " ".join(job.flags) for job in jobs)
+    else:
+        for job in jobs:
+            facts = check.facts_of(job.script, job.flags, 1)
+            assert facts["folder"] == job.folder, facts
+
+
+# -- the snapshot ---------------------------------------------------------------------------------
+
+
+def test_a_dirty_tree_is_refused_and_a_clean_one_is_its_commit(repository, tmp_path):
+    head = git(repository, "rev-parse", "HEAD")
+    (repository / "runs").mkdir()
+    (repository / "runs" / "log").write_text("no change of the code\n")
+    assert snapshot.take(repository, tmp_path / "clean") == head
+    assert (tmp_path / "clean" / ".commit").read_text() == head + "\n"
+    assert (tmp_path / "clean" / "recipes" / "snclr.py").exists()
+    assert not (tmp_path / "clean" / "runs").exists()
+
+    (repository / "recipes" / "new.py").write_text("NEW = 1\n")
+    (repository / "common" / "knn.py").write_text("CHANGED = 1\n")
+    (repository / "recipes" / "nnclr.py").unlink()
+    (repository / "__pycache__").mkdir()
+    (repository / "__pycache__" / "ignored").write_text("")
+    with pytest.raises(UserError, match=r"uncommitted changes .*--allow-dirty"):
+        snapshot.take(repository, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    assert snapshot.take(repository, tmp_path / "dirty", allow_dirty=True) == f"{head} dirty"
+    assert (tmp_path / "dirty" / "recipes" / "new.py").read_text() == "NEW = 1\n"
+    assert (tmp_path / "dirty" / "common" / "knn.py").read_text() == "CHANGED = 1\n"
+    assert not (tmp_path / "dirty" / "recipes" / "nnclr.py").exists()
+    assert not (tmp_path / "dirty" / "__pycache__").exists()
+
+
+def test_a_folder_without_git_and_a_tree_full_of_data(repository, tmp_path, monkeypatch):
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UserError, match="no usable git checkout"):
+        snapshot.take(tmp_path / "plain", tmp_path / "a")
+    (repository / "weights").write_bytes(b"0" * 2_000_000)
+    monkeypatch.setattr(snapshot, "LARGEST", 1_000_000)
+    with pytest.raises(UserError, match=r"largest: weights.*\.gitignore"):
+        snapshot.take(repository, tmp_path / "b", allow_dirty=True)
+
+
+def test_a_snapshot_within_a_checkout_knows_its_own_commit(repository):
+    """runs/slurm/ lies in the checkout, whose HEAD moves on."""
+    line = snapshot.take(repository, repository / "runs" / "code")
+    (repository / "NEW").write_text("")
+    assert commit_all(repository) != line
+    code = "from common import environment; print(*environment.commit(), environment.__file__)"
+    for where, expected in (
+        ("runs/code", f"{line} False"),
+        (".", git(repository, "rev-parse", "HEAD")),
+    ):
+        env = environment(PYTHONPATH=str(repository / where), PYTHONSAFEPATH="1")
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(expected), done.stdout
+        assert str((repository / where).resolve()) in done.stdout
+
+
+# -- the local executor ---------------------------------------------------------------------------
+
+
+def test_a_local_run_takes_the_snapshots_packages(code):
+    flags = [*LOCAL, "--name", "where", "--", "eval/where/run.py", "--a", "b c"]
+    done = call(code, code, "launch.py", *flags)
+    assert done.returncode == 0, done.stderr
+    folder = code / "runs" / "slurm" / "where" / "1"
+    assert f"common is {folder / 'code' / 'common' / '__init__.py'}" in done.stdout
+    assert "flags are ['--a', 'b c']" in done.stdout
+    line = call(code, code, "status.py", "where").stdout.splitlines()[1]
+    assert re.search(r"^where +\d+ +FINISHED .*flags are", line), line
+
+
+def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
+    """Ctrl-C saves and ends with 75; the same command continues, as status.py shows."""
+    flags = [*LOCAL, "--tasks-per-node", "2", "--", *SNCLR, "--max-steps", "24"]
+    process = subprocess.Popen(
+        command(code, "launch.py", *flags),
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(code)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    folder, scratch = tmp_path / "runs" / "snclr" / "photos-tiny-0", tmp_path / "runs" / "slurm"
+    wait_until(lambda: [*scratch.glob("*/runs.json")], 60, scratch)
+    error = only_error(call(code, tmp_path, "launch.py", *flags))
+    assert "is being written by job" in error and "RUNNING" in error
+    wait_until(lambda: last_step(folder) >= 1, 120, scratch)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    stopped = re.search(r"stopped by SIG(?:INT|TERM) at step (\d+) of 24, saved", output)
+    assert stopped, output
+    line = call(code, tmp_path, "status.py").stdout.splitlines()[1]
+    assert "STOPPED" in line, line
+    again = call(code, tmp_path, "launch.py", *flags)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"continues from step {stopped[1]} of 24" in again.stdout
+    assert json.loads((folder / "results.json").read_text())["step"] == 24
+    start = json.loads((folder / "environment.json").read_text())
+    assert start["devices"]["ranks"] == 2 and len(start["restarts"]) == 1
+
+
+def test_a_rank_that_fails_ends_a_local_job_with_its_own_error(code, tmp_path):
+    began = time.monotonic()
+    flags = [*LOCAL, "--tasks-per-node", "2", "--name", "waits", "--", "eval/waits/run.py"]
+    done = call(code, tmp_path, "launch.py", *flags)
+    assert time.monotonic() - began < 60
+    assert done.returncode == 3, done.stderr
+    expected = r"error: rank 0 of 2 .*another rank ended: rank 1 on \S+: rank 1 cannot go on"
+    assert re.search(expected, done.stdout), done.stdout
+    line = call(code, tmp_path, "status.py").stdout.splitlines()[1]
+    assert re.search(r"FAILED .* rank 1 on \S+: rank 1 cannot go on$", line), line
+
+
+def test_a_local_sweep_runs_some_at_a_time(code, tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "script: eval/parses/run.py\nslurm: {gpus_per_node: 0}\ngrid: {backbone: [a, b, c]}\n"
+    )
+    done = call(code, tmp_path, "sweep.py", "s.yaml", "--local", "--max-parallel", "2")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "backbone is" in line]
+    assert sorted(said) == [f"{name}: backbone is {name}" for name in "abc"]
+    again = call(code, tmp_path, "sweep.py", "s.yaml", "--local")
+    assert "all 3 runs are finished" in again.stdout, again.stderr
+
+
+def local_executor(folder: Path, tasks: int, minutes: float, timeouts: int = 3):
+    import submitit
+
+    executor = submitit.LocalExecutor(folder / "jobs", max_num_timeout=timeouts)
+    executor.update_parameters(timeout_min=minutes, signal_delay_s=8, tasks_per_node=tasks)
+    return executor
+
+
+def stopping_task(code: Path, folder: Path, seconds: str = "600") -> task.Task:
+    file = folder / "attempts"
+    file.write_text("")
+    flags = [str(file), seconds]
+    return task.Task("stops", "eval/stops/run.py", flags, str(code), str(folder / "notes"))
+
+
+def test_at_the_time_limit_a_job_stops_is_requeued_and_continues(code, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(code))
+    executor = local_executor(tmp_path, tasks=1, minutes=12 / 60)
+    job = executor.submit(stopping_task(code, tmp_path))
+    assert job.results() == [0]
+    lines = (tmp_path / "attempts").read_text().splitlines()
+    assert lines == ["started", "stopped by SIGUSR2", "started"]
+    notes = task.read_notes(tmp_path / "notes", "stops")
+    assert [(n["event"], n["attempt"]) for n in notes] == [
+        *(("start", 0), ("signal", 0), ("requeue", 0), ("start", 1), ("end", 1))
+    ]
+
+
+def test_a_job_that_may_not_be_requeued_again_ends_with_the_reason(code, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(code))
+    job = local_executor(tmp_path, 1, 12 / 60, timeouts=0).submit(stopping_task(code, tmp_path))
+    assert "timed-out too many times" in str(job.exception())
+    last = task.read_notes(tmp_path / "notes", "stops")[-1]
+    assert last["event"] == "end" and "timed-out too many times" in last["error"]
+
+
+def test_the_debug_executor_runs_a_task_in_this_process(code, tmp_path):
+    import submitit
+
+    before = signal.getsignal(signal.SIGTERM)
+    executor = submitit.DebugExecutor(tmp_path / "jobs")
+    done = task.Task("stops", "eval/stops/run.py", [], str(code), str(tmp_path / "notes"))
+    good = stopping_task(code, tmp_path, seconds="0")
+    assert executor.submit(good).results() == [0]
+    with pytest.raises(SystemExit) as ended:  # no file: a traceback of the script's
+        executor.submit(done).results()
+    assert ended.value.code == 1
+    assert "IndexError" in task.read_notes(tmp_path / "notes", "stops")[-1]["error"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_checkpoint_has_both_names_and_pickles_while_the_script_runs(code, tmp_path):
+    """submitit 1.5.4 asks whether there is `checkpoint`, and calls the dunder if there is one."""
+    import cloudpickle
+    from submitit.core.utils import DelayedSubmission
+
+    one = stopping_task(code, tmp_path)
+    assert task.Task.checkpoint is task.Task.__submitit_checkpoint__
+    again = DelayedSubmission(one)._checkpoint_function()
+    assert again.function == dataclasses.replace(one, attempt=1) != one
+    assert cloudpickle.loads(cloudpickle.dumps(again.function)) == again.function
+
+
+@pytest.mark.parametrize(
+    ("code_", "signalled", "error", "expected"),
+    [
+        (75, False, "", True),
+        (-signal.SIGUSR2, True, "", True),  # while it was starting
+        (-signal.SIGUSR2, False, "", False),
+        (-signal.SIGKILL, True, "", False),
+        (2, True, "error: cannot save: no space left", False),
+        (2, True, "error: another rank ended, see its error", True),
+        (2, False, "error: another rank ended, see its error", False),
+        (0, True, "", False),
+    ],
+)
+def test_what_counts_as_stopped(code_, signalled, error, expected, tmp_path):
+    import threading
+
+    one = task.Task("a", "b", [], "c", str(tmp_path))
+    one.rank, one.signalled, one.last_error = 0, signalled, error
+    one.reader = threading.Thread(target=lambda: None)
+    one.reader.start()
+    assert one.has_stopped(code_) is expected
+
+
+# -- ranks ----------------------------------------------------------------------------------------
+
+
+def test_each_job_step_and_attempt_has_its_own_port(monkeypatch):
+    ports = set()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    for name in ("SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "0")
+    attempts = [(job, step, count) for job in ("7", "8") for step in "01" for count in "0123"]
+    for job, step, count in attempts:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        distributed.ranks_from_slurm()
+        ports.add(int(os.environ["MASTER_PORT"]))
+    assert len(ports) == len(attempts) and all(20000 <= port < 32000 for port in ports)
+
+
+def test_loader_workers_are_those_that_slurm_gave_the_task(monkeypatch):
+    from common.data import default_workers
+
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert default_workers(8) == 12
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "40")
+    assert default_workers(8) == 16
+
+
+# -- status ---------------------------------------------------------------------------------------
+
+
+def fake(folder: Path, name: str, lines: list[str], code: int = 0) -> None:
+    """A command of Slurm's that prints these lines."""
+    folder.mkdir(exist_ok=True)
+    text = "\n".join(lines)
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'EOF'\n{text}\nEOF\nexit {code}\n")
+    (folder / name).chmod(0o755)
+
+
+def recorded(scratch: Path, runs: list[str], cluster: str = "slurm") -> tuple[Path, dict]:
+    jobs = {name: f"50_{number}" for number, name in enumerate(runs)}
+    record = {"name": "s", "runs": [vars(Job(n, "recipes/snclr.py", [])) for n in runs]}
+    one = {"number": 1, "cluster": cluster, "jobs": jobs, "host": "elsewhere"}
+    record["submissions"] = [one]
+    (scratch / "s").mkdir(parents=True)
+    (scratch / "s" / "runs.json").write_text(json.dumps(record))
+    return scratch / "s", record
+
+
+def test_states_come_from_squeue_then_sacct_then_the_notes(tmp_path, monkeypatch):
+    runs = ["live", "waits", "cancelled", "accounted", "forgotten", "failed", "lost", "stopped"]
+    folder, record = recorded(tmp_path, [*runs, "never"])
+    lines = ["50_0|RUNNING|None", "50_1|PENDING|BeginTime", "50_2|CANCELLED|None", "9|RUNNING|None"]
+    fake(tmp_path / "bin", "squeue", lines)
+    fake(tmp_path / "bin", "sacct", ["50_3|CANCELLED by 1000"])
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def note(run, event, rank=0, attempt=0, **facts):
+        line = {"time": time.time(), "event": event, "attempt": attempt, "rank": rank, "host": "n"}
+        path = folder / "1" / "notes" / f"{run}.{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(line | facts) + "\n")
+
+    for run in ("live", "forgotten", "failed", "lost", "stopped"):
+        note(run, "start")
+    note("live", "requeue")
+    note("live", "start", attempt=1)
+    note("forgotten", "end", code=0)
+    note("failed", "end", code=1, error="another rank ended: connection closed")
+    note("failed", "end", rank=1, code=2, error="the image x.png cannot be read")
+    note("stopped", "end", code=75)
+    queue = status.Queue()
+    got = {r["name"]: status.state_of(folder, record, r, queue) for r in record["runs"]}
+    assert {name: state.state for name, state in got.items()} == {
+        "live": "RUNNING",
+        "waits": "PENDING",
+        "cancelled": "CANCELLED",
+        "accounted": "CANCELLED",
+        "forgotten": "FINISHED",
+        "failed": "FAILED",
+        "lost": "LOST",
+        "stopped": "STOPPED",
+        "never": "CANCELLED",  # it left the queue without a word
+    }
+    assert [name for name, state in got.items() if state.live] == ["live", "waits"]
+    assert got["live"].restarts == 1 and got["waits"].restarts == 0
+    rows = {row[0]: row for row in status.rows_of(folder, record, queue)}
+    assert rows["failed"][-1] == "rank 1 on n: the image x.png cannot be read"
+    assert rows["waits"][-1] == "waits: BeginTime"
+
+
+def test_a_slurm_that_does_not_answer_is_no_reason_to_call_jobs_lost(tmp_path, monkeypatch):
+    folder, record = recorded(tmp_path, ["a"])
+    fake(tmp_path / "bin", "squeue", ["nothing"], code=1)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match="Slurm does not tell the state of jobs"):
+        status.state_of(folder, record, record["runs"][0], status.Queue())
+
+
+def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
+    """More lines than are read at a time; the last k-NN lies far back; the last line is cut."""
+    monkeypatch.setattr(status, "TAIL", 1000)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "environment.json").write_text(json.dumps({"steps": {"per_epoch": 10, "last": 500}}))
+    (run / "config.yaml").write_text("batch_size: 64\n")
+    with open(run / "metrics.jsonl", "w") as file:
+        for step in range(1, 401):
+            line = {"kind": "step", "step": step, "images_per_second": 32.0 if step > 300 else 1.0}
+            print(json.dumps(line), file=file)
+            if step in (100, 300):
+                line = {"kind": "epoch", "epoch": step // 10, "step": step, "knn": step / 1000}
+                print(json.dumps(line), file=file)
+        file.write('{"kind": "step", "st')
+    facts = status.progress(str(run))
+    assert facts["step"] == 400 and facts["knn"] == 0.3
+    assert facts["seconds_left"] == pytest.approx(100 * 64 / 32)
+    folder, record = recorded(tmp_path / "scratch", ["run"], cluster="local")
+    record["runs"][0]["folder"] = str(run)
+    row = status.rows_of(folder, record, status.Queue())[0]
+    assert row[3:6] == ["40 of 50", "30.0%", "3 min"]
+    (run / "results.json").write_text(json.dumps({"step": 400, "knn": 0.456}))
+    assert status.progress(str(run))["knn"] == 0.456  # of the last step, if it is no epoch's end
+    (run / "results.json").write_text(json.dumps({"step": 200, "knn": 0.456}))
+    assert status.progress(str(run))["knn"] == 0.3  # continued since
+    lines = status.table([row], 30).splitlines()
+    assert lines[0].startswith("run  job") and all(len(line) <= 30 for line in lines)
+    assert status.progress(str(tmp_path / "none")) == {} and status.progress(None) == {}
+
+
+def test_status_of_what_is_not_there(code, tmp_path):
+    assert "nothing was submitted" in only_error(call(code, tmp_path, "status.py"))
+    recorded(tmp_path / "runs" / "slurm", ["a"])
+    error = only_error(call(code, tmp_path, "status.py", "t"))
+    assert "no launch or sweep t" in error and "there are s" in error
+    assert "at least 1 second" in only_error(call(code, tmp_path, "status.py", "--every", "0"))
+    (tmp_path / "runs" / "slurm" / "s" / "runs.json").write_text("{")
+    assert "cannot be read" in only_error(call(code, tmp_path, "status.py"))
+
+
+def test_watch_shows_it_again(code, tmp_path):
+    recorded(tmp_path / "runs" / "slurm", ["a"], cluster="local")
+    process = subprocess.Popen(
+        command(code, "status.py", "--watch", "--every", "1"),
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(code)),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = [process.stdout.readline() for _ in range(6)]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert sum(line.startswith("a  ") for line in lines) == 2, lines
+
+
+def test_a_record_that_is_not_there_is_empty(tmp_path):
+    assert read_record(tmp_path / "x") == {"name": "x", "runs": [], "submissions": []}
