@@ -47,7 +47,7 @@ class Run:
         self.device = distributed.start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.check_batch()
+        check_batch(config.batch_size, self.ranks)
         self.train, self.test = self.load_images()
         self.steps_per_epoch = len(self.train) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -72,20 +72,6 @@ class Run:
         self.seed_everything()
 
     # -- set-up ---------------------------------------------------------------------------------
-
-    def check_batch(self) -> None:
-        batch = self.config.batch_size
-        if batch % self.ranks:
-            below, above = batch - batch % self.ranks, batch + self.ranks - batch % self.ranks
-            raise UserError(
-                f"--batch-size {batch} is the global batch and does not divide over {self.ranks} "
-                f"ranks: take {below or above} or {above}",
-                every_rank=True,
-            )
-        if batch // self.ranks < 2:
-            raise UserError(
-                f"--batch-size {batch}: each of {self.ranks} ranks needs 2 images", True
-            )
 
     def load_images(self) -> tuple[Images, Images | None]:
         """The dataset; what is to be downloaded comes first, by rank 0 alone."""
@@ -300,22 +286,13 @@ class Run:
             self.started = self.last_flush = self.last_save = time.monotonic()
             asked = time.monotonic()
             for pixels, ids, problems, must_stop in loader:
-                self.report_problems(problems, must_stop)
-                if distributed.any_rank([must_stop])[0]:
-                    raise UserError("another rank met an unreadable image", every_rank=True)
+                report_problems(problems, must_stop)
                 inputs = [to_input(view, self.device, self.dtype) for view in pixels]
                 self.waited = time.monotonic() - asked
                 yield self.step, inputs, ids.to(self.device, non_blocking=True)
                 self.time_step(time.monotonic() - asked)
                 self.after_step()
                 asked = time.monotonic()
-
-    def report_problems(self, problems: list[str], must_stop: bool) -> None:
-        if must_stop:
-            distributed.any_rank([True])  # all ranks stop here, none waits for this one
-            raise UserError(problems[-1])
-        for text in problems:
-            say_error(f"{text.split(': mend')[0]}; the next image takes its place")
 
     def progress_bar(self) -> tqdm:
         return tqdm(
@@ -517,3 +494,27 @@ class Run:
         if self.rank == 0:
             results.say(self)
         distributed.stop()
+
+
+def check_batch(batch: int, ranks: int) -> None:
+    """UserError for a global batch that the ranks cannot share equally."""
+    if batch % ranks:
+        below, above = batch - batch % ranks, batch + ranks - batch % ranks
+        raise UserError(
+            f"--batch-size {batch} is the global batch and does not divide over {ranks} "
+            f"ranks: take {below or above} or {above}",
+            every_rank=True,
+        )
+    if batch // ranks < 2:
+        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images", True)
+
+
+def report_problems(problems: list[str], must_stop: bool) -> None:
+    """Says what a batch's unreadable images were; all ranks stop where one of them must."""
+    if must_stop:
+        distributed.any_rank([True])  # all ranks stop here, none waits for this one
+        raise UserError(problems[-1])
+    for text in problems:
+        say_error(f"{text.split(': mend')[0]}; the next image takes its place")
+    if distributed.any_rank([False])[0]:
+        raise UserError("another rank met an unreadable image", every_rank=True)
