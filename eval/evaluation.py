@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,10 @@ class Evaluation:
         self.seconds_before = 0.0
         self.commit, self.dirty = environment.commit()
         self.environment = environment.describe(self.device, self.ranks)
+        script = Path(sys.argv[0]).resolve()
+        if script.is_relative_to(environment.REPOSITORY):
+            script = script.relative_to(environment.REPOSITORY)
+        self.command = " ".join([str(script), *sys.argv[1:]])
         self.requests, self.bar, self.step = StopRequests(), tqdm(disable=True), 0
         self.last_save = time.monotonic()
 
@@ -165,9 +170,12 @@ class Evaluation:
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         )
 
-    def features(self, images: Images, what: str, **view: Any) -> Tensor:
-        """(m,D) features of this rank's padded share (`rank_share`) of the evaluation views;
-        `view` is interpolation and square of `center_view`. Answers stop requests.
+    def features(
+        self, images: Images, what: str, encoder: nn.Module | None = None, **view: Any
+    ) -> Tensor:
+        """(m,D) features of this rank's padded share (`rank_share`) of the evaluation views, by
+        the encoder of this evaluation or another; `view` is interpolation and square of
+        `center_view`. Answers stop requests.
         """
         share = rank_share(len(images), padded=True)
         bar = self.progress_bar(len(share), f"features: {what}", "image")
@@ -176,10 +184,10 @@ class Evaluation:
             bar.update(number)
             if distributed.any_rank([self.requests.received is not None])[0]:
                 bar.close()
-                self.stop("during feature extraction, which starts again")
+                self.stop("while extracting features, which starts again")
 
         out = extract_features(
-            self.encoder,
+            encoder or self.encoder,
             images,
             share,
             self.config.image_size,
@@ -371,7 +379,7 @@ class Evaluation:
             "hyperparameters": hyperparameters,
             "others": others,
             "dirty": found["dirty"] or self.dirty is not False,
-            "command": [*found["command"], self.environment["command"]],
+            "command": [*found["command"], self.command],
             "evaluation_hours": round(self.seconds() / 3600, 4),
         }
         if note:
@@ -493,14 +501,17 @@ def split_classes(
 def linear_weights(classes: int, dim: int, init: str, seed: int) -> Tensor:
     """(classes, dim) float32 first weights of a classifier (its bias is 0), drawn from `seed`.
 
-    "normal 0.01": MoCo-v3's, SimSiam's and Barlow Twins' code. "haiku": BYOL's code, a normal
-    distribution of standard deviation 1/sqrt(dim) cut off at two of them.
+    "normal 0.01": the code of MoCo-v3, SimSiam, Barlow Twins, VICReg and SimCLR. "haiku": BYOL's
+    code, a normal distribution of standard deviation 1/sqrt(dim) cut off at two of them. "torch":
+    PyTorch's default, which SwAV's code leaves, uniform within 1/sqrt(dim).
     """
     weight = torch.empty(classes, dim)
     generator = torch.Generator().manual_seed(seed)
     if init == "haiku":
         std = dim**-0.5
         return nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
+    if init == "torch":
+        return nn.init.uniform_(weight, -(dim**-0.5), dim**-0.5, generator=generator)
     return nn.init.normal_(weight, 0.0, 0.01, generator=generator)
 
 

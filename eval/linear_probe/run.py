@@ -227,7 +227,8 @@ class Probe:
             for velocity, saved in zip(optimizer.velocity, state["velocity"], strict=True):
                 velocity.copy_(saved)
         job.cut_log(number * total + start)
-        mean, begun = sums, (time.monotonic(), start // steps_per_epoch)
+        mean = state.get("mean", sums)
+        begun = (time.monotonic(), start // steps_per_epoch)
         job.bar = job.progress_bar(total, f"linear, seed {seed}", initial=start)
         for step, (x, y) in enumerate(self.batches(samples, seed, start, total), start):
             each = losses(heads(x), y)
@@ -244,10 +245,11 @@ class Probe:
                 self.log_epoch(seed, epoch, number * total + step + 1, mean, *begun)
                 sums = torch.zeros_like(sums)
             job.after_step(
-                lambda step=step, sums=sums: {
+                lambda step=step, sums=sums, mean=mean: {
                     **{n: state[n] for n in ("seeds", "chosen")},
                     "step": step + 1,
                     "sums": sums,
+                    "mean": mean,
                     "heads": heads.state_dict(),
                     "velocity": optimizer.velocity,
                 }
@@ -323,7 +325,8 @@ class Probe:
                 self.job.warn(f"lr {state['chosen']:g} is at the edge of those tried: widen --lrs")
         values = [r["top1"] for r in results]
         note = "stored features, no augmentation: a quick look" if config.cache_features else ""
-        self.job.write_record("linear", values, hyperparameters, others, protocol.assumed, note)
+        name = "linear (stored features)" if config.cache_features else "linear"
+        self.job.write_record(name, values, hyperparameters, others, protocol.assumed, note)
         if self.job.rank == 0:
             forget_checkpoint(self.job.folder)
 
