@@ -99,6 +99,7 @@ class Probe:
         self.protocol = PROTOCOLS[config.protocol]
         self.lrs = self.rates()
         check_batch(config.batch_size, self.job.ranks)
+        self.job.encoder.requires_grad_(False)
         self.stored: dict[tuple, Tensor] = {}
 
     def resolved(self) -> ProbeConfig:
@@ -167,7 +168,6 @@ class Probe:
         """Trains the heads, seed by seed, and writes the record."""
         job, config = self.job, self.config
         before = {n: t.detach().cpu().clone() for n, t in job.encoder.state_dict().items()}
-        job.encoder.requires_grad_(False)
         state = job.restore() or {"seeds": [], "chosen": None}
         labels, view = job.train.labels, {"interpolation": self.protocol.interpolation}
         kept, held, words = np.arange(len(labels)), np.arange(0), None

@@ -81,8 +81,8 @@ PROTOCOLS = {
     ),
     # ours, for images of 32 pixels and a CPU, and no paper's: batches that 1 % of CIFAR-10 fills
     "small": Protocol(
-        both((0.3, 3.0)),
-        both((0.03, 0.3)),
+        both((1.0,)),
+        both((0.01, 0.03, 0.1, 0.3)),
         {1: (60,), 10: (20,)},
         {1: 32, 10: 128},
     ),
