@@ -292,13 +292,15 @@ class Evaluation:
             disable=None if self.rank == 0 else True,  # None: only on a terminal
         )
 
-    def after_step(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Answers stop requests and saves where it is time; `state()` is what to save."""
+    def after_step(self, state: Callable[[], dict[str, Any]], last: bool = False) -> None:
+        """Answers stop requests and saves where it is time, or where this is a training's `last`
+        step; `state()` is what to save.
+        """
         self.bar.update()
         minutes = self.config.checkpoint_minutes
         due = self.rank == 0 and time.monotonic() - self.last_save > 60 * minutes > 0
         stop, save = distributed.any_rank([self.requests.received is not None, due])
-        if stop or save:
+        if stop or save or last:
             self.save(state())
         if stop:
             self.stop("saved")

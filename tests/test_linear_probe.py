@@ -1,5 +1,6 @@
 """Linear probe: the heads against separate trainings and plain loops, controls, ranks, resume."""
 
+import dataclasses
 import json
 import math
 
@@ -8,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import only_error, run_ranks, run_script, start_ranks
+from conftest import run_ranks, run_script, start_ranks
 
 from common import photos
-from common.augment import crop_view, view_rng
+from common.augment import center_view, crop_view, view_rng
 from common.data import RankBatches, load_dataset, subset
-from common.errors import UserError
+from common.errors import UserError, command
 from common.knn import knn_accuracy
 from common.record import problems
 from eval.encoders import load_encoder
 from eval.evaluation import correct_in_top, held_out, linear_weights, parse_numbers
+from eval.linear_probe import run as script
 from eval.linear_probe.heads import Heads, HeadsSGD, losses
 from eval.linear_probe.protocols import GRID, PROTOCOLS, schedule
 from eval.linear_probe.run import assert_unchanged, best, stored_batches
@@ -42,9 +44,13 @@ def record_of(folder, name="record.json"):
 
 
 def probe(folder, *flags):
-    done = run_script(SCRIPT, *FLAGS, *flags, "--output", folder)
-    assert done.returncode == 0, done.stderr + done.stdout
+    """The record of a probe in this very process."""
+    assert in_process([*FLAGS, *flags, "--output", folder]) == 0
     return record_of(folder)
+
+
+def in_process(flags):
+    return command(lambda: script.main([str(flag) for flag in flags]))
 
 
 # -- heads ----------------------------------------------------------------------------------------
@@ -239,6 +245,21 @@ def test_crops_change_nothing_but_place_and_side():
         assert np.array_equal(pixels, expected[:, :, ::-1] if draw.flip else expected)
 
 
+@pytest.mark.parametrize("square", [False, True])
+def test_evaluation_views_are_torchvisions(square):
+    """Resize(256) and CenterCrop(224), and GSG's Resize([256, 256]), on an image that is wide."""
+    from torchvision import transforms
+
+    picture = photos.read_photo("rocket")
+    assert picture.width > 1.2 * picture.height
+    for interpolation in ("bilinear", "bicubic"):
+        mode = transforms.InterpolationMode(interpolation)
+        resize = transforms.Resize([256, 256] if square else 256, mode)
+        expected = transforms.CenterCrop(224)(resize(picture))
+        view = center_view(picture, 224, interpolation, square)
+        assert np.array_equal(view.numpy(), np.asarray(expected).transpose(2, 0, 1))
+
+
 def test_stored_batches_are_those_of_the_loader():
     samples = np.array([3, 5, 8, 13, 21, 34, 55, 70])
     features = torch.arange(100.0)[:, None]
@@ -274,8 +295,8 @@ def test_a_changed_encoder_is_noticed():
 
 def test_trained_beats_random_and_both_have_whole_records(run, tmp_path):
     """On stored features: a trained encoder over a random one and over pixels, and over chance."""
-    flags = ["--protocol", "snclr", "--lrs", "grid", "--cache-features", "--epochs", "30"]
-    trained = probe(tmp_path / "trained", "--backbone", run, *flags)
+    flags = ["--protocol", "snclr", "--lrs", "0.03,0.3,3", "--cache-features", "--epochs", "30"]
+    trained = probe(tmp_path / "trained", "--backbone", run, *flags, "--lrs", "grid")
     random = probe(tmp_path / "random", *RANDOM, *flags)
     pixels = probe(tmp_path / "pixels", "--backbone", "pixels", "--image-size", "32", *flags)
     values = [r["value"] for r in (trained, random, pixels)]
@@ -289,7 +310,7 @@ def test_trained_beats_random_and_both_have_whole_records(run, tmp_path):
         assert knn["protocol"] == "kNN (k200,t.1)" and knn["value"] == knn["others"]["k200"]
         assert found["others"]["top5"][0] >= found["value"]
         what = found["hyperparameters"]
-        assert len(what["tried"]["lr"]) == 10 and what["lr"] in what["tried"]["lr"]
+        assert len(what["tried"]["lr"]) == (10 if name == "trained" else 3)
         held = found["others"]["held-out top1 of each lr"]
         assert held[what["tried"]["lr"].index(what["lr"])] == max(held)
     assert trained["recipe"] == "nnclr" and trained["protocol"] == "linear (stored features)"
@@ -314,59 +335,34 @@ def knn_by_hand(encoder):
     return knn_accuracy(*x["train"], *x["test"], k=200, temperature=0.1)
 
 
-def test_assumed_protocol_of_a_run_by_crops(run, tmp_path):
+def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
     """No flag but the run: NNCLR's, which is BYOL's, on random crops, with 2 seeds."""
-    found = probe(
-        tmp_path / "a", "--backbone", run, "--epochs", "2", "--measure", "linear", "--seeds", 2
-    )
-    assert found["assumed"] is True and found["hyperparameters"]["protocol"] == "nnclr"
-    assert (
-        found["protocol"] == "linear" and found["hyperparameters"]["training_views"] == "crop, flip"
-    )
-    assert sorted(found["hyperparameters"]["tried"]["lr"]) == [0.05, 0.1, 0.2, 0.3, 0.4]
+    flags = ["--backbone", run, "--measure", "linear", "--seeds", "2"]
+    found = probe(tmp_path / "a", *flags, "--epochs", "2")
+    what = found["hyperparameters"]
+    assert found["assumed"] is True and what["protocol"] == "nnclr"
+    assert found["protocol"] == "linear" and what["training_views"] == "crop, flip"
+    assert sorted(what["tried"]["lr"]) == [0.05, 0.1, 0.2, 0.3, 0.4]
     assert found["seeds"] == [0, 1] and found["seeds_of"] == "evaluation"
     assert len(found["values"]) == 2 and found["spread"] is not None
     assert problems(found) == [] or found["commit"] == "unknown"
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
-    again = run_script(
-        SCRIPT,
-        *FLAGS,
-        "--backbone",
-        run,
-        "--epochs",
-        "2",
-        "--measure",
-        "linear",
-        "--seeds",
-        2,
-        "--output",
-        tmp_path / "a",
-    )
-    assert again.returncode == 0 and f"{found['value']:.2f}" in again.stdout
-    changed = run_script(
-        SCRIPT, *FLAGS, "--backbone", run, "--epochs", "3", "--output", tmp_path / "a"
-    )
-    assert "epochs was 2, is 3" in only_error(changed)
+    capsys.readouterr()
+    assert probe(tmp_path / "a", *flags, "--epochs", "2") == found  # finished: says it again
+    assert f"{found['value']:.2f}" in capsys.readouterr().out
+    assert in_process([*FLAGS, *flags, "--epochs", "3", "--output", tmp_path / "a"]) == 2
+    assert "epochs was 2, is 3" in capsys.readouterr().err
 
 
 def test_without_an_output_it_lies_in_the_run(run):
-    flags = [
-        "--backbone",
-        run,
-        "--epochs",
-        "1",
-        "--lrs",
-        "0.1",
-        "--protocol",
-        "gsg",
-        "--knn-transform",
-        "gsg",
-    ]
-    done = run_script(SCRIPT, "--workers", "0", *flags)
+    flags = ["--backbone", run, "--epochs", "1", "--lrs", "0.1", "--protocol", "gsg"]
+    done = run_script(SCRIPT, "--workers", "0", *flags, "--knn-transform", "gsg")
     assert done.returncode == 0, done.stderr
     folder = run / "eval" / "linear_probe-gsg-photos"
-    assert record_of(folder)["hyperparameters"]["chosen_on"] is None  # nothing to choose
-    assert record_of(folder)["hyperparameters"]["optimizer"] == "larc"
+    found = record_of(folder)
+    assert found["hyperparameters"]["chosen_on"] is None  # nothing to choose
+    assert found["hyperparameters"]["optimizer"] == "larc"
+    assert found["command"][1].startswith("eval/linear_probe/run.py --workers 0 --backbone")
     assert record_of(folder, "record-knn.json")["protocol"] == "kNN (k200,t.2)"
     assert yaml.safe_load((folder / "config.yaml").read_text())["protocol"] == "gsg"
 
@@ -423,17 +419,16 @@ def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
     ],
 )
 def test_mistakes(flags, text, capsys, tmp_path):
-    from common.errors import command
-    from eval.linear_probe import run as script
-
     flags = [*FLAGS, *flags, "--output", str(tmp_path / "out")]
-    assert command(lambda: script.main(list(map(str, flags)))) == 2
+    assert in_process(flags) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and text in errors[0]
 
 
-def test_help_says_where_values_come_from():
-    done = run_script(SCRIPT, "--help")
-    assert done.returncode == 0
-    for flag in ("--backbone", "--protocol", "--lrs", "--cache-features", "--seeds", "--measure"):
-        assert flag in done.stdout
+def test_every_flag_has_its_line_of_help(capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(script.ProbeConfig):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "All train at once" in text and "never guessed" in text

@@ -252,7 +252,8 @@ class Probe:
                     "mean": mean,
                     "heads": heads.state_dict(),
                     "velocity": optimizer.velocity,
-                }
+                },
+                last=step + 1 == total,
             )
         job.bar.close()
         return heads, mean.tolist()

@@ -299,7 +299,8 @@ class FineTuning:
                     "sums": sums.item(),
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                }
+                },
+                last=step + 1 == total,
             )
         job.bar.close()
         return model.eval()
