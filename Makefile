@@ -2,10 +2,15 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test evaluate lint clean
 
 demo: .venv/installed
 	$(VENV)/python eval/demo.py
+
+# linear probe and k-NN of a run, by its recipe's protocol: make evaluate RUN=runs/… [FLAGS=…]
+evaluate: .venv/installed
+	@test -n "$(RUN)" || { echo "error: which run? make evaluate RUN=runs/RECIPE/NAME"; exit 2; }
+	$(VENV)/python eval/linear_probe/run.py --backbone $(RUN) $(FLAGS)
 
 test: .venv/installed-dev
 	$(VENV)/ruff check .

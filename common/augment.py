@@ -127,6 +127,14 @@ def cifar_view(size: int, crop_min: float = 0.08, interpolation: str = "bilinear
     return View(size, (crop_min, 1.0), (0.4, 0.4, 0.4, 0.1), interpolation=interpolation)
 
 
+def crop_view(size: int, interpolation: str = "bilinear") -> View:
+    """What classifiers on top train on: a random crop of 8 % or more of the area, and a flip
+    (torchvision's RandomResizedCrop and RandomHorizontalFlip at their defaults).
+    """
+    none = (0.0, 0.0, 0.0, 0.0)
+    return View(size, (0.08, 1.0), none, jitter_p=0.0, grey_p=0.0, interpolation=interpolation)
+
+
 def draw_crop(
     rng: np.random.Generator,
     width: int,
@@ -164,12 +172,18 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
-def center_view(image: Image.Image, size: int) -> Tensor:
-    """The view of evaluations: shorter side to size/0.875 (256 for 224), bilinear, and the central
-    square of `size`. An image that has just this size is taken as it is.
+def center_view(
+    image: Image.Image, size: int, interpolation: str = "bilinear", square: bool = False
+) -> Tensor:
+    """The view of evaluations: shorter side to size/0.875 (256 for 224) and the central square of
+    `size`; `square` resizes both sides so, whatever the aspect (GSG's main_knn.py). An image that
+    has just this size is taken as it is.
     """
     if image.size != (size, size):
-        image = F.center_crop(F.resize(image, round(size / 0.875)), [size, size])
+        side = round(size / 0.875)
+        mode = F.InterpolationMode(interpolation)
+        image = F.resize(image, [side, side] if square else side, mode)
+        image = F.center_crop(image, [size, size])
     return to_tensor(image)
 
 

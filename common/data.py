@@ -1,9 +1,10 @@
 """Datasets by name, the deterministic order of samples, and loaders."""
 
+import dataclasses
 import hashlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,14 @@ class FolderImages:
 
 
 Images = ArrayImages | FolderImages
+CenterView = Callable[[Image.Image, int], Tensor]  # (image, size) -> uint8 (3,size,size)
+
+
+def subset(images: Images, samples: np.ndarray) -> Images:
+    """The images of these numbers, in this order, with their labels."""
+    field = "pixels" if isinstance(images, ArrayImages) else "paths"
+    labels = None if images.labels is None else images.labels[samples]
+    return dataclasses.replace(images, **{field: getattr(images, field)[samples]}, labels=labels)
 
 
 def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, Images | None]:
@@ -324,15 +333,18 @@ class CenterDataset(torch.utils.data.Dataset):
     image is an error text, with `skip` the next readable one takes its place.
     """
 
-    def __init__(self, images: Images, samples: np.ndarray, size: int, skip: bool):
+    def __init__(
+        self, images: Images, samples: np.ndarray, size: int, skip: bool, view: CenterView
+    ):
         self.images, self.samples, self.size, self.skip = images, samples, size, skip
+        self.view = view
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, list[str]]:
         image, _, problems = load_or_next(self.images, int(self.samples[index]), self.skip)
-        return (None if image is None else center_view(image, self.size)), problems
+        return (None if image is None else self.view(image, self.size)), problems
 
 
 def collate_center(items: list) -> tuple[Tensor | None, list[str]]:
@@ -349,6 +361,7 @@ def center_batches(
     batch: int = 256,
     workers: int = 0,
     skip_bad_images: bool = False,
+    view: CenterView = center_view,
 ) -> Iterator[Tensor]:
     """Evaluation views of the given samples, uint8 (N,3,size,size), in order. An unreadable image
     raises UserError, or with `skip_bad_images` the next readable one takes its place.
@@ -359,7 +372,7 @@ def center_batches(
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
         return
     loader = torch.utils.data.DataLoader(
-        CenterDataset(images, samples, size, skip_bad_images),
+        CenterDataset(images, samples, size, skip_bad_images, view),
         batch_size=batch,
         num_workers=workers,
         collate_fn=collate_center,

@@ -1,13 +1,15 @@
 """Weighted k-nearest-neighbour accuracy of frozen features (Wu et al. 2018), as a monitor."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
-from common.augment import to_input
-from common.data import Images, center_batches
+from common.augment import center_view, to_input
+from common.data import CenterView, Images, center_batches
 from common.models import full_precision
 
 QUERY_BLOCK = 1024
@@ -70,13 +72,17 @@ def extract_features(
     workers: int = 0,
     autocast=None,
     skip_bad_images: bool = False,
+    view: CenterView = center_view,
+    after_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """(len(samples), embed_dim) features of the evaluation views, encoder in eval mode."""
+    """(len(samples), embed_dim) features of the evaluation views, encoder in eval mode.
+    `after_batch` is told the number of images after each batch.
+    """
     weight = next(encoder.parameters())
     training = encoder.training
     encoder.eval()
     features = []
-    for views in center_batches(images, samples, image_size, 256, workers, skip_bad_images):
+    for views in center_batches(images, samples, image_size, 256, workers, skip_bad_images, view):
         inputs = to_input(views, weight.device, weight.dtype)
         if autocast is None:
             features += full_precision(encoder(inputs))
@@ -84,6 +90,8 @@ def extract_features(
             with autocast():
                 out = encoder(inputs)
             features += full_precision(out)
+        if after_batch is not None:
+            after_batch(len(views))
     encoder.train(training)
     if not features:
         return torch.empty(0, getattr(encoder, "embed_dim", 0), device=weight.device)
@@ -106,26 +114,57 @@ def knn_of_encoder(
     Each rank holds the features of its share of the training set only: it finds the nearest of
     its own for every test image, and the ranks' candidates are merged.
     """
-    rank, ranks = distributed.rank(), distributed.world_size()
-    share = np.arange(rank, len(train), ranks)
     how = image_size, workers, autocast, skip_bad_images
+    share = rank_share(len(train))
     train_x = extract_features(encoder, train, share, *how)
     train_y = torch.from_numpy(train.labels[share])
-    padded = -(-len(test) // ranks) * ranks  # gathers need equal rows: the last ones repeat
-    queries = np.minimum(np.arange(rank, padded, ranks), len(test) - 1)
-    test_x = extract_features(encoder, test, queries, *how)
-    test_x = distributed.gather(test_x)
+    test_x = extract_features(encoder, test, rank_share(len(test), padded=True), *how)
+    test_x = gather_shares(test_x, len(test))
     truth = torch.from_numpy(test.labels)
-    order = torch.arange(padded).view(-1, ranks).T.reshape(-1)  # sample of each gathered row
-    test_x = test_x[order.argsort()][: len(test)]
-    similarity, labels = nearest_labels(train_x, train_y, test_x, k)
-    if ranks > 1:
-        k = min(k, len(train))
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    (accuracy,) = knn_over_ranks(
+        train_x, train_y, test_x, truth, len(train), classes, [k], temperature
+    )
+    return accuracy
+
+
+def rank_share(images: int, padded: bool = False) -> np.ndarray:
+    """The samples of this rank: every world-size-th. `padded` gives all ranks equally many, as
+    gathers need: the last ones repeat.
+    """
+    ranks = distributed.world_size()
+    end = -(-images // ranks) * ranks if padded else images
+    return np.minimum(np.arange(distributed.rank(), end, ranks), images - 1)
+
+
+def gather_shares(rows: Tensor, images: int) -> Tensor:
+    """Rows of every rank's padded share -> (images,…) in the order of samples, on all ranks."""
+    gathered = distributed.gather(rows)
+    ranks = distributed.world_size()
+    order = torch.arange(len(gathered)).view(-1, ranks).T.reshape(-1)  # sample of each row
+    return gathered[order.argsort().to(gathered.device)][:images]
+
+
+def knn_over_ranks(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    truth: Tensor,
+    train_images: int,
+    classes: int,
+    ks: Sequence[int],
+    temperature: float,
+) -> list[float]:
+    """k-NN accuracy for each k. train_x (M,D) and train_y (M,) are this rank's share of
+    `train_images`; test_x (N,D) and truth (N,) are the same on all ranks.
+    """
+    similarity, labels = nearest_labels(train_x, train_y, test_x, max(ks))
+    if distributed.world_size() > 1:
+        k = min(max(ks), train_images)
         missing = (0, k - similarity.shape[1])  # a small share cannot give k: nothing, of no weight
         similarity, labels = F.pad(similarity, missing, value=-torch.inf), F.pad(labels, missing)
         similarity = distributed.gather(similarity.T).T
         labels = distributed.gather(labels.T).T
         best = similarity.topk(k, dim=1)
         similarity, labels = best.values, labels.gather(1, best.indices)
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
-    return vote(similarity, labels, truth, classes, temperature)
+    return [vote(similarity[:, :k], labels[:, :k], truth, classes, temperature) for k in ks]

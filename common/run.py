@@ -305,22 +305,13 @@ class Run:
             self.started = self.last_flush = self.last_save = time.monotonic()
             asked = time.monotonic()
             for pixels, ids, problems, must_stop in loader:
-                self.report_problems(problems, must_stop)
-                if distributed.any_rank([must_stop])[0]:
-                    raise UserError("another rank met an unreadable image", every_rank=True)
+                report_problems(problems, must_stop)
                 inputs = [to_input(view, self.device, self.dtype) for view in pixels]
                 self.waited = time.monotonic() - asked
                 yield self.step, inputs, ids.to(self.device, non_blocking=True)
                 self.time_step(time.monotonic() - asked)
                 self.after_step()
                 asked = time.monotonic()
-
-    def report_problems(self, problems: list[str], must_stop: bool) -> None:
-        if must_stop:
-            distributed.any_rank([True])  # all ranks stop here, none waits for this one
-            raise UserError(problems[-1])
-        for text in problems:
-            say_error(f"{text.split(': mend')[0]}; the next image takes its place")
 
     def progress_bar(self) -> tqdm:
         return tqdm(
@@ -532,3 +523,27 @@ class Run:
         if self.rank == 0:
             results.say(self)
         distributed.stop()
+
+
+def check_batch(batch: int, ranks: int) -> None:
+    """UserError for a global batch that the ranks cannot share equally."""
+    if batch % ranks:
+        below, above = batch - batch % ranks, batch + ranks - batch % ranks
+        raise UserError(
+            f"--batch-size {batch} is the global batch and does not divide over {ranks} "
+            f"ranks: take {below or above} or {above}",
+            every_rank=True,
+        )
+    if batch // ranks < 2:
+        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images", True)
+
+
+def report_problems(problems: list[str], must_stop: bool) -> None:
+    """Says what a batch's unreadable images were; all ranks stop where one of them must."""
+    if must_stop:
+        distributed.any_rank([True])  # all ranks stop here, none waits for this one
+        raise UserError(problems[-1])
+    for text in problems:
+        say_error(f"{text.split(': mend')[0]}; the next image takes its place")
+    if distributed.any_rank([False])[0]:
+        raise UserError("another rank met an unreadable image", every_rank=True)

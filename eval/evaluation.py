@@ -1,0 +1,535 @@
+"""What the evaluations of one encoder share: flags, the encoder and its images, a folder with exact
+resume, features over ranks, accuracies, and the record.
+
+    job = Evaluation(config)
+    job.begin(name)
+    state = job.restore()                    # of an interrupted one, or None
+    with job.working():
+        for … in …:
+            …
+            job.after_step(lambda: …)        # saves the state where asked to stop
+    job.write_record(…)
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import checkpoint, distributed, environment, metrics, record
+from common.augment import center_view
+from common.config import DATASETS, changed_fields, free
+from common.data import Images, default_workers, load_dataset
+from common.errors import Stopped, UserError
+from common.knn import extract_features, rank_share
+from common.results import in_words
+from common.signals import StopRequests
+from eval.encoders import RANDOM, load_encoder
+
+RECORD = "record.json"
+TOP = (1, 5)
+# a held-out part to choose by, where the sources say nothing: see `held_out`
+IMAGENET_PER_CLASS, HELD_OUT_SHARE, HELD_OUT_LEAST = 10, 0.1, 1000
+IMAGENET_IMAGES = {"training": 1_281_167, "validation": 50_000}
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The flags that every evaluation has."""
+
+    # run folder, backbone.safetensors, a checkpoint of torchvision, timm, moco-v3 or simsiam
+    # layout, or a control: `random` (needs --arch) or `pixels`
+    backbone: str = free("")
+    arch: str = ""  # encoder, where the file does not say it; never guessed
+    dataset: DATASETS | None = None  # images to evaluate on; default: the run's own, else imagenet
+    data: str = free("")  # folder of the images, as for the recipes; default: the run's own
+    image_size: int | None = None  # side of a view in pixels; default: the run's own, else 224
+    seed: int = 0  # keys the heads' initialisation, data order, crops and held-out images
+    seeds: int = 1  # how often to repeat, with seeds from --seed on; mean and spread are reported
+    output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
+    workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
+    # default: bf16 autocast of the encoder on a GPU, fp32 on CPU
+    precision: Literal["bf16", "fp32", "fp64"] | None = None
+    resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
+    checkpoint_minutes: float = free(15.0)  # minutes between checkpoints
+    # skip: log an unreadable image, take the next
+    on_bad_image: Literal["stop", "skip"] = free("stop")
+    method: str = ""  # name of a foreign checkpoint's method in the record; ours say their own
+    # what a foreign checkpoint was trained on, for the record
+    pretrained_on: Literal["ImageNet-1k", "CIFAR-10", "photos", "other"] = "other"
+    config: str = free("")  # YAML file with values for these flags; flags win over it
+
+
+class Evaluation:
+    """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
+
+    def __init__(self, config: Any):
+        if not config.backbone:
+            raise UserError("--backbone RUN_OR_FILE is missing", every_rank=True)
+        if config.seeds < 1:
+            raise UserError(f"--seeds {config.seeds}: must be 1 or more", every_rank=True)
+        self.started = time.monotonic()
+        self.device = distributed.start()
+        self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        self.encoder, self.facts = load_encoder(
+            config.backbone, config.arch or None, config.image_size
+        )
+        if self.facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
+            raise UserError("--method and --pretrained-on are for checkpoints of others", True)
+        self.config = config = self.with_defaults(config)
+        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.encoder.to(self.device, self.dtype).eval()
+        if self.device.type == "cuda":
+            self.encoder.to(memory_format=torch.channels_last)
+            torch.backends.cudnn.benchmark = False  # the same numbers after a restart
+            torch.backends.cudnn.deterministic = True
+        self.train, self.test = self.load_images()
+        self.workers = config.workers
+        if self.workers < 0:
+            self.workers = default_workers(distributed.ranks_on_this_machine())
+        self.seconds_before = 0.0
+        self.commit, self.dirty = environment.commit()
+        self.environment = environment.describe(self.device, self.ranks)
+        script = Path(sys.argv[0]).resolve()
+        if script.is_relative_to(environment.REPOSITORY):
+            script = script.relative_to(environment.REPOSITORY)
+        self.command = " ".join([str(script), *sys.argv[1:]])
+        self.requests, self.bar, self.step = StopRequests(), tqdm(disable=True), 0
+        self.last_save = time.monotonic()
+
+    def with_defaults(self, config: Any) -> Any:
+        """The configuration with what the run says where the flags do not."""
+        ours = {}
+        if self.facts["run"] is not None:
+            ours = yaml.safe_load((self.facts["run"] / "config.yaml").read_text())
+        values: dict[str, Any] = {"arch": self.facts["arch"]}
+        if config.dataset is None:
+            values["dataset"] = ours.get("dataset", "imagenet")
+        if not config.data and values.get("dataset", config.dataset) == ours.get("dataset"):
+            values["data"] = ours.get("data", "")
+        if config.image_size is None:
+            values["image_size"] = self.facts["image_size"]
+        elif config.image_size != self.facts["image_size"] and "vit" in self.facts["arch"]:
+            raise UserError(
+                f"--image-size {config.image_size}: this ViT takes {self.facts['image_size']}", True
+            )
+        return dataclasses.replace(config, **values)
+
+    def load_images(self) -> tuple[Images, Images]:
+        """Training and labelled test images; UserError where labels are missing."""
+        train, test = load_dataset(self.config.dataset, self.config.data)
+        if test is None or train.labels is None:
+            raise UserError(
+                f"{self.config.data} has no labelled train/ and val/: evaluations need class "
+                "folders in both",
+                every_rank=True,
+            )
+        return train, test
+
+    def choose_folder(self, name: str) -> Path:
+        """--output, else a folder in the run, else one below runs/eval/."""
+        config = self.config
+        name = f"{name}-{config.dataset}"
+        if config.output:
+            folder = Path(config.output)
+        elif self.facts["run"] is not None:
+            folder = self.facts["run"] / "eval" / name
+        else:
+            source = Path(config.backbone).stem
+            source = f"random-{config.arch}" if config.backbone == RANDOM else source
+            folder = Path("runs/eval") / f"{source}-{self.facts['sha256'][:8]}" / name
+        folder = folder.expanduser().absolute()
+        if config.resume == "never":
+            first, number = folder, 2
+            while folder.exists():
+                folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+        return folder
+
+    # -- images ---------------------------------------------------------------------------------
+
+    @property
+    def classes(self) -> int:
+        return len(self.train.classes)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bf16 for the encoder with --precision bf16, nothing otherwise."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
+
+    def features(
+        self, images: Images, what: str, encoder: nn.Module | None = None, **view: Any
+    ) -> Tensor:
+        """(m,D) features of this rank's padded share (`rank_share`) of the evaluation views, by
+        the encoder of this evaluation or another; `view` is interpolation and square of
+        `center_view`. Answers stop requests.
+        """
+        share = rank_share(len(images), padded=True)
+        bar = self.progress_bar(len(share), f"features: {what}", "image")
+
+        def after_batch(number: int) -> None:
+            bar.update(number)
+            if distributed.any_rank([self.requests.received is not None])[0]:
+                bar.close()
+                self.stop("while extracting features, which starts again")
+
+        out = extract_features(
+            encoder or self.encoder,
+            images,
+            share,
+            self.config.image_size,
+            self.workers,
+            self.autocast,
+            self.config.on_bad_image == "skip",
+            functools.partial(center_view, **view),
+            after_batch,
+        )
+        bar.close()
+        return out
+
+    def correct(self, score: Callable[[Tensor], Tensor], features: Tensor, images: Images):
+        """(…, len(TOP)) fractions right among the k best classes, over all ranks.
+
+        `features` are those of this rank's padded share of `images`, `score` maps rows of them
+        (n,D) to scores (n,…,C).
+        """
+        share = rank_share(len(images))  # without the padding: nothing counts twice
+        labels = torch.from_numpy(images.labels[share]).to(features.device)
+        right = 0
+        with torch.no_grad():
+            for rows, truth in zip(
+                features[: len(share)].split(1024), labels.split(1024), strict=True
+            ):
+                right = right + correct_in_top(score(rows), truth)
+        if not isinstance(right, Tensor):  # fewer images than ranks: this one has none
+            right = torch.zeros_like(correct_in_top(score(features[:1]), labels.new_zeros(1)))
+        return distributed.all_reduce_sum(right.double()) / len(images)
+
+    # -- resume ---------------------------------------------------------------------------------
+
+    def begin(self, name: str) -> None:
+        """Prepares the folder of the evaluation of this name, which says its protocol; UserError
+        where it holds another evaluation. `self.config` is complete by now.
+        """
+        self.name = name
+        self.folder = distributed.from_rank_zero(self.choose_folder(name))
+        saved = distributed.from_rank_zero(self.saved_config() if self.rank == 0 else None)
+        now = {
+            "evaluation": self.name,
+            "backbone_sha256": self.facts["sha256"],
+            "images": f"{self.train.fingerprint()} {self.test.fingerprint()}",
+        }
+        if saved is not None:
+            changes = [f"{n} was {saved.get(n)}, is {v}" for n, v in now.items() if saved[n] != v]
+            changes += changed_fields(self.config, saved)
+            if changes:
+                raise UserError(
+                    f"{self.folder} holds another evaluation ({'; '.join(changes)}): use the same "
+                    "flags, another --output, or --resume never",
+                    every_rank=True,
+                )
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = self.folder / "config.partial"
+            config = now | dataclasses.asdict(self.config)
+            beside.write_text(yaml.safe_dump(config, sort_keys=False))
+            beside.replace(self.folder / "config.yaml")
+        distributed.barrier()
+        self.say(
+            f"{self.name} · {self.facts['arch']} · {self.train.name}: {len(self.train):,} training "
+            f"and {len(self.test):,} test images · {self.environment['devices']['name']} x "
+            f"{self.ranks}"
+        )
+        self.say(f"folder: {self.folder}")
+
+    def saved_config(self) -> dict[str, Any] | None:
+        path = self.folder / "config.yaml"
+        return yaml.safe_load(path.read_text()) if path.exists() else None
+
+    def restore(self) -> dict[str, Any] | None:
+        """The state that an interrupted evaluation left in this folder, or None."""
+        path = distributed.from_rank_zero(checkpoint.find(self.folder) if self.rank == 0 else None)
+        if path is None:
+            return None
+        saved = checkpoint.load(path)
+        self.seconds_before = saved["seconds"]
+        if saved["commit"] != self.commit:
+            self.warn(f"the checkpoint was written with commit {saved['commit'][:12]}")
+        return saved["state"]
+
+    def is_written(self, file: str = RECORD) -> bool:
+        """Whether this evaluation has finished: its record is there."""
+        return distributed.from_rank_zero((self.folder / file).exists())
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While active, stop signals are noted and answered at the next step."""
+        with StopRequests() as self.requests:
+            yield
+        self.bar.close()
+
+    def progress_bar(self, total: int, what: str, unit: str = "step", initial: int = 0) -> tqdm:
+        return tqdm(
+            total=total,
+            initial=initial,
+            unit=unit,
+            desc=what,
+            dynamic_ncols=True,
+            leave=False,
+            disable=None if self.rank == 0 else True,  # None: only on a terminal
+        )
+
+    def after_step(self, state: Callable[[], dict[str, Any]], last: bool = False) -> None:
+        """Answers stop requests and saves where it is time, or where this is a training's `last`
+        step; `state()` is what to save.
+        """
+        self.bar.update()
+        minutes = self.config.checkpoint_minutes
+        due = self.rank == 0 and time.monotonic() - self.last_save > 60 * minutes > 0
+        stop, save = distributed.any_rank([self.requests.received is not None, due])
+        if stop or save or last:
+            self.save(state())
+        if stop:
+            self.stop("saved")
+
+    def stop(self, how: str) -> None:
+        self.bar.close()
+        name = self.requests.received.name if self.requests.received else "another rank"
+        self.say(f"stopped by {name}, {how}; start the same command again to continue")
+        raise Stopped
+
+    def save(self, state: dict[str, Any]) -> None:
+        if self.rank == 0:
+            checkpoint.save(
+                self.folder,
+                {"seconds": self.seconds(), "commit": self.commit, "state": state},
+            )
+        self.last_save = time.monotonic()
+
+    def seconds(self) -> float:
+        """Spent on this evaluation, over all its starts."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def log(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        if self.rank == 0:
+            metrics.write(self.folder / metrics.NAME, [values])
+
+    def cut_log(self, step: int) -> None:
+        """Drops what was logged after `step`, so that a continued evaluation logs it once."""
+        if self.rank == 0:
+            metrics.cut(self.folder / metrics.NAME, step)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    # -- the record -----------------------------------------------------------------------------
+
+    def write_record(
+        self,
+        protocol: str,
+        values: Sequence[float],
+        hyperparameters: dict[str, Any],
+        others: dict[str, Any],
+        assumed: bool,
+        note: str = "",
+        file: str = RECORD,
+    ) -> Path:
+        """Writes the record of top-1 `values` in percent, one for each seed, beside what its
+        schema misses, if anything. Returns its path.
+        """
+        config = self.config
+        seeds = [*range(config.seed, config.seed + config.seeds)][: len(values)]
+        found = self.encoder_fields()
+        hyperparameters = hyperparameters | {
+            "evaluation": {
+                "commit": self.commit,
+                "dirty": self.dirty,
+                "seeds": seeds,
+                "hardware": f"{self.environment['devices']['name']} x {self.ranks}",
+                "precision": config.precision,
+                "image_size": config.image_size,
+            }
+        }
+        if len(values) > 1:
+            hyperparameters["evaluation"]["pretraining_seeds"] = found["seeds"]
+            found |= {"seeds": seeds, "seeds_of": "evaluation"}
+        elif found["seeds_of"] == "evaluation":
+            found["seeds"] = seeds
+        found |= {
+            "dataset": self.dataset_fields(),
+            "protocol": protocol,
+            "assumed": assumed,
+            "metric": "top1",
+            "hyperparameters": hyperparameters,
+            "others": others,
+            "dirty": found["dirty"] or self.dirty is not False,
+            "command": [*found["command"], self.command],
+            "evaluation_hours": round(self.seconds() / 3600, 4),
+        }
+        if note:
+            found["note"] = note
+        found = record.with_values(found, values)
+        path = self.folder / file
+        if self.rank == 0:
+            beside = path.with_suffix(".partial")
+            beside.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            beside.replace(path)
+            for problem in record.problems(found):
+                self.warn(f"{path} cannot be stored as it is: {problem}")
+        return path
+
+    def encoder_fields(self) -> dict[str, Any]:
+        """The record's fields about the encoder: of its run, else what its file says."""
+        facts, config = self.facts, self.config
+        if facts["run"] is not None:
+            return record.of_runs([facts["run"]])
+        metadata = facts["metadata"]
+        method = config.method or f"{Path(config.backbone).name} ({facts['layout']})"
+        if facts["recipe"] is not None:
+            method = record.METHODS.get(facts["recipe"], facts["recipe"])
+        versions = self.environment["versions"]
+        return {
+            "method": method,
+            "recipe": facts["recipe"],
+            "arch": facts["arch"],
+            "pretraining": {
+                "dataset": config.pretrained_on,
+                "copy": None,
+                "incomplete": None,
+                "epochs": facts["epoch"],
+                "batch": None,
+            },
+            "seeds": [config.seed],
+            "seeds_of": "evaluation",
+            "epoch": "last",
+            "commit": metadata.get("commit", self.commit),
+            "dirty": False,
+            "config_hash": metadata.get("config_hash"),
+            "command": [],
+            "versions": {n: v for n, v in versions.items() if v is not None},
+            "hardware": f"{self.environment['devices']['name']} x {self.ranks}",
+            "hours": None,
+            "images_per_second": None,
+            "backbone_sha256": [facts["sha256"]],
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def dataset_fields(self) -> dict[str, Any]:
+        """What it was evaluated on, and what is missing of it."""
+        name, copy = record.dataset_of(self.config.dataset, self.train.name)
+        if name == "other":
+            name, copy = Path(self.config.data).expanduser().resolve().name, None
+        missing = []
+        if self.config.dataset == "imagenet":
+            found = {"training": len(self.train), "validation": len(self.test)}
+            missing = [
+                f"{n} of {IMAGENET_IMAGES[split]} {split} images"
+                for split, n in found.items()
+                if n != IMAGENET_IMAGES[split]
+            ]
+        return {"name": name, "copy": copy, "incomplete": ", ".join(missing) or None}
+
+    def finish(self, text: str, paths: Sequence[Path]) -> None:
+        """The last lines; the checkpoint is no longer needed."""
+        self.say(f"{text}, {in_words(self.seconds())}")
+        for path in paths:
+            self.say(f"record: {path} (python results/record.py add stores it)")
+
+
+def correct_in_top(scores: Tensor, labels: Tensor) -> Tensor:
+    """(…, len(TOP)) how many of the rows have their label among the k best classes.
+
+    scores (N,…,C), labels (N,). With fewer classes than k every row has. Ties, and scores that are
+    not numbers, count against the label.
+    """
+    scores = scores.movedim(0, -2)  # (…,N,C)
+    own = scores.gather(-1, labels.expand(scores.shape[:-1])[..., None])
+    better = (~(scores < own)).sum(-1)  # the label itself, ties, and what is not a number
+    return torch.stack([(better <= k).sum(-1) for k in TOP], dim=-1)
+
+
+def held_out(labels: np.ndarray, imagenet: bool, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """(samples to train on, samples held out, in words): what hyper-parameters are chosen by.
+
+    Class-balanced and drawn from `seed`: 10 per class on ImageNet; elsewhere 10 %, and at least
+    1 000 images where the training set has twice as many.
+    """
+    if imagenet:
+        kept, held = split_classes(labels, lambda count: IMAGENET_PER_CLASS, seed)
+        words = f"{IMAGENET_PER_CLASS} training images per class"
+    else:
+        share = HELD_OUT_SHARE
+        if len(labels) >= 2 * HELD_OUT_LEAST:
+            share = max(share, HELD_OUT_LEAST / len(labels))
+        kept, held = split_classes(labels, lambda count: share * count, seed)
+        words = f"{len(held)} of {len(labels)} training images"
+    return kept, held, words
+
+
+def split_classes(
+    labels: np.ndarray, wanted: Callable[[int], float], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the rest, those drawn), both in ascending order: of each class round(wanted(its count))
+    samples, at least one and never the last.
+    """
+    rng = np.random.default_rng([seed, 1])
+    drawn = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        number = min(len(own) - 1, max(1, round(wanted(len(own)))))
+        drawn.append(rng.permutation(own)[:number])
+    drawn = np.sort(np.concatenate(drawn))
+    return np.setdiff1d(np.arange(len(labels)), drawn), drawn
+
+
+def linear_weights(classes: int, dim: int, init: str, seed: int) -> Tensor:
+    """(classes, dim) float32 first weights of a classifier (its bias is 0), drawn from `seed`.
+
+    "normal 0.01": the code of MoCo-v3, SimSiam, Barlow Twins, VICReg and SimCLR. "haiku": BYOL's
+    code, a normal distribution of standard deviation 1/sqrt(dim) cut off at two of them. "torch":
+    PyTorch's default, which SwAV's code leaves, uniform within 1/sqrt(dim).
+    """
+    weight = torch.empty(classes, dim)
+    generator = torch.Generator().manual_seed(seed)
+    if init == "haiku":
+        std = dim**-0.5
+        return nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
+    if init == "torch":
+        return nn.init.uniform_(weight, -(dim**-0.5), dim**-0.5, generator=generator)
+    return nn.init.normal_(weight, 0.0, 0.01, generator=generator)
+
+
+def parse_numbers(text: str, flag: str) -> list[float]:
+    """ "0.1,0.3" -> [0.1, 0.3]; UserError for anything else."""
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 <= n < float("inf") for n in numbers):
+        raise UserError(f"{flag} {text}: numbers with commas between them, like 0.1,0.3", True)
+    return list(dict.fromkeys(numbers))
+
+
+def forget_checkpoint(folder: Path) -> None:
+    """Removes a finished evaluation's checkpoints."""
+    for name in (checkpoint.NAME, checkpoint.PREVIOUS):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).unlink()

@@ -1,0 +1,1 @@
+"""Linear probe and k-NN of a frozen encoder."""

@@ -1,0 +1,69 @@
+"""The papers' linear evaluations; README.md is the same as a table."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One paper's or code's linear evaluation. Rates are per 256 images of the batch."""
+
+    optimizer: str  # sgd, nesterov (both momentum 0.9) or larc (SGD momentum 0.9 inside)
+    lrs: tuple[float, ...]  # of ResNets; the first is the one the code or paper would take alone
+    batch: int
+    epochs: int
+    vit_lrs: tuple[float, ...] = ()  # where ViTs differ
+    schedule: str = "epoch"  # cosine to 0, one rate per epoch or per step
+    weight_decay: float = 0.0
+    interpolation: str = "bilinear"  # torchvision's default, which the PyTorch codes leave
+    init: str = "normal 0.01"  # of the head's weight; biases 0
+    assumed: bool = False  # taken from another paper because no source states it
+
+    def rates(self, arch: str) -> tuple[float, ...]:
+        return self.vit_lrs if arch.startswith("vit") and self.vit_lrs else self.lrs
+
+
+# BYOL App. C.1: Nesterov, 80 epochs, batch 1024, five rates, chosen on held-out training images.
+# Its code (byol/eval_experiment.py): cosine per step, bicubic, haiku's initialisation; 0.2 alone.
+BYOL = Protocol(
+    "nesterov",
+    (0.2, 0.4, 0.3, 0.1, 0.05),
+    batch=1024,
+    epochs=80,
+    schedule="step",
+    interpolation="bicubic",
+    init="haiku",
+)
+# moco-v3 main_lincls.py: SGD, 0.1 and 3 (its CONFIG.md for ViT), batch 1024, cosine per epoch
+MOCOV3 = Protocol("sgd", (0.1,), batch=1024, epochs=90, vit_lrs=(3.0,))
+PROTOCOLS = {
+    # SNCLR Sec. 4.2: SGD, batch 4096, 90 epochs, 0.1 and 3; what it leaves open as MoCo-v3, to
+    # whose code its README refers
+    "snclr": Protocol("sgd", (0.1,), batch=4096, epochs=90, vit_lrs=(3.0,)),
+    "simsiam": Protocol("larc", (0.02,), batch=4096, epochs=90),  # SimSiam App. A
+    "simsiam-code": Protocol("larc", (0.1,), batch=4096, epochs=90),  # main_lincls.py's default
+    "gsg": Protocol("larc", (0.1,), batch=4096, epochs=90),  # gsg main_lincls.py --lars
+    "mocov3": MOCOV3,
+    "byol": BYOL,
+    # no source at hand states NNCLR's; BYOL's stands for it
+    "nnclr": Protocol(**{**BYOL.__dict__, "assumed": True}),
+}
+# for a backbone whose protocol nobody names: that of its own paper
+OF_RECIPE = {
+    "nnclr": "nnclr",
+    "nnsiam": "nnclr",  # the same paper's supplement states none either
+    "snclr": "snclr",
+    "simsiam_gsg": "gsg",
+    "byol_gsg": "gsg",
+}
+# --lrs grid: the protocol's (first) rate times these
+GRID = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
+# 4 400 patches would be one batch of the papers': ours for `photos`, and no paper's
+PHOTOS_BATCH = 256
+
+
+def schedule(kind: str, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The factor of the learning rate at a step: half a cosine from 1 to 0."""
+    if kind == "epoch":
+        return 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
+    return 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))

@@ -1,0 +1,434 @@
+"""Linear probe: the heads against separate trainings and plain loops, controls, ranks, resume."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import run_ranks, run_script, start_ranks
+
+from common import photos
+from common.augment import center_view, crop_view, view_rng
+from common.data import RankBatches, load_dataset, subset
+from common.errors import UserError, command
+from common.knn import knn_accuracy
+from common.record import problems
+from eval.encoders import load_encoder
+from eval.evaluation import correct_in_top, held_out, linear_weights, parse_numbers
+from eval.linear_probe import run as script
+from eval.linear_probe.heads import Heads, HeadsSGD, losses
+from eval.linear_probe.protocols import GRID, PROTOCOLS, schedule
+from eval.linear_probe.run import assert_unchanged, best, stored_batches
+
+SCRIPT = "eval/linear_probe/run.py"
+FLAGS = ["--dataset", "photos", "--workers", "0"]
+RANDOM = ["--backbone", "random", "--arch", "tiny", "--image-size", "32"]
+RUN_FLAGS = ["--dataset", "photos", "--knn-every", "0", "--workers", "0", "--max-steps", "60"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of NNCLR on photos."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = run_script("recipes/nnclr.py", *RUN_FLAGS, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def record_of(folder, name="record.json"):
+    return json.loads((folder / name).read_text())
+
+
+def probe(folder, *flags):
+    """The record of a probe in this very process."""
+    assert in_process([*FLAGS, *flags, "--output", folder]) == 0
+    return record_of(folder)
+
+
+def in_process(flags):
+    return command(lambda: script.main([str(flag) for flag in flags]))
+
+
+# -- heads ----------------------------------------------------------------------------------------
+
+
+def batches(steps=6, rows=20, dim=7, classes=4):
+    torch.manual_seed(0)
+    return [
+        (torch.randn(rows, dim, dtype=torch.float64), torch.randint(classes, (rows,)))
+        for _ in range(steps)
+    ]
+
+
+def plain_training(data, weight, lr, momentum, decay, nesterov, larc):
+    """One classifier in nested lists of floats; gradients of the mean cross-entropy by hand."""
+    W, b = weight.tolist(), [0.0] * len(weight)
+    classes, dim = len(W), len(W[0])
+    vW, vb = [[0.0] * dim for _ in W], [0.0] * classes
+    for x, y in data:
+        gW, gb = [[0.0] * dim for _ in W], [0.0] * classes
+        for row, label in zip(x.tolist(), y.tolist(), strict=True):
+            z = [sum(w * v for w, v in zip(W[c], row, strict=True)) + b[c] for c in range(classes)]
+            total = sum(math.exp(v) for v in z)
+            for c in range(classes):
+                error = (math.exp(z[c]) / total - (c == label)) / len(x)
+                gb[c] += error
+                for d in range(dim):
+                    gW[c][d] += error * row[d]
+        flat_w, flat_g = [v for r in W for v in r], [v for r in gW for v in r]
+        uW, ub = larc_update(flat_w, flat_g, decay, larc), larc_update(b, gb, decay, larc)
+        for c in range(classes):
+            for d in range(dim):
+                u = uW[c * dim + d]
+                vW[c][d] = momentum * vW[c][d] + u
+                W[c][d] -= lr * (u + momentum * vW[c][d] if nesterov else vW[c][d])
+            vb[c] = momentum * vb[c] + ub[c]
+            b[c] -= lr * (ub[c] + momentum * vb[c] if nesterov else vb[c])
+    return torch.tensor(W, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+
+
+def larc_update(w, g, decay, larc):
+    """You et al. 2017, as apex writes it without clipping: trust |w| / (|g| + decay |w| + 1e-8)."""
+    if not larc:
+        return [gi + decay * wi for wi, gi in zip(w, g, strict=True)]
+    size, slope = math.sqrt(sum(v * v for v in w)), math.sqrt(sum(v * v for v in g))
+    if size == 0 or slope == 0:
+        return g
+    rate = 0.001 * size / (slope + decay * size + 1e-8)
+    return [rate * (gi + decay * wi) for wi, gi in zip(w, g, strict=True)]
+
+
+def train(lrs, data, weight, **how):
+    heads = Heads(len(lrs), weight)
+    optimizer = HeadsSGD(heads, **how)
+    for x, y in data:
+        optimizer.zero_grad()
+        losses(heads(x), y).sum().backward()
+        optimizer.step(torch.tensor(lrs, dtype=torch.float64))
+    return heads
+
+
+HOW = {
+    "sgd": {},
+    "sgd with decay": {"weight_decay": 0.01},
+    "nesterov": {"nesterov": True},
+    "larc": {"larc": True},
+    "larc with decay": {"larc": True, "weight_decay": 0.01},
+}
+
+
+@pytest.mark.parametrize("case", HOW)
+def test_heads_together_equal_separate_trainings_and_a_plain_loop(case):
+    lrs = [0.01, 0.3, 30.0] if "larc" in case else [0.001, 0.1, 2.0]
+    data, weight = batches(), 0.1 * torch.randn(4, 7, dtype=torch.float64)
+    together = train(lrs, data, weight, **HOW[case])
+    for place, lr in enumerate(lrs):
+        alone = train([lr], data, weight, **HOW[case])
+        torch.testing.assert_close(together.weight[place], alone.weight[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(together.bias[place], alone.bias[0], rtol=0, atol=1e-6)
+        how = {"momentum": 0.9, "decay": 0.0, "nesterov": False, "larc": False}
+        how |= {"decay" if n == "weight_decay" else n: v for n, v in HOW[case].items()}
+        expected, bias = plain_training(data, weight, lr, **how)
+        torch.testing.assert_close(together.weight[place], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.bias[place], bias, rtol=1e-9, atol=1e-9)
+    assert (together.weight[0] - together.weight[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_plain_heads_are_torch_sgd(nesterov):
+    data, weight = batches(), 0.1 * torch.randn(4, 7, dtype=torch.float64)
+    ours = train([0.2], data, weight, nesterov=nesterov)
+    layer = torch.nn.Linear(7, 4).double()
+    layer.weight.data, layer.bias.data = weight.clone(), torch.zeros(4, dtype=torch.float64)
+    sgd = torch.optim.SGD(layer.parameters(), 0.2, momentum=0.9, nesterov=nesterov)
+    for x, y in data:
+        sgd.zero_grad()
+        F.cross_entropy(layer(x), y).backward()
+        sgd.step()
+    torch.testing.assert_close(ours.weight[0], layer.weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.bias[0], layer.bias, rtol=0, atol=1e-12)
+
+
+def test_a_head_that_diverges_leaves_the_others_alone():
+    data, weight = batches(), 0.1 * torch.randn(4, 7, dtype=torch.float64)
+    data = [(1e4 * x, y) for x, y in data]
+    together = train([1e-9, 1e308], data, weight)
+    assert not torch.isfinite(together.weight[1]).all()
+    torch.testing.assert_close(together.weight[0], train([1e-9], data, weight).weight[0])
+    assert best([50.0, 99.0, 50.0], [1.0, math.inf, 0.5]) == 0
+    with pytest.raises(UserError, match="every head diverged"):
+        best([1.0], [math.nan])
+
+
+def test_learning_rates_follow_the_papers():
+    """Cosine by epoch (moco-v3, simsiam) and by step (BYOL's code)."""
+    for step in range(12):
+        epoch = step // 3
+        assert schedule("epoch", step, 3, 4) == (1 + math.cos(math.pi * epoch / 4)) / 2
+        assert schedule("step", step, 3, 4) == (1 + math.cos(math.pi * step / 12)) / 2
+    assert PROTOCOLS["snclr"].rates("vit_small_mocov3") == (3.0,)
+    assert PROTOCOLS["snclr"].rates("resnet50") == (0.1,)
+    assert sorted(PROTOCOLS["nnclr"].lrs) == [0.05, 0.1, 0.2, 0.3, 0.4]
+    assert PROTOCOLS["nnclr"].assumed and not PROTOCOLS["byol"].assumed
+    assert len(GRID) == 10 and 1.0 in GRID
+
+
+def test_first_weights():
+    normal = linear_weights(1000, 200, "normal 0.01", 3)
+    assert normal.std() == pytest.approx(0.01, rel=0.02)
+    assert torch.equal(normal, linear_weights(1000, 200, "normal 0.01", 3))
+    haiku = linear_weights(1000, 200, "haiku", 3)  # cut off at 2: 0.8796 of the deviation is left
+    assert haiku.std() == pytest.approx(0.8796 / math.sqrt(200), rel=0.02)
+    assert haiku.abs().max() <= 2 / math.sqrt(200)
+    uniform = linear_weights(1000, 200, "torch", 3)
+    layer = torch.nn.Linear(200, 1000)
+    assert uniform.std() == pytest.approx(layer.weight.std().item(), rel=0.02)
+
+
+# -- accuracies, splits ---------------------------------------------------------------------------
+
+
+def test_top_k_is_a_plain_count():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(50, 3, 9), torch.randint(9, (50,))
+    for head in range(3):
+        for place, k in enumerate((1, 5)):
+            right = 0
+            for i in range(50):
+                order = sorted(range(9), key=lambda c: -scores[i, head, c].item())
+                right += labels[i].item() in order[:k]
+            assert correct_in_top(scores, labels)[head, place] == right
+
+
+def test_top_5_of_fewer_classes_than_5():
+    scores, labels = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]), torch.tensor([2, 2])
+    assert correct_in_top(scores, labels).tolist() == [1, 2]
+
+
+def test_a_constant_or_broken_head_is_not_right():
+    assert correct_in_top(torch.zeros(4, 9), torch.arange(4)).tolist() == [0, 0]
+    assert correct_in_top(torch.full((4, 9), math.nan), torch.arange(4)).tolist() == [0, 0]
+
+
+def test_held_out_images():
+    labels = np.repeat(np.arange(20), 1300)
+    kept, held, words = held_out(labels, True, 0)
+    assert np.bincount(labels[held]).tolist() == [10] * 20 and "10" in words
+    assert sorted([*kept, *held]) == [*range(26000)]
+    kept, held, _ = held_out(labels, False, 0)
+    assert np.bincount(labels[held]).tolist() == [130] * 20  # 10 %
+    assert not np.array_equal(held, held_out(labels, False, 1)[1])
+    assert np.array_equal(held, held_out(labels, False, 0)[1])
+    labels = np.repeat(np.arange(4), 1000)
+    assert len(held_out(labels, False, 0)[1]) == 1000  # at least 1 000 where there are as many
+    assert len(held_out(labels[::10], False, 0)[1]) == 40  # else 10 %
+
+
+def test_crops_change_nothing_but_place_and_side():
+    """A crop and a flip: every channel keeps its own values, no colour, no grey."""
+    images, _ = load_dataset("photos", "")
+    view = crop_view(32)
+    picture = images.load(0)
+    for sample in range(40):
+        draw = view.draw(view_rng(0, 0, sample, 0), 32, 32)
+        assert draw.colour_order is None and not draw.grey
+        assert draw.blur is None and not draw.solarize
+        left, top, width, height = draw.box
+        assert width * height > 0.07 * 1024
+        pixels = view.apply(picture, draw).numpy()
+        expected = picture.crop((left, top, left + width, top + height)).resize((32, 32), 2)
+        expected = np.asarray(expected).transpose(2, 0, 1)
+        assert np.array_equal(pixels, expected[:, :, ::-1] if draw.flip else expected)
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_evaluation_views_are_torchvisions(square):
+    """Resize(256) and CenterCrop(224), and GSG's Resize([256, 256]), on an image that is wide."""
+    from torchvision import transforms
+
+    picture = photos.read_photo("rocket")
+    assert picture.width > 1.2 * picture.height
+    for interpolation in ("bilinear", "bicubic"):
+        mode = transforms.InterpolationMode(interpolation)
+        resize = transforms.Resize([256, 256] if square else 256, mode)
+        expected = transforms.CenterCrop(224)(resize(picture))
+        view = center_view(picture, 224, interpolation, square)
+        assert np.array_equal(view.numpy(), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_stored_batches_are_those_of_the_loader():
+    samples = np.array([3, 5, 8, 13, 21, 34, 55, 70])
+    features = torch.arange(100.0)[:, None]
+    labels = torch.arange(100) % 7
+    images = subset(load_dataset("photos", "")[0], samples)
+    order = [[s for _, s in b] for b in RankBatches(len(images), 3, 4, 1, 5, 0, 1)]
+    got = [*stored_batches(features, labels, samples, 4, 1, 5, 3)]
+    assert [x[:, 0].tolist() for x, _ in got] == [samples[o].tolist() for o in order]
+    assert [y.tolist() for _, y in got] == [(samples[o] % 7).tolist() for o in order]
+
+
+def test_numbers_of_flags():
+    assert parse_numbers("0.1,3,1e-3", "--lrs") == [0.1, 3.0, 0.001]
+    for text in ("", "a,b", "0.1;3", "-1", "nan", "inf"):
+        with pytest.raises(UserError, match="--lrs"):
+            parse_numbers(text, "--lrs")
+
+
+# -- the frozen encoder ---------------------------------------------------------------------------
+
+
+def test_a_changed_encoder_is_noticed():
+    encoder, _ = load_encoder("random", "tiny", 32)
+    before = {n: t.clone() for n, t in encoder.state_dict().items()}
+    assert_unchanged(encoder, before)
+    encoder.train()(torch.randn(4, 3, 32, 32))  # only batch-norm statistics move
+    with pytest.raises(AssertionError, match="running_mean"):
+        assert_unchanged(encoder, before)
+
+
+# -- end to end -----------------------------------------------------------------------------------
+
+
+def test_trained_beats_random_and_both_have_whole_records(run, tmp_path):
+    """On stored features: a trained encoder over a random one and over pixels, and over chance."""
+    flags = ["--protocol", "snclr", "--lrs", "0.03,0.3,3", "--cache-features", "--epochs", "30"]
+    trained = probe(tmp_path / "trained", "--backbone", run, *flags, "--lrs", "grid")
+    random = probe(tmp_path / "random", *RANDOM, *flags)
+    pixels = probe(tmp_path / "pixels", "--backbone", "pixels", "--image-size", "32", *flags)
+    values = [r["value"] for r in (trained, random, pixels)]
+    assert values[0] > values[1] + 5 and values[0] > values[2] + 5, values
+    assert min(values) > 2 * 100 / 18, values
+    for found, name in ((trained, "trained"), (random, "random"), (pixels, "pixels")):
+        assert problems(found) == [] or found["commit"] == "unknown"
+        knn = record_of(tmp_path / name, "record-knn.json")
+        assert problems(knn) == [] or knn["commit"] == "unknown"
+        assert set(knn["others"]) == {"k10", "k20", "k100", "k200"}
+        assert knn["protocol"] == "kNN (k200,t.1)" and knn["value"] == knn["others"]["k200"]
+        assert found["others"]["top5"][0] >= found["value"]
+        what = found["hyperparameters"]
+        assert len(what["tried"]["lr"]) == (10 if name == "trained" else 3)
+        held = found["others"]["held-out top1 of each lr"]
+        assert held[what["tried"]["lr"].index(what["lr"])] == max(held)
+    assert trained["recipe"] == "nnclr" and trained["protocol"] == "linear (stored features)"
+    assert random["recipe"] is None and random["arch"] == "tiny" and random["hours"] is None
+    # k-NN against the function itself
+    encoder, facts = load_encoder(run)
+    assert trained["backbone_sha256"] == [facts["sha256"]]
+    knn = record_of(tmp_path / "trained", "record-knn.json")
+    expected = knn_by_hand(encoder)
+    assert knn["value"] == pytest.approx(100 * expected, abs=1e-3)
+
+
+def knn_by_hand(encoder):
+    x = {}
+    for split in ("train", "test"):
+        pixels, labels = photos.patches(split)
+        inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).float() / 255
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        with torch.no_grad():
+            x[split] = encoder((inputs - mean) / std), torch.from_numpy(labels)
+    return knn_accuracy(*x["train"], *x["test"], k=200, temperature=0.1)
+
+
+def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
+    """No flag but the run: NNCLR's, which is BYOL's, on random crops, with 2 seeds."""
+    flags = ["--backbone", run, "--measure", "linear", "--seeds", "2"]
+    found = probe(tmp_path / "a", *flags, "--epochs", "2")
+    what = found["hyperparameters"]
+    assert found["assumed"] is True and what["protocol"] == "nnclr"
+    assert found["protocol"] == "linear" and what["training_views"] == "crop, flip"
+    assert sorted(what["tried"]["lr"]) == [0.05, 0.1, 0.2, 0.3, 0.4]
+    assert found["seeds"] == [0, 1] and found["seeds_of"] == "evaluation"
+    assert len(found["values"]) == 2 and found["spread"] is not None
+    assert problems(found) == [] or found["commit"] == "unknown"
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+    capsys.readouterr()
+    assert probe(tmp_path / "a", *flags, "--epochs", "2") == found  # finished: says it again
+    assert f"{found['value']:.2f}" in capsys.readouterr().out
+    assert in_process([*FLAGS, *flags, "--epochs", "3", "--output", tmp_path / "a"]) == 2
+    assert "epochs was 2, is 3" in capsys.readouterr().err
+
+
+def test_without_an_output_it_lies_in_the_run(run):
+    flags = ["--backbone", run, "--epochs", "1", "--lrs", "0.1", "--protocol", "gsg"]
+    done = run_script(SCRIPT, "--workers", "0", *flags, "--knn-transform", "gsg")
+    assert done.returncode == 0, done.stderr
+    folder = run / "eval" / "linear_probe-gsg-photos"
+    found = record_of(folder)
+    assert found["hyperparameters"]["chosen_on"] is None  # nothing to choose
+    assert found["hyperparameters"]["optimizer"] == "larc"
+    assert found["command"][1].startswith("eval/linear_probe/run.py --workers 0 --backbone")
+    assert record_of(folder, "record-knn.json")["protocol"] == "kNN (k200,t.2)"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["protocol"] == "gsg"
+
+
+def test_two_ranks_are_one(tmp_path):
+    """401 test and 1 499 training images: 2 ranks do not divide them, one has an image more."""
+    flags = [*FLAGS, *RANDOM, "--protocol", "byol", "--epochs", "1", "--precision", "fp64"]
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        run_ranks(ranks, "tests/probe_driver.py", folder, *flags, "--output", folder / "out")
+        seen = [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(ranks)]
+        found[ranks] = record_of(folder / "out"), record_of(folder / "out", "record-knn.json"), seen
+    one, two = found[1], found[2]
+    assert one[0]["value"] == two[0]["value"] and one[0]["others"] == two[0]["others"]
+    assert one[1]["others"] == two[1]["others"]
+    for name, expected in one[2][0].items():
+        for seen in two[2]:
+            torch.testing.assert_close(seen[name], expected, rtol=0, atol=1e-6)
+    assert {len(one[2][0][n]) for n in ("train", "test")} == {1499, 401}
+
+
+def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
+    flags = [*FLAGS, *RANDOM, "--protocol", "gsg", "--cache-features", "--epochs", "100"]
+    flags += ["--lrs", "0.1,1", "--measure", "linear", "--seeds", "2"]
+    whole = run_script(SCRIPT, *flags, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    (process,) = start_ranks(1, SCRIPT, *flags, "--output", tmp_path / "cut")
+    for line in process.stdout:
+        if "epoch 20 of 100" in line:
+            process.terminate()
+            break
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75 and "stopped by SIGTERM, saved" in output, output
+    assert not (tmp_path / "cut" / "record.json").exists()
+    rest = run_script(SCRIPT, *flags, "--output", tmp_path / "cut")
+    assert rest.returncode == 0 and "epoch 10 of 100" not in rest.stdout.split("seed 1")[0]
+    one, two = record_of(tmp_path / "whole"), record_of(tmp_path / "cut")
+    assert one["values"] == two["values"] and one["others"] == two["others"]
+    lines = [(tmp_path / n / "metrics.jsonl").read_text() for n in ("whole", "cut")]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ([], "--backbone RUN_OR_FILE is missing"),
+        (["--backbone", "random", "--arch", "tiny"], "give --protocol"),
+        ([*RANDOM, "--protocol", "snclr", "--lrs", "fast"], "--lrs fast"),
+        ([*RANDOM, "--protocol", "snclr", "--batch-size", "9999"], "--batch-size below 9999"),
+        ([*RANDOM, "--protocol", "snclr", "--seeds", "0"], "--seeds 0"),
+        ([*RANDOM, "--protcol", "snclr"], "did you mean --protocol"),
+        (["--backbone", "nowhere.pth"], "nowhere.pth: no such file"),
+    ],
+)
+def test_mistakes(flags, text, capsys, tmp_path):
+    flags = [*FLAGS, *flags, "--output", str(tmp_path / "out")]
+    assert in_process(flags) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and text in errors[0]
+
+
+def test_every_flag_has_its_line_of_help(capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(script.ProbeConfig):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "All train at once" in text and "never guessed" in text

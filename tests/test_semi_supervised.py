@@ -1,0 +1,272 @@
+"""Fine-tuning on few labels: lists, draws, the papers' settings, training against a plain one."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_ranks, run_script, start_ranks
+from PIL import Image
+
+from common import photos
+from common.data import RankBatches, load_dataset
+from common.errors import UserError, command
+from common.models import build_encoder
+from common.record import problems
+from eval.semi_supervised import lists
+from eval.semi_supervised import run as script
+from eval.semi_supervised.lists import SHA256, balanced_subset, read_list, simclr_list
+from eval.semi_supervised.protocols import PROTOCOLS, schedule
+from eval.semi_supervised.run import Classifier, best_of
+
+SCRIPT = "eval/semi_supervised/run.py"
+RANDOM = ["--backbone", "random", "--arch", "tiny", "--image-size", "32", "--workers", "0"]
+QUICK = ["--dataset", "photos", "--batch-size", "54", "--epochs", "3"]
+
+
+def record_of(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+def tune(folder, *flags):
+    """The record of a fine-tuning in this very process."""
+    assert in_process([*RANDOM, *flags, "--output", folder]) == 0
+    return record_of(folder)
+
+
+def in_process(flags):
+    return command(lambda: script.main([str(flag) for flag in flags]))
+
+
+# -- which images are labelled --------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """ImageNet's layout: two classes of twelve small JPEGs in train/ and in val/."""
+    pixels, _ = photos.patches("train")
+    for split in ("train", "val"):
+        for number, name in enumerate(("n01440764", "n02102040")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(12):
+                path = tmp_path / "data" / split / name / f"{name}_{i}.JPEG"
+                Image.fromarray(pixels[300 * number + i]).save(path)
+    return tmp_path / "data"
+
+
+def test_list_names_images_in_its_own_order(folder, tmp_path):
+    images, _ = load_dataset("imagenet", str(folder))
+    path = tmp_path / "list.txt"
+    path.write_text("n02102040_3.JPEG\nn01440764/n01440764_11.JPEG\n\nn02102040_10.JPEG\n")
+    samples = read_list(path, images)
+    names = [images.path(i).rsplit("/", 1)[1] for i in samples]
+    assert names == ["n02102040_3.JPEG", "n01440764_11.JPEG", "n02102040_10.JPEG"]
+    assert images.labels[samples].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("n02102040_3.JPEG\nn02102040_99.JPEG\nn0_1.JPEG", "2 of the 3 images .*n02102040_99.JPEG"),
+        ("\n\n", "names no image"),
+        ("n02102040_3.JPEG\nn02102040_3.JPEG", "n02102040_3.JPEG twice"),
+        (None, "cannot be read"),
+    ],
+)
+def test_lists_that_do_not_fit(folder, tmp_path, text, error):
+    images, _ = load_dataset("imagenet", str(folder))
+    if text is not None:
+        (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UserError, match=error):
+        read_list(tmp_path / "list.txt", images)
+
+
+def test_a_list_needs_files(tmp_path):
+    with pytest.raises(UserError, match="needs image files"):
+        read_list(tmp_path / "list.txt", load_dataset("photos", "")[0])
+
+
+def test_simclrs_list_is_checked_and_downloaded_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "source.txt"
+    monkeypatch.setattr(lists, "URL", f"file://{source}")
+    with pytest.raises(UserError, match=r"cannot be downloaded.*--list FILE"):
+        simclr_list(1)
+    source.write_text("n02102040_3.JPEG\n")
+    with pytest.raises(UserError, match=r"is not SimCLR's 1percent"):
+        simclr_list(1)
+    assert not (tmp_path / "cache" / "selfsup-recipes" / "1percent.txt").exists()
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setitem(SHA256, "1percent.txt", digest)
+    path = simclr_list(1)
+    source.unlink()
+    assert simclr_list(1) == path and path.read_text() == "n02102040_3.JPEG\n"
+    path.write_text("changed")
+    with pytest.raises(UserError, match="is not SimCLR's"):
+        simclr_list(1)
+
+
+def test_draws_are_balanced_and_keyed():
+    labels = np.concatenate([np.repeat(np.arange(10), 500), np.full(30, 10)])
+    for percent, each in ((1, 5), (10, 50)):
+        drawn = balanced_subset(labels, percent, 3)
+        counts = np.bincount(labels[drawn]).tolist()
+        assert counts == [each] * 10 + [max(1, 30 * percent // 100)]
+        assert len(set(drawn.tolist())) == len(drawn)
+        assert np.array_equal(drawn, balanced_subset(labels, percent, 3))
+        assert not np.array_equal(drawn, balanced_subset(labels, percent, 4))
+
+
+# -- the papers' settings -------------------------------------------------------------------------
+
+
+def test_settings_of_the_papers():
+    assert PROTOCOLS["simclr"].head_lrs[1] == (0.05,)  # times 4096 / 256: 0.8
+    assert PROTOCOLS["simclr"].epochs == {1: (60,), 10: (30,)}
+    assert sorted(PROTOCOLS["byol"].head_lrs[10]) == [0.005, 0.01, 0.02, 0.05, 0.1]
+    assert PROTOCOLS["byol"].tied and PROTOCOLS["byol"].epochs[1] == (30, 50)
+    assert (PROTOCOLS["barlow"].head_lrs, PROTOCOLS["barlow"].encoder_lrs) == (
+        {1: (0.5,)},
+        {1: (0.005,)},
+    )
+    assert PROTOCOLS["snclr"].assumed and PROTOCOLS["nnclr"].assumed
+
+
+def test_schedules():
+    for step in range(40):
+        epoch = step // 2
+        factor = 1.0 if epoch < 12 else 0.2 if epoch < 16 else 0.2 * 0.2
+        assert schedule("steps", step, 2, 20) == pytest.approx(factor)
+        cosine = (1 + math.cos(math.pi * epoch / 20)) / 2
+        assert schedule("cosine per epoch", step, 2, 20) == cosine
+        assert schedule("cosine per step", step, 2, 20) == (1 + math.cos(math.pi * step / 40)) / 2
+
+
+def test_best_of():
+    assert best_of([1.0, None, 3.0, 3.0]) == (2, 3.0)
+    assert best_of([None, None]) == (0, -1.0) and best_of([]) == (0, -1.0)
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def test_training_is_a_plain_loop_of_two_rates(tmp_path):
+    """Three epochs in float64 against torch's layers and optimizer, written out."""
+    flags = [*QUICK, "--percent", "10", "--protocol", "vicreg", "--precision", "fp64"]
+    done = run_script("tests/semi_driver.py", tmp_path, *RANDOM, *flags, "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr + done.stdout
+    seen = torch.load(tmp_path / "seen.pt", weights_only=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = build_encoder("tiny", 32)
+    weight = torch.empty(18, 64).normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
+    model = Classifier(encoder, weight).double().train()
+    base = {"head": 0.1 * 54 / 256, "encoder": 0.01 * 54 / 256}  # VICReg's 10 %
+    sgd = torch.optim.SGD(
+        [{"params": getattr(model, n).parameters(), "lr": lr} for n, lr in base.items()],
+        momentum=0.9,
+    )
+    order = [[s for _, s in b] for b in RankBatches(540, 54, 0, 0, 30, 0, 1)]
+    assert [b.tolist() for b in seen["ids"]] == order
+    for step, (x, y) in enumerate(zip(seen["inputs"], seen["labels"], strict=True)):
+        factor = (1 + math.cos(math.pi * (step // 10) / 3)) / 2
+        for group, lr in zip(sgd.param_groups, base.values(), strict=True):
+            group["lr"] = lr * factor
+        sgd.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        sgd.step()
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(seen["model"][name], expected, rtol=1e-7, atol=1e-9, msg=name)
+    labels = load_dataset("photos", "")[0].labels
+    drawn = balanced_subset(labels, 10, 0)
+    for ids, y in zip(seen["ids"], seen["labels"], strict=True):
+        assert y.tolist() == labels[drawn[ids]].tolist()
+
+
+def test_sweep_chooses_on_held_out_images_and_repeats(tmp_path, capsys):
+    flags = [*QUICK, "--percent", "1", "--head-lrs", "1e-9,3", "--encoder-lrs", "0.03"]
+    flags += ["--epochs", "8", "--seeds", "2"]
+    found = tune(tmp_path / "a", *flags)
+    what = found["hyperparameters"]
+    assert found["protocol"] == "semi-sup 1%" and what["protocol"] == "small"
+    assert [t["head_lr"] for t in what["tried"]] == [1e-9, 3.0]
+    assert what["chosen"]["head_lr"] == 3.0  # the other one learns nothing
+    assert what["tried"][1]["held_out_top1"] > what["tried"][0]["held_out_top1"]
+    assert what["labelled"]["images"] == 54 and "unlabelled" in what["chosen_on"]
+    assert found["seeds"] == [0, 1] and len(found["values"]) == 2
+    assert found["spread"] is not None and found["values"][0] != found["values"][1]
+    assert min(found["values"]) > 100 / 18
+    assert problems(found) == [] or found["commit"] == "unknown"
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+    capsys.readouterr()
+    assert tune(tmp_path / "a", *flags) == found  # finished: says it again
+    assert f"{found['value']:.2f}" in capsys.readouterr().out
+
+
+def test_given_list_on_image_folders(folder, tmp_path, capsys):
+    path = tmp_path / "mine.txt"
+    names = [f"{n}_{i}.JPEG" for n in ("n01440764", "n02102040") for i in range(4)]
+    path.write_text("\n".join(names))
+    flags = ["--dataset", "imagefolder", "--data", folder, "--list", path, "--batch-size", "4"]
+    flags += ["--epochs", "2", "--head-lrs", "1,3", "--encoder-lrs", "0.01"]
+    found = tune(tmp_path / "a", *flags)
+    about = found["hyperparameters"]["labelled"]
+    assert about["images"] == 8 and about["list"] == "mine.txt"
+    assert about["list_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found["others"]["top5"] == [100.0]  # fewer classes than 5
+    (folder / "train" / "n02102040" / "n02102040_1.JPEG").unlink()
+    assert in_process([*RANDOM, *flags, "--output", tmp_path / "b"]) == 2
+    error = capsys.readouterr().err
+    assert "1 of the 8 images" in error and "Traceback" not in error
+
+
+def test_two_ranks_are_one(tmp_path):
+    flags = [*RANDOM, *QUICK, "--percent", "10", "--precision", "fp64"]
+    flags += ["--head-lrs", "0.3,3", "--encoder-lrs", "0.03", "--epochs", "2"]
+    for ranks in (1, 2):
+        run_ranks(ranks, SCRIPT, *flags, "--output", tmp_path / str(ranks))
+    one, two = record_of(tmp_path / "1"), record_of(tmp_path / "2")
+    assert one["values"] == two["values"] and one["others"] == two["others"]
+    assert one["hyperparameters"]["tried"] == two["hyperparameters"]["tried"]
+
+
+def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
+    flags = [*RANDOM, *QUICK, "--percent", "10", "--epochs", "5"]
+    flags += ["--head-lrs", "0.3,1,3", "--encoder-lrs", "0.03"]
+    whole = run_script(SCRIPT, *flags, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    (process,) = start_ranks(1, SCRIPT, *flags, "--output", tmp_path / "cut")
+    for line in process.stdout:
+        if "setting 1 of 3" in line:
+            process.terminate()
+            break
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75 and "stopped by SIGTERM" in output, output
+    rest = run_script(SCRIPT, *flags, "--output", tmp_path / "cut")
+    assert rest.returncode == 0 and "setting 1 of 3" not in rest.stdout, rest.stderr
+    one, two = record_of(tmp_path / "whole"), record_of(tmp_path / "cut")
+    assert one["values"] == two["values"]
+    assert one["hyperparameters"]["tried"] == two["hyperparameters"]["tried"]
+    logs = [(tmp_path / n / "metrics.jsonl").read_text() for n in ("whole", "cut")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 15
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--dataset", "imagenet", "--data", "FOLDER"], "give --protocol"),
+        (["--dataset", "photos", "--percent", "10", "--protocol", "barlow"], "no source for 10 %"),
+        (["--dataset", "photos", "--protocol", "simclr"], "fewer than one batch"),
+        (["--dataset", "photos", "--epochs", "1.5"], "--epochs 1.5"),
+        (["--dataset", "photos", "--list", "list.txt"], "--list needs image files"),
+    ],
+)
+def test_mistakes(flags, text, capsys, tmp_path, folder):
+    flags = [str(folder) if f == "FOLDER" else f for f in flags]
+    flags = [*RANDOM, *flags, "--output", str(tmp_path / "out")]
+    assert in_process(flags) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and text in errors[0]
