@@ -525,19 +525,6 @@ class Run:
         distributed.stop()
 
 
-def check_batch(batch: int, ranks: int) -> None:
-    """UserError for a global batch that the ranks cannot share equally."""
-    if batch % ranks:
-        below, above = batch - batch % ranks, batch + ranks - batch % ranks
-        raise UserError(
-            f"--batch-size {batch} is the global batch and does not divide over {ranks} "
-            f"ranks: take {below or above} or {above}",
-            every_rank=True,
-        )
-    if batch // ranks < 2:
-        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images", True)
-
-
 def report_problems(problems: list[str], must_stop: bool) -> None:
     """Says what a batch's unreadable images were; all ranks stop where one of them must."""
     if must_stop:

@@ -33,28 +33,12 @@ PLAN = HERE / "plan.yaml"
 STATES = ("recorded", "trained", "running", "unfinished", "missing")
 PATIENCE = 120.0  # seconds that a stopped run may take to save before it is killed
 LOCK = "reproduce.lock"
-# an evaluation's script and flags; {run} is the run folder, {out} where its records go
+# an evaluation's script and flags
 EVALUATIONS = {
     "knn": [],  # the run's own, after its last epoch
-    "linear": ["eval/linear_probe/run.py", "--backbone", "{run}", "--record", "{out}"],
-    "semi 1%": [
-        "eval/semi_supervised/run.py",
-        "--backbone",
-        "{run}",
-        "--percent",
-        "1",
-        "--record",
-        "{out}",
-    ],
-    "semi 10%": [
-        "eval/semi_supervised/run.py",
-        "--backbone",
-        "{run}",
-        "--percent",
-        "10",
-        "--record",
-        "{out}",
-    ],
+    "linear": ["eval/linear_probe/run.py", "--measure", "linear"],
+    "semi 1%": ["eval/semi_supervised/run.py", "--percent", "1"],
+    "semi 10%": ["eval/semi_supervised/run.py", "--percent", "10"],
 }
 PROTOCOLS = {
     "knn": "kNN (k200,t.1)",
@@ -234,11 +218,11 @@ def evaluate(
     evaluation: str, folder: Path, data: str | None, deadline: float, clock, work: Work, dirty: bool
 ) -> None:
     script, *flags = EVALUATIONS[evaluation]
-    out = folder / f"{re.sub('[^a-z0-9]+', '-', PROTOCOLS[evaluation])}.json"
-    line = [sys.executable, str(ROOT / script)]
-    line += [flag.format(run=folder, out=out) for flag in flags]
+    out = folder / "eval" / re.sub("[^a-z0-9]+", "-", PROTOCOLS[evaluation]).strip("-")
+    line = [sys.executable, str(ROOT / script), *flags]
+    line += ["--backbone", str(folder), "--output", str(out)]
     until(line + (["--data", data] if data else []), deadline, clock)
-    print(f"stored {record.add(record.read(out), dirty, work.records)}")
+    print(f"stored {record.add(record.read(out / 'record.json'), dirty, work.records)}")
 
 
 def until(line: list[str], deadline: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -164,6 +164,15 @@ def test_a_run_that_dies_half_way_is_continued_and_recorded(work):
     assert listed["hours left"] == RUN["hours"]
 
 
+def test_the_probes_of_a_run_are_recorded_too(work):
+    """A run of one step, then the linear probe that the plan would start."""
+    run = RUN | {"evaluations": ["linear", "knn"], "flags": RUN["flags"] | {"max-steps": 1}}
+    piece = Piece(run, 0)
+    reproduce.work_on(piece, work, None, float("inf"), allow_dirty=True)
+    stored = {one["protocol"]: one for _, one in record.load_all(work.records)}
+    assert set(stored) == {"linear", "kNN (k200,t.1)"} and work.state(piece) == "recorded"
+
+
 def test_the_command(tmp_path):
     done = run_script("results/reproduce.py", "--list", "--runs", tmp_path)
     assert done.returncode == 0, done.stderr
