@@ -238,7 +238,8 @@ def check_values(config: Any) -> None:
             raise UserError(f"{flag} {value}: must not be negative", every_rank=True)
         if name in shares and not 0 <= value <= 1:
             raise UserError(f"{flag} {value}: must lie between 0 and 1", every_rank=True)
-    snapshot_epochs(config)
+    if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
+        snapshot_epochs(config)
     if config.workers < -1:
         raise UserError(f"--workers {config.workers}: must be -1 or more", every_rank=True)
 
