@@ -5,8 +5,8 @@
 A process of its own, so that submitting imports no recipe. Reads [script, flags, ranks] of each
 run; prints for each what it will do, as JSON. A mistake is one line on stderr and exit code 2.
 
-A recipe is a module with `Config` and `PRESETS` and, where flags depend on each other, `resolve`
-or `check`. Another script is checked where it has a function `parse_arguments(argv)`.
+A script is checked where its `main` calls `parse(Config, presets, argv[, resolve])`, as the recipes
+and evaluations do, by the same call; or where it has a function `parse_arguments(argv)`.
 """
 
 import ast
@@ -22,6 +22,8 @@ from common.config import changed_fields, parse
 from common.errors import UserError, command
 from common.run import check_batch, default_folder
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
 
 def main() -> None:
     answers = []
@@ -35,10 +37,10 @@ def main() -> None:
 
 def facts_of(script: str, flags: list[str], ranks: int) -> dict[str, Any]:
     """What a run will do: `checked`, and of a recipe its name and folder."""
-    names = names_in(Path(__file__).resolve().parent.parent / script)
-    if {"Config", "PRESETS"} <= names:
-        return recipe_facts(load(script), Path(script).stem, flags, ranks)
-    if "parse_arguments" in names:
+    tree = ast.parse((REPOSITORY / script).read_text())  # importing it might run it
+    if call := parse_call(tree):
+        return config_facts(load(script), call, script, flags, ranks)
+    if "parse_arguments" in (getattr(node, "name", "") for node in tree.body):
         try:
             load(script).parse_arguments(flags)
         except SystemExit as exit_:  # argparse has said why
@@ -48,30 +50,37 @@ def facts_of(script: str, flags: list[str], ranks: int) -> dict[str, Any]:
     return {"checked": False, "folder": None}
 
 
-def names_in(path: Path) -> set[str]:
-    """What a script defines at its top level; read, since importing it might run it."""
-    names = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return names
+def parse_call(tree: ast.Module) -> ast.Call | None:
+    """The call of `parse` in a script's `main`."""
+    mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+    calls = [node for main in mains for node in ast.walk(main) if isinstance(node, ast.Call)]
+    named = [node for node in calls if getattr(node.func, "id", "") == "parse"]
+    return named[0] if named and len(named[0].args) >= 3 else None
 
 
 def load(script: str) -> Any:
     return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
-def recipe_facts(module: Any, recipe: str, flags: list[str], ranks: int) -> dict[str, Any]:
-    resolve = getattr(module, "resolve", None) or getattr(module, "check", lambda config: config)
-    config = parse(module.Config, module.PRESETS, flags, resolve)
-    check_batch(config.batch_size, ranks)
+def config_facts(
+    module: Any, call: ast.Call, script: str, flags: list[str], ranks: int
+) -> dict[str, Any]:
+    """What `parse` makes of the flags, with the values that the call's names have in the module."""
+    config_class, presets, *resolve = [
+        getattr(module, node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
+        for i, node in enumerate(call.args)
+        if i != 2  # argv
+    ]
+    config = parse(config_class, presets, flags, *resolve)
     if config.resume == "never":
         raise UserError(
             "--resume never: a requeued job would begin anew in another folder; name a new folder "
             "with --output"
         )
+    if not script.startswith("recipes/"):
+        return {"checked": True, "folder": None}
+    recipe = Path(script).stem
+    check_batch(config.batch_size, ranks)
     folder = default_folder(recipe, config)
     path = folder / "config.yaml"
     if path.exists():

@@ -1,5 +1,6 @@
 """Launching without a Slurm: what is refused, snapshots, submitit's local and debug executors."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -73,6 +74,8 @@ def test_a_mistake_is_one_line_before_submission(flags, expected, code, tmp_path
         ("recipes/snclr.py", ["--batch-size", "many"], "--batch-size"),
         ("recipes/snclr.py", ["--resume", "never"], "name a new folder with --output"),
         ("recipes/snclr.py", ["--neighbours", "9", "--queue-size", "8"], "more than --queue-size"),
+        ("eval/linear_probe/run.py", ["--protocl", "snclr"], "did you mean --protocol?"),
+        ("eval/semi_supervised/run.py", ["--percent", "2"], "percent"),
         ("recipes/byol_gsg.py", ["--batch-size", "10"], "does not divide over 4 ranks"),
         ("recipes/byol_gsg.py", ["--batch-size", "4"], "each of 4 ranks needs 2 images"),
     ],
@@ -84,8 +87,7 @@ def test_the_check_is_the_recipes_own(script, flags, expected):
 
 @pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("[a-z]*.py")))
 def test_every_recipe_is_known_to_the_check(recipe):
-    names = check.names_in(ROOT / "recipes" / recipe)
-    assert {"Config", "PRESETS"} <= names and names & {"resolve", "check"}
+    assert check.parse_call(ast.parse((ROOT / "recipes" / recipe).read_text()))
 
 
 def test_a_folder_of_another_run_is_refused_before_submission(tmp_path):
@@ -331,7 +333,7 @@ def test_the_examples(example, tmp_path, monkeypatch):
         known.append(text)
         return text
 
-    if example == "evaluate.yaml":  # its scripts may come after this one
+    if example == "evaluate.yaml":  # a script may come after this one
         monkeypatch.setattr(sweep, "script_path", script_path)
     jobs = sweep.jobs_of(sweep.read_spec(ROOT / "slurm" / "examples" / example))
     counts = {"seeds": 15, "snclr_neighbours": 21, "snclr_queue": 15, "snclr_positiveness": 21}
@@ -341,6 +343,9 @@ def test_the_examples(example, tmp_path, monkeypatch):
         assert {*known} == {f"eval/{name}/run.py" for name in scripts}
         assert sum(job.script == "eval/transfer/run.py" for job in jobs) == 2 * 12
         assert all("unfinished" not in " ".join(job.flags) for job in jobs)
+        for job in jobs:
+            if (ROOT / job.script).exists():
+                assert check.facts_of(job.script, job.flags, 1)["checked"], job
     else:
         for job in jobs:
             facts = check.facts_of(job.script, job.flags, 1)
