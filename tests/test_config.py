@@ -254,7 +254,7 @@ def test_unknown_arch_lists_all():
         (["--lr", "nan"], "--lr"),
         (["--lr", "-0.1"], "--lr"),
         (["--batch-size", "-4"], "--batch-size"),
-        (["--lr-batch", "0"], "--lr-batch"),
+        (["--lr-batch", "-1"], "--lr-batch"),
         (["--temperature", "0"], "--temperature"),
         (["--temperature", "inf"], "--temperature"),
         (["--momentum", "1.01"], "--momentum"),

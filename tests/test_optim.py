@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.optim import LARS, build_optimizer, set_lr, warmup_cosine
+from common.optim import LARS, build_optimizer, scaled_lr, set_lr, warmup_cosine
 
 SHAPES = [(4, 3), (3,), (2, 3, 2, 2), (1, 5), (6,)]
 
@@ -302,3 +302,10 @@ def test_byols_momentum_schedule(m0):
     for k in (0, 1, 7, 50, 99, 100):
         byol = 1 - (1 - m0) * (math.cos(math.pi * k / 100) + 1) / 2
         assert warmup_cosine(k, 100, 0, base=m0, end=1.0) == pytest.approx(byol, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("batch", "lr_batch", "expected"), [(512, 256, 0.12), (128, 256, 0.03), (512, 0, 0.06)]
+)
+def test_the_linear_rule_and_no_rule(batch, lr_batch, expected):
+    assert scaled_lr(0.06, batch, lr_batch) == pytest.approx(expected)
