@@ -233,7 +233,9 @@ class Evaluation:
             "images": f"{self.train.fingerprint()} {self.test.fingerprint()}",
         }
         if saved is not None:
-            changes = [f"{n} was {saved.get(n)}, is {v}" for n, v in now.items() if saved[n] != v]
+            changes = [
+                f"{n} was {saved.get(n)}, is {v}" for n, v in now.items() if saved.get(n) != v
+            ]
             changes += changed_fields(self.config, saved)
             if changes:
                 raise UserError(

@@ -1,7 +1,7 @@
 """The papers' linear evaluations; README.md is the same as a table."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -9,7 +9,7 @@ class Protocol:
     """One paper's or code's linear evaluation. Rates are per 256 images of the batch."""
 
     optimizer: str  # sgd, nesterov (both momentum 0.9) or larc (SGD momentum 0.9 inside)
-    lrs: tuple[float, ...]  # of ResNets; the first is the one the code or paper would take alone
+    lrs: tuple[float, ...]  # of ResNets; the first is the one to build a grid around
     batch: int
     epochs: int
     vit_lrs: tuple[float, ...] = ()  # where ViTs differ
@@ -46,7 +46,7 @@ PROTOCOLS = {
     "mocov3": MOCOV3,
     "byol": BYOL,
     # no source at hand states NNCLR's; BYOL's stands for it
-    "nnclr": Protocol(**{**BYOL.__dict__, "assumed": True}),
+    "nnclr": replace(BYOL, assumed=True),
 }
 # for a backbone whose protocol nobody names: that of its own paper
 OF_RECIPE = {

@@ -1,7 +1,8 @@
 """The papers' fine-tunings on 1 % and 10 % of the labels; README.md is the same as a table."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,20 +11,20 @@ class Protocol:
     several numbers of epochs, one combination is chosen on held-out images.
     """
 
-    head_lrs: dict[int, tuple[float, ...]]  # by percent; a percentage that is not there has no
-    encoder_lrs: dict[int, tuple[float, ...]]  # source. Equal lists of `tied` go pair by pair
+    head_lrs: dict[int, tuple[float, ...]]  # by percent; one that is missing has no source
+    encoder_lrs: dict[int, tuple[float, ...]]
     epochs: dict[int, tuple[int, ...]]
     batch: dict[int, int]
-    tied: bool = False  # head and encoder share one rate
+    tied: bool = False  # head and encoder share one rate: the two lists go pair by pair
     nesterov: bool = False
     schedule: str = "cosine per epoch"  # or "cosine per step", "steps"
     interpolation: str = "bilinear"
     init: str = "normal 0.01"
     assumed: bool = False
-    percents: tuple[int, ...] = field(default=(1, 10))
 
 
-def both(value):
+def both(value: Any) -> dict[int, Any]:
+    """The same for 1 % and 10 %."""
     return {1: value, 10: value}
 
 
@@ -52,7 +53,7 @@ PROTOCOLS = {
         both(256),
         assumed=True,
     ),
-    "nnclr": Protocol(**{**BYOL.__dict__, "assumed": True}),  # no source states NNCLR's
+    "nnclr": replace(BYOL, assumed=True),  # no source states NNCLR's
     "byol": BYOL,
     # SimCLR App. B.5: Nesterov, 0.05 * batch / 256 for everything, batch 4096, 60 or 30 epochs, no
     # warm-up, no weight decay; cosine, bicubic and the head's start as in its code
@@ -67,7 +68,7 @@ PROTOCOLS = {
         interpolation="bicubic",
     ),
     # README.md and evaluate.py: 1 % only
-    "barlow": Protocol({1: (0.5,)}, {1: (0.005,)}, {1: (20,)}, {1: 256}, percents=(1,)),
+    "barlow": Protocol({1: (0.5,)}, {1: (0.005,)}, {1: (20,)}, {1: 256}),
     # vicreg README.md and evaluate.py
     "vicreg": Protocol({1: (0.08,), 10: (0.1,)}, {1: (0.03,), 10: (0.01,)}, both((20,)), both(256)),
     # swav README.md and eval_semisup.py: 8 GPUs of 32, rates times 0.2 after 12 and 16 epochs

@@ -118,7 +118,7 @@ class FineTuning:
         name = name or "small"
         self.protocol = PROTOCOLS[name]
         percent = config.percent
-        if percent not in self.protocol.percents:
+        if percent not in self.protocol.head_lrs:
             raise UserError(
                 f"--protocol {name} has no source for {percent} %: take another", every_rank=True
             )
