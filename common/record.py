@@ -112,7 +112,15 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
         ),
         "backbone_sha256": [f["results"]["backbone_sha256"] for f in facts],
         "date": datetime.date.today().isoformat(),
+        **note_of(config["epochs"], first["results"]["epoch"]),
     }
+
+
+def note_of(scheduled: float, done: float) -> dict[str, str]:
+    """A note for a run that was stopped (--max-steps): its rate had not come to its end."""
+    if done >= scheduled:
+        return {}
+    return {"note": f"stopped after {done:g} of {scheduled:g} scheduled epochs"}
 
 
 def facts_of(run: Path) -> dict[str, Any]:

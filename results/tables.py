@@ -52,6 +52,8 @@ def is_like(record: Record, row: dict[str, Any]) -> bool:
     what, on = record["pretraining"], record["dataset"]
     if any((what["copy"], what["incomplete"], on["copy"], on["incomplete"])):
         return False
+    if "stopped after" in record.get("note", ""):
+        return False
     if record["epoch"] != "last" or row["epochs"] is None or row["batch"] is None:
         return False
     ours = (base_method(record), record["arch"], what["dataset"], what["epochs"], what["batch"])
@@ -146,6 +148,7 @@ def why_apart(record: Record, published: list[dict[str, Any]]) -> str:
     else:
         reasons.append("nothing published")
     reasons += [f"{n} {v}" for n, v in (record.get("settings") or {}).items()]
+    reasons += [record["note"]] if "note" in record else []
     return ", ".join(dict.fromkeys(reasons))
 
 

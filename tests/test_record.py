@@ -174,6 +174,7 @@ def test_the_k_nn_of_runs_becomes_a_record(runs, tmp_path):
         == subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
     )
     assert made["others"]["random encoder"][0] == round(100 * results[0]["knn_before"], 3)
+    assert made["note"] == "stopped after 0.02 of 10 scheduled epochs"
     alone = record.knn_record(runs[:1])
     assert alone["spread"] is None and alone["value"] == made["values"][0]
 

@@ -92,6 +92,7 @@ def test_like_stands_beside_like():
         changed("method", to="NNCLR"),
         changed("epoch", to="best on the test set"),
         changed("settings", to={"neighbours": 0}),
+        changed("note", to="stopped after 300 of 800 scheduled epochs"),
     ],
 )
 def test_unlike_never_stands_beside_a_papers_number(record):
