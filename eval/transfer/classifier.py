@@ -128,6 +128,7 @@ def choose(
                 "validation": round(value, 3),
                 "gradient_norm": float(f"{fit.gradient_norm:.2e}"),
                 "iterations": fit.iterations,
+                "converged": fit.converged,
             }
         )
         if best is None or value > best[1] or (value == best[1] and decay < best[0]):
@@ -139,15 +140,24 @@ def choose(
     if sklearn is not None:
         fit = sklearn.fit(both, decay * share)
     else:
-        start = fit.weight, fit.bias
-        (fit,) = fit_path(
-            both.features, both.targets, classes, [decay * share], start, device, between=between
-        )
+        # a path of its own: at a small decay the training images are fitted so well that their
+        # solution has no curvature left to start from
+        way = [d * share for d in approach(decay, max(decays))]
+        for fit in fit_path(both.features, both.targets, classes, way, device, between=between):
+            pass
         # asked of the features as they are, not of the solver's own coordinates
         fit.gradient_norm = gradient_norm(
             both.features.to(device), both.targets.to(device), fit.decay, fit.weight, fit.bias
         )
     return Chosen(decay, value, score(fit, test, metric), fit, tried)
+
+
+def approach(decay: float, largest: float) -> list[float]:
+    """`decay`, and ten times, a hundred times … as much, up to `largest`."""
+    found = [decay]
+    while found[-1] * 10 <= largest:
+        found.append(found[-1] * 10)
+    return found
 
 
 def check_classes(train: Split) -> None:

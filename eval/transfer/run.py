@@ -41,6 +41,8 @@ VOC_DECAYS = {
     "softmax": "of ssl-transfer's softmax over two classes: half of it in the binary regression",
     "binary": "of the binary logistic regression",
 }
+# a terminal is redrawn often, a log file gets a line now and then
+PROGRESS_SECONDS = 0.1 if sys.stderr.isatty() else 30.0
 REPORTED_DIFFICULT = "difficult objects count as not there, as in ssl-transfer"
 
 
@@ -148,7 +150,13 @@ class Transfer:
         return found, paths
 
     def features(self, about: Manifest, pool: readers.Pool) -> torch.Tensor:
-        with tqdm(total=len(pool.images), desc="  features", unit="image", leave=False) as bar:
+        with tqdm(
+            total=len(pool.images),
+            desc="  features",
+            unit="image",
+            leave=False,
+            mininterval=PROGRESS_SECONDS,
+        ) as bar:
 
             def between(done: int) -> None:
                 self.stop_if_asked()
@@ -179,7 +187,9 @@ class Transfer:
             for i in (parts.train, parts.val, parts.test)
         )
         halved = about.metric == "11pt mAP" and arguments.voc_decay == "softmax"
-        with tqdm(total=len(DECAYS), desc="  decays", leave=False) as bar:
+        with tqdm(
+            total=len(DECAYS), desc="  decays", leave=False, mininterval=PROGRESS_SECONDS
+        ) as bar:
             chosen = classifier.choose(
                 train,
                 val,
@@ -192,7 +202,7 @@ class Transfer:
                 between=self.stop_if_asked,
                 progress=bar.update,
             )
-        loose = sum(row["gradient_norm"] >= classifier.TOLERANCE for row in chosen.tried)
+        loose = sum(not row["converged"] for row in chosen.tried)
         if loose:
             print(f"  {loose} of {len(chosen.tried)} decays not converged (see the record)")
         found = self.encoder_fields() | self.dataset_fields(about, pool, parts)
@@ -203,6 +213,7 @@ class Transfer:
             "validation": round(chosen.validation, 3),
             "gradient_norm": float(f"{chosen.fit.gradient_norm:.2e}"),
             "iterations": chosen.fit.iterations,
+            "converged": chosen.fit.gradient_norm < classifier.TOLERANCE,
         }
         if about.metric == "11pt mAP":
             choice["weight_decay_is"] = VOC_DECAYS[arguments.voc_decay]
@@ -401,6 +412,10 @@ def in_group(name: str, key: str) -> bool:
     if name == "average of 11":
         return key != "birdsnap"
     return name == "average of 12" or key in scores.GSG_TEN
+
+
+def progress_bar(total: int, words: str) -> tqdm:
+    return tqdm(total=total, desc=words, leave=False, mininterval=PROGRESS_SECONDS)
 
 
 def default_device() -> str:

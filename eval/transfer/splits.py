@@ -127,7 +127,7 @@ def listed(
         if not same and not allow_incomplete:
             raise UserError(
                 f"{path} ({len(lines)} lines) is not ssl-transfer's ({facts['lines']} lines, "
-                f"sha256 {facts['sha256'][:8]}…); --allow-incomplete takes it and says so in the record"
+                f"sha256 {facts['sha256'][:8]}…); --allow-incomplete takes it nevertheless"
             )
         found = [places[name] for name, _ in lines if name in places]
         if any(pool.labels[places[n]] != int(y) for n, y in lines if n in places):
