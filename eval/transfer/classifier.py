@@ -143,8 +143,7 @@ def choose(
         # a path of its own: at a small decay the training images are fitted so well that their
         # solution has no curvature left to start from
         way = [d * share for d in approach(decay, max(decays))]
-        for fit in fit_path(both.features, both.targets, classes, way, device, between=between):
-            pass
+        *_, fit = fit_path(both.features, both.targets, classes, way, device, between=between)
         # asked of the features as they are, not of the solver's own coordinates
         fit.gradient_norm = gradient_norm(
             both.features.to(device), both.targets.to(device), fit.decay, fit.weight, fit.bias

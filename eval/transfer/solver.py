@@ -208,7 +208,8 @@ def fit_path(
     """Solutions for `decays`, from the largest to the smallest.
 
     features (N,D) of any precision; targets (N,) labels for a multinomial problem, (N,C) zeros and
-    ones for C binary ones. `between` is called in every iteration and may raise to stop. UserError for features that are not finite.
+    ones for C binary ones. `between` is called in every iteration and may raise to stop.
+    UserError for features that are not finite.
     """
     if not bool(torch.isfinite(features).all()):
         raise UserError("the features hold values that are not finite: is the backbone whole?")
