@@ -102,13 +102,11 @@ def child(arguments: argparse.Namespace) -> None:
     data = make(*sizes, arguments.separation)
     warm = make(64, 8, 4, 1.0)  # imports and thread pools are not timed
     SWEEPS[arguments.sweep](warm, 4, 1.0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     used, started = time.process_time(), time.monotonic()
     found = SWEEPS[arguments.sweep](data, arguments.classes, arguments.limit)
     found["seconds"] = time.monotonic() - started
     found["cpu"] = time.process_time() - used
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found |= {"peak_mb": peak / 1024, "above_mb": (peak - before) / 1024}
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(found))
 
 
@@ -147,7 +145,7 @@ def main() -> None:
     )
     print(
         f"{'':34} {'seconds':>8} {'CPU s':>7} {'iterations':>10} {'converged':>9} {'norm':>8} "
-        f"{'peak MB':>8} {'its own':>8}"
+        f"{'peak MB':>8}"
     )
     seconds = {}
     for sweep, name in NAMES.items():
@@ -157,8 +155,7 @@ def main() -> None:
         part = "" if found["done"] == len(DECAYS) else f" (stopped after {found['done']} decays)"
         print(
             f"{name:34} {found['seconds']:8.1f} {found['cpu']:7.1f} {found['iterations']:10} "
-            f"{found['converged']:6}/45 {found['worst norm']:8.1e} {found['peak_mb']:8.0f} "
-            f"{found['above_mb']:8.0f}{part}",
+            f"{found['converged']:6}/45 {found['worst norm']:8.1e} {found['peak_mb']:8.0f}{part}",
             flush=True,
         )
         if sweep != "torch":

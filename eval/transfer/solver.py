@@ -146,6 +146,10 @@ class Problem:
         columns = values.sum(0)
         return columns if self.binary else columns.sum().reshape(1)
 
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """Inner product of each problem."""
+        return (a * b).sum(0) if self.binary else torch.dot(a.flatten(), b.flatten()).reshape(1)
+
     def value(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each problem, and the residual p - y (N,C)."""
         if self.binary:
@@ -186,6 +190,21 @@ class Problem:
 
 
 @dataclass
+class Pair:
+    """Curvature pair: step s, change of gradient y, 1/(s·y) of each problem (0: not usable)."""
+
+    s: Tensor
+    y: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, s: Tensor, y: Tensor) -> "Pair":
+        product = problem.inner(s, y)
+        least = 1e-14 * (problem.inner(s, s) * problem.inner(y, y)).sqrt()  # else it is rounding
+        return cls(s, y, torch.where(product > least, 1 / product, torch.zeros_like(product)))
+
+
+@dataclass
 class Point:
     """Where the iteration stands: parameters, their logits, objective and gradient."""
 
@@ -216,12 +235,12 @@ def fit_path(
     problem = Problem(features, targets, classes, torch.device(device))
     w = problem.zero
     logits = problem.x @ w
-    pairs: list[tuple[Tensor, Tensor]] = []
+    pairs: list[Pair] = []
     solved: list[tuple[float, Tensor, Tensor]] = []
     for decay in sorted(decays, reverse=True):
         if solved:
             change = decay - solved[-1][0]
-            pairs = [(s, y + change * problem.penalised * s) for s, y in pairs]
+            pairs = [Pair.of(problem, p.s, p.y + change * problem.penalised * p.s) for p in pairs]
         w, logits = extrapolated(problem, decay, solved, w, logits)
         point, iterations, pairs = minimise(problem, decay, w, logits, pairs, tolerance, between)
         w, logits = point.w, point.logits
@@ -269,10 +288,10 @@ def minimise(
     decay: float,
     w: Tensor,
     logits: Tensor,
-    pairs: list[tuple[Tensor, Tensor]],
+    pairs: list[Pair],
     tolerance: float,
     between: Callable[[], None],
-) -> tuple[Point, int, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Point, int, list[Pair]]:
     """The minimum for one decay: (point, iterations, curvature pairs)."""
     objective, residual = penalised_value(problem, w, logits, decay)
     point = Point(w, logits, objective, residual, problem.gradient(residual, w, decay))
@@ -295,32 +314,29 @@ def minimise(
                 return point, iteration, pairs
             pairs = []
             continue
-        pairs = [*pairs[1 - PAIRS :], (moved.w - point.w, moved.gradient - point.gradient)]
+        newest = Pair.of(problem, moved.w - point.w, moved.gradient - point.gradient)
+        pairs = [*pairs[1 - PAIRS :], newest]
         point = moved
     return point, MOST_ITERATIONS, pairs
 
 
 def inverse_hessian(
-    problem: Problem, gradient: Tensor, diagonal: Tensor, pairs: list[tuple[Tensor, Tensor]]
+    problem: Problem, gradient: Tensor, diagonal: Tensor, pairs: list[Pair]
 ) -> Tensor:
     """L-BFGS's product of the inverse Hessian with the gradient (Nocedal and Wright, Alg. 7.4),
     begun from the diagonal, scaled by the newest pair as their Eq. 7.20 in its metric.
     """
-    q, steps = gradient.clone(), []
-    scale = torch.ones_like(problem.norm_at_zero)
-    for s, y in reversed(pairs):
-        product = problem.total(s * y)
-        usable = product > 1e-14 * (problem.total(s * s) * problem.total(y * y)).sqrt()
-        inverse = torch.where(usable, 1 / product, torch.zeros_like(product))
-        alpha = inverse * problem.total(s * q)
-        q -= alpha * y
-        if not steps:
-            newest = product / problem.total(y * y / diagonal)
-            scale = torch.where(usable, newest, scale)
-        steps.append((s, y, inverse, alpha))
-    q = scale * q / diagonal
-    for s, y, inverse, alpha in reversed(steps):
-        q += (alpha - inverse * problem.total(y * q)) * s
+    q, alphas = gradient.clone(), []
+    for pair in reversed(pairs):
+        alphas.append(pair.inverse * problem.inner(pair.s, q))
+        q.addcmul_(pair.y, alphas[-1], value=-1)
+    q /= diagonal
+    if pairs:
+        newest = pairs[-1]
+        scale = 1 / (newest.inverse * problem.inner(newest.y, newest.y / diagonal))
+        q *= torch.where(newest.inverse > 0, scale, torch.ones_like(scale))
+    for pair, alpha in zip(pairs, reversed(alphas), strict=True):
+        q.addcmul_(pair.s, alpha - pair.inverse * problem.inner(pair.y, q))
     return q
 
 
