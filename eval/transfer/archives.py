@@ -10,6 +10,7 @@ from torchvision.datasets.utils import check_integrity, download_url
 
 from common.errors import UserError, is_disk_error
 
+REFUSED = getattr(tarfile, "FilterError", ())  # of Python 3.11.4 and newer
 ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
 
 
@@ -55,7 +56,7 @@ def unpack(path: Path, folder: Path) -> None:
             for member in archive:
                 check_inside(member.name, path)
                 archive.extract(member, folder)
-    except tarfile.FilterError as error:
+    except REFUSED as error:
         raise UserError(f"{path} is refused: {error}") from None
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         if is_disk_error(error):
