@@ -1,0 +1,60 @@
+"""The manifests: where each dataset comes from, what it holds, how it is split."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError, nearest_name
+
+FOLDER = Path(__file__).resolve().parent / "manifests"
+# in the order of the papers' tables (BYOL Table 3)
+DATASETS = ("food101", "cifar10", "cifar100", "birdsnap", "sun397", "cars", "aircraft", "voc2007")
+DATASETS = (*DATASETS, "dtd", "pets", "caltech101", "flowers")
+SPLITS = ("gsg", "byol", "ssl-transfer")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One dataset. `images` counts by official part; `splits` by protocol: how validation is made
+    and the sizes of train, val and test.
+    """
+
+    key: str
+    name: str  # as in results/published.yaml
+    metric: str
+    classes: int
+    source: str
+    licence: str
+    folder: str  # below --root
+    layout: list[str]  # files and folders that must be there
+    images: dict[str, int]
+    archives: list[dict[str, Any]]
+    splits: dict[str, dict[str, Any]]
+    by_hand: list[str]
+    per_class: dict[str, int] = field(default_factory=dict)
+    dead: str | None = None  # what became of the official link
+    draw: int | None = None  # images of each class that train and val are drawn from
+    lists: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def split(self, protocol: str) -> dict[str, Any]:
+        """The split of a protocol; ssl-transfer's differs from GSG's in Caltech-101 only."""
+        return self.splits.get(protocol, self.splits["gsg"])
+
+
+def load(key: str) -> Manifest:
+    path = FOLDER / f"{key}.yaml"
+    return Manifest(key=key, **yaml.safe_load(path.read_text()))
+
+
+def chosen(names: str) -> list[str]:
+    """Keys of a comma-separated list, in the tables' order; all for an empty one. UserError for a
+    name that is none.
+    """
+    given = [name.strip().lower() for name in names.split(",") if name.strip()]
+    for name in given:
+        if name not in DATASETS:
+            near = nearest_name(name, DATASETS)
+            raise UserError(f"{name}: none of {', '.join(DATASETS)}{near}", every_rank=True)
+    return [key for key in DATASETS if key in given] if given else list(DATASETS)

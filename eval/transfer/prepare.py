@@ -1,0 +1,126 @@
+"""Downloads what can still be downloaded of the 12 datasets, and checks what is there.
+
+    python eval/transfer/prepare.py --root DIR                     # all
+    python eval/transfer/prepare.py --root DIR --only pets,dtd
+    python eval/transfer/prepare.py --root DIR --check             # downloads nothing
+
+Prints a table: ready, incomplete with counts, or missing with the steps by hand. Ends with 0 when
+all are ready. What is downloaded, from where and under which licence: eval/transfer/manifests/.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, command
+from eval.transfer import manifest as manifests
+from eval.transfer.archives import fetch, is_archive, unpack
+from eval.transfer.manifest import DATASETS, Manifest
+from eval.transfer.readers import Pool, read
+from eval.transfer.splits import uneven
+
+
+@dataclass
+class State:
+    """ready, incomplete or missing, and why."""
+
+    word: str
+    detail: str
+
+
+def state_of(manifest: Manifest, root: Path) -> State:
+    """What there is of a dataset below `root`."""
+    try:
+        pool = read(manifest, root)
+    except UserError as error:
+        absent = [path for path in manifest.layout if not (root / path).exists()]
+        if len(absent) == len(manifest.layout):
+            return State("missing", f"nothing at {root / manifest.folder}")
+        text = f"no {', '.join(absent)}" if absent else str(error).rsplit("; python", 1)[0]
+        return State("incomplete", text)
+    copy = f"{pool.copy}, " if pool.copy else ""
+    found = {name: len(part) for name, part in pool.parts.items()}
+    counts = ", ".join(f"{name} {n} of {manifest.images[name]}" for name, n in found.items())
+    wrong = uneven(manifest, pool) + empty_files(pool)
+    if found != manifest.images or wrong:
+        return State("incomplete", copy + "; ".join([counts, *wrong]))
+    return State("ready", copy + ", ".join(f"{name} {n}" for name, n in found.items()))
+
+
+def empty_files(pool: Pool) -> list[str]:
+    """Says how many image files hold nothing, as an interrupted copy leaves them."""
+    if not hasattr(pool.images, "paths"):
+        return []
+    sizes = np.array([Path(pool.images.path(i)).stat().st_size for i in range(len(pool.images))])
+    return [f"{int((sizes == 0).sum())} empty files"] if (sizes == 0).any() else []
+
+
+def download(manifest: Manifest, root: Path) -> None:
+    """Fetches and unpacks a dataset's archives; UserError for the first that cannot be had."""
+    for archive in manifest.archives:
+        folder = root / archive.get("into", ".")
+        path = fetch(archive["url"], folder, archive["md5"])
+        if is_archive(path):
+            unpack(path, folder)
+        if archive.get("inner"):  # an archive within the archive
+            unpack(folder / archive["inner"], folder)
+
+
+def prepare(manifest: Manifest, root: Path, check_only: bool) -> State:
+    """A dataset's state, after downloading what is not there."""
+    state = state_of(manifest, root)
+    if state.word == "ready" or check_only or not manifest.archives:
+        return state
+    try:
+        download(manifest, root)
+    except UserError as error:
+        return State(state.word, f"{state.detail}; {error}")
+    return state_of(manifest, root)
+
+
+def print_table(states: dict[str, State], root: Path) -> None:
+    print(f"{'dataset':12} {'state':12} what is there")
+    for key, state in states.items():
+        print(f"{key:12} {state.word:12} {state.detail}")
+    for key, state in states.items():
+        if state.word == "ready":
+            continue
+        manifest = manifests.load(key)
+        print(f"\n{manifest.name} by hand ({manifest.source}; licence: {manifest.licence})")
+        if manifest.dead:
+            print(f"  note: {manifest.dead}")
+        for number, step in enumerate(manifest.by_hand, 1):
+            print(f"  {number}. {step.replace('ROOT', str(root))}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--root", required=True, type=Path, help="folder of all datasets")
+    parser.add_argument("--only", default="", help=f"of {','.join(DATASETS)}; default all")
+    parser.add_argument("--check", action="store_true", help="download nothing")
+    arguments = parser.parse_args(argv)
+    root = arguments.root.expanduser()
+    keys = manifests.chosen(arguments.only)
+    if not root.is_dir():
+        if arguments.check or root.exists():
+            raise UserError(f"--root {root}: no such folder")
+        root.mkdir(parents=True)
+    states = {}
+    for key in keys:
+        print(f"{key} …", flush=True)
+        states[key] = prepare(manifests.load(key), root, arguments.check)
+    print_table(states, root)
+    unready = [key for key, state in states.items() if state.word != "ready"]
+    if unready:
+        raise UserError(f"{len(unready)} of {len(states)} datasets not ready: {', '.join(unready)}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,463 @@
+"""Transfer: logistic regression on frozen features of 12 datasets, one record for each.
+
+    python eval/transfer/run.py --backbone RUN --root DIR
+    python eval/transfer/run.py --backbone RUN --root DIR --datasets pets,dtd --splits byol
+    python eval/transfer/run.py --backbone RUN --root DIR --datasets cifar10 --image-size 32
+    python eval/transfer/run.py --backbone checkpoint.pth.tar --arch resnet50 --root DIR
+
+Features are extracted once and cached; a weight decay is chosen on the validation set among 45,
+refitted on training and validation set, tested once. Started again it continues with the next
+dataset. `python results/record.py add FILE` stores a record. Protocol and sources: README.md here.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common import environment, record
+from common.data import default_workers
+from common.errors import Stopped, UserError, command
+from common.signals import StopRequests
+from eval.encoders import load_encoder
+from eval.transfer import classifier, few_shot, manifest, readers, scores, splits
+from eval.transfer.features import IMAGE_SIZE, cached
+from eval.transfer.manifest import DATASETS, SPLITS, Manifest
+from eval.transfer.solver import DECAYS
+
+PROTOCOL = "linear (L-BFGS)"  # as in results/published.yaml
+SOLVERS = {
+    "torch": "L-BFGS in float64 until the gradient's norm is 1e-5 of that at W = 0",
+    "sklearn": "scikit-learn, warm start, at most 100 iterations, tol 1e-4, float32 (ssl-transfer)",
+}
+VOC_DECAYS = {
+    "softmax": "of ssl-transfer's softmax over two classes: half of it in the binary regression",
+    "binary": "of the binary logistic regression",
+}
+# a terminal is redrawn often, a log file gets a line now and then
+PROGRESS_SECONDS = 0.1 if sys.stderr.isatty() else 30.0
+REPORTED_DIFFICULT = "difficult objects count as not there, as in ssl-transfer"
+
+
+class Transfer:
+    """One backbone on the chosen datasets."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.root = arguments.root.expanduser()
+        if not self.root.is_dir():
+            raise UserError(f"--root {self.root}: no such folder; prepare.py makes and fills it")
+        self.keys = manifest.chosen(arguments.datasets)
+        self.size = arguments.image_size
+        self.device = torch.device(arguments.device or default_device())
+        self.encoder, self.facts = self.load()
+        where = self.facts["run"]
+        name = f"{Path(arguments.backbone).stem}-{self.facts['sha256'][:8]}"
+        default = where / "transfer" if where else Path("runs") / "transfer" / name
+        self.output = arguments.output.expanduser() if arguments.output else default
+        self.cache = arguments.cache.expanduser() if arguments.cache else self.output / "features"
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.workers = arguments.workers if arguments.workers >= 0 else default_workers(1)
+        self.requests = StopRequests()
+        self.environment = environment.describe(self.device, 1)
+
+    def load(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The encoder on its device; UserError for a size that it cannot take."""
+        arguments = self.arguments
+        if self.size < 1:
+            raise UserError(f"--image-size {self.size}: must be 1 or more")
+        encoder, facts = load_encoder(arguments.backbone, arguments.arch or None, self.size)
+        if "vit" in facts["arch"] and facts["image_size"] != self.size:
+            raise UserError(
+                f"--image-size {self.size}: this {facts['arch']} takes {facts['image_size']}"
+            )
+        if facts["layout"] == "ours" and (arguments.method or arguments.pretrained_on != "other"):
+            raise UserError("--method and --pretrained-on are for checkpoints of others")
+        return encoder.to(self.device).eval(), facts
+
+    def stop_if_asked(self, *_: Any) -> None:
+        if self.requests.received:
+            name = self.requests.received.name
+            print(f"\n{name}: stopped; start the same command again, finished datasets stay")
+            raise Stopped
+
+    def run(self) -> None:
+        """All datasets, the averages and the table; UserError at the end for those left out."""
+        done: dict[str, dict[str, Any]] = {}
+        failed: dict[str, str] = {}
+        written: list[Path] = []
+        with self.requests:
+            for number, key in enumerate(self.keys, 1):
+                self.stop_if_asked()
+                print(f"[{number}/{len(self.keys)}] {key}", flush=True)
+                try:
+                    done[key], paths = self.dataset(manifest.load(key))
+                    written += paths
+                except UserError as error:
+                    failed[key] = str(error)
+                    print(f"  not evaluated: {error}", flush=True)
+        written += self.write_averages(done)
+        table = self.table(done, failed)
+        name = f"table-{self.variant()}.md"
+        (self.output / name).write_text(table)
+        print(f"\n{table}\ntable: {self.output / name}")
+        for path in written:
+            print(f"record: {path}")
+        if written:
+            print("python results/record.py add FILE stores a record")
+        if failed:
+            key, text = next(iter(failed.items()))
+            more = f" ({len(failed)} of {len(self.keys)} datasets; see above)"
+            raise UserError(f"{key} not evaluated: {text}{more if len(failed) > 1 else ''}")
+
+    # -- one dataset ------------------------------------------------------------------------------
+
+    def dataset(self, about: Manifest) -> tuple[dict[str, Any], list[Path]]:
+        """(the record, the files written): of before where it is finished."""
+        arguments = self.arguments
+        path = self.output / f"{about.key}-{self.variant()}.json"
+        before = self.finished(path, about)
+        shots_there = not arguments.few_shot or all(
+            self.finished(self.shots_path(about, s), about) for s in few_shot.SHOTS
+        )
+        if before and shots_there and before["dataset"]["incomplete"] is None:
+            print(f"  finished before: {before['value']:.2f}")
+            return before, [path]
+        pool = readers.read(about, self.root)
+        lists = arguments.caltech_lists and arguments.caltech_lists.expanduser()
+        parts = splits.make(
+            about, pool, arguments.splits, arguments.seed, lists, arguments.allow_incomplete
+        )
+        if before and before["dataset"]["incomplete"] == parts.incomplete and shots_there:
+            print(f"  finished before: {before['value']:.2f} ({parts.incomplete})")
+            return before, [path]
+        started = time.monotonic()
+        features = self.features(about, pool)
+        found = self.classify(about, pool, parts, features)
+        found["evaluation_hours"] = round((time.monotonic() - started) / 3600, 4)
+        self.write(path, found)
+        paths = [path]
+        if arguments.few_shot:
+            paths += self.few_shots(about, pool, parts, features)
+        print(f"  {about.metric} {found['value']:.2f}", flush=True)
+        return found, paths
+
+    def features(self, about: Manifest, pool: readers.Pool) -> torch.Tensor:
+        with tqdm(
+            total=len(pool.images),
+            desc="  features",
+            unit="image",
+            leave=False,
+            mininterval=PROGRESS_SECONDS,
+        ) as bar:
+
+            def between(done: int) -> None:
+                self.stop_if_asked()
+                bar.update(done - bar.n)
+
+            features, seconds = cached(
+                self.cache,
+                self.encoder,
+                self.facts,
+                about.key,
+                pool.images,
+                self.size,
+                self.workers,
+                between,
+            )
+        how = "cached" if seconds is None else f"{len(features) / max(seconds, 1e-9):.0f} images/s"
+        print(f"  features {tuple(features.shape)}, {how}", flush=True)
+        return features
+
+    def classify(
+        self, about: Manifest, pool: readers.Pool, parts: splits.Splits, features: torch.Tensor
+    ) -> dict[str, Any]:
+        """The record of the linear evaluation."""
+        arguments = self.arguments
+        labels = torch.from_numpy(pool.labels)
+        train, val, test = (
+            classifier.Split(features[torch.from_numpy(i)], labels[torch.from_numpy(i)])
+            for i in (parts.train, parts.val, parts.test)
+        )
+        halved = about.metric == "11pt mAP" and arguments.voc_decay == "softmax"
+        with tqdm(
+            total=len(DECAYS), desc="  decays", leave=False, mininterval=PROGRESS_SECONDS
+        ) as bar:
+            chosen = classifier.choose(
+                train,
+                val,
+                test,
+                about.classes,
+                scores.METRICS[about.metric],
+                arguments.solver,
+                halved=halved,
+                device=self.device,
+                between=self.stop_if_asked,
+                progress=bar.update,
+            )
+        loose = sum(not row["converged"] for row in chosen.tried)
+        if loose:
+            print(f"  {loose} of {len(chosen.tried)} decays not converged (see the record)")
+        found = self.encoder_fields() | self.dataset_fields(about, pool, parts)
+        choice = {
+            "weight_decay": chosen.decay,
+            "tried": f"{len(DECAYS)} from {DECAYS[0]:g} to {DECAYS[-1]:g}, even in log",
+            "chosen_on": "validation",
+            "validation": round(chosen.validation, 3),
+            "gradient_norm": float(f"{chosen.fit.gradient_norm:.2e}"),
+            "iterations": chosen.fit.iterations,
+            "converged": chosen.fit.gradient_norm < classifier.TOLERANCE,
+        }
+        if about.metric == "11pt mAP":
+            choice["weight_decay_is"] = VOC_DECAYS[arguments.voc_decay]
+            found["note"] = REPORTED_DIFFICULT
+        found |= {
+            "protocol": self.protocol(),
+            "metric": about.metric,
+            "hyperparameters": self.identity(about) | self.sizes(parts) | choice,
+            "others": {"path": chosen.tried, "unconverged": loose},
+        }
+        return record.with_values(found, [chosen.value])
+
+    def few_shots(
+        self, about: Manifest, pool: readers.Pool, parts: splits.Splits, features: torch.Tensor
+    ) -> list[Path]:
+        """Records of the few-shot episodes on all images of the dataset, where it has them."""
+        if pool.labels.ndim == 2:
+            print("  few-shot: an image of VOC2007 has several classes, there are no episodes")
+            return []
+        paths = []
+        for shots in few_shot.SHOTS:
+            seed = self.arguments.seed
+            every = features.numpy(), pool.labels
+            out = few_shot.episodes(*every, shots, seed, between=self.stop_if_asked)
+            need = shots + few_shot.QUERIES
+            if out is None:
+                print(f"  few-shot: fewer than {few_shot.WAYS} classes have {need} images")
+                continue
+            accuracies, classes = out
+            half = few_shot.interval(accuracies)
+            found = self.encoder_fields() | self.dataset_fields(about, pool, parts)
+            found |= {
+                "protocol": f"few-shot {few_shot.WAYS}-way {shots}-shot" + self.size_words(),
+                "metric": "top1",
+                "hyperparameters": self.identity(about)
+                | {"episodes": len(accuracies), "queries": few_shot.QUERIES, "classes": classes},
+                "others": {"95% interval": round(half, 3)},
+            }
+            found = record.with_values(found, [float(accuracies.mean())])
+            path = self.shots_path(about, shots)
+            self.write(path, found)
+            paths.append(path)
+            print(f"  {shots}-shot {found['value']:.2f} ± {half:.2f} ({classes} classes)")
+        return paths
+
+    # -- records ----------------------------------------------------------------------------------
+
+    def variant(self) -> str:
+        """What sets this run's files apart from those of other flags."""
+        a = self.arguments
+        name = f"{a.splits}-{a.solver}-{self.size}-{self.facts['sha256'][:8]}"
+        return name + (f"-seed{a.seed}" if a.seed else "")
+
+    def shots_path(self, about: Manifest, shots: int) -> Path:
+        return self.output / f"{about.key}-{shots}shot-{self.variant()}.json"
+
+    def size_words(self) -> str:
+        return "" if self.size == IMAGE_SIZE else f", {self.size} pixels"
+
+    def protocol(self) -> str:
+        """The published name, and what differs from it."""
+        a = self.arguments
+        solver = "" if a.solver == "torch" else f", {a.solver}"
+        return (
+            PROTOCOL
+            + solver
+            + ("" if a.splits == "gsg" else f", {a.splits} splits")
+            + (self.size_words())
+        )
+
+    def identity(self, about: Manifest) -> dict[str, Any]:
+        """The flags that the numbers follow from."""
+        a = self.arguments
+        found = {"splits": a.splits, "solver": SOLVERS[a.solver], "seed": a.seed}
+        found["image_size"] = self.size
+        if about.metric == "11pt mAP":
+            found["voc_decay"] = a.voc_decay
+        return found
+
+    def sizes(self, parts: splits.Splits) -> dict[str, Any]:
+        sizes = {name: len(getattr(parts, name)) for name in ("train", "val", "test")}
+        return {"images": sizes}
+
+    def finished(self, path: Path, about: Manifest) -> dict[str, Any] | None:
+        """The record of this very evaluation, where it is on disk and whole."""
+        if self.arguments.resume == "never" or not path.exists():
+            return None
+        found = record.read(path)
+        same = self.identity(about).items() <= (found.get("hyperparameters") or {}).items()
+        if not same or found["backbone_sha256"] != [self.facts["sha256"]]:
+            return None
+        return found
+
+    def write(self, path: Path, found: dict[str, Any]) -> None:
+        for problem in record.problems(found):
+            print(f"  {path.name} cannot be stored as it is: {problem}")
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        beside.replace(path)
+
+    def encoder_fields(self) -> dict[str, Any]:
+        """What a record says of the encoder: of its run, else what its file says."""
+        arguments, facts = self.arguments, self.facts
+        head, dirty = environment.commit()
+        line = "eval/transfer/" + self.environment["command"]
+        if facts["run"] is not None:
+            found = record.of_runs([facts["run"]])
+            found["dirty"] = found["dirty"] or dirty is not False
+            return found | {"command": [*found["command"], line]}
+        named = f"{Path(arguments.backbone).name} ({facts['layout']})"
+        metadata, devices = facts["metadata"], self.environment["devices"]
+        return {
+            "method": record.METHODS.get(facts["recipe"], arguments.method or named),
+            "recipe": facts["recipe"],
+            "arch": facts["arch"],
+            "pretraining": {
+                "dataset": arguments.pretrained_on,
+                "copy": None,
+                "incomplete": None,
+                "epochs": facts["epoch"],
+                "batch": None,
+            },
+            "seeds": [arguments.seed],
+            "seeds_of": "evaluation",
+            "epoch": "last",
+            "commit": metadata.get("commit", head),
+            "dirty": dirty is not False,
+            "config_hash": metadata.get("config_hash"),
+            "command": [line],
+            "versions": self.environment["versions"],
+            "hardware": f"{devices['name']} x 1",
+            "hours": None,
+            "images_per_second": None,
+            "backbone_sha256": [facts["sha256"]],
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def dataset_fields(
+        self, about: Manifest, pool: readers.Pool, parts: splits.Splits
+    ) -> dict[str, Any]:
+        on = {"name": about.name, "copy": pool.copy, "incomplete": parts.incomplete}
+        return {"dataset": on}
+
+    def write_averages(self, done: dict[str, dict[str, Any]]) -> list[Path]:
+        """Records of the averages over those groups that are whole."""
+        paths = []
+        values = {key: found["value"] for key, found in done.items()}
+        for name, value in scores.averages(values, DATASETS).items():
+            members = [found for key, found in done.items() if in_group(name, key)]
+            lacking = [m["dataset"]["name"] for m in members if m["dataset"]["incomplete"]]
+            copies = {m["dataset"]["copy"] for m in members if m["dataset"]["copy"]}
+            found = self.encoder_fields() | {
+                "dataset": {
+                    "name": name,
+                    "copy": ", ".join(sorted(copies)) or None,
+                    "incomplete": f"incomplete: {', '.join(lacking)}" if lacking else None,
+                },
+                "protocol": self.protocol(),
+                "metric": "top1",
+                "note": "mean of each dataset's own metric",
+                "hyperparameters": {"splits": self.arguments.splits},
+                "others": {m["dataset"]["name"]: m["value"] for m in members},
+            }
+            path = self.output / f"{name.replace(' ', '-')}-{self.variant()}.json"
+            self.write(path, record.with_values(found, [value]))
+            paths.append(path)
+        return paths
+
+    def table(self, done: dict[str, dict[str, Any]], failed: dict[str, str]) -> str:
+        """Markdown: a row per dataset, then the averages."""
+        lines = [
+            f"{self.facts['arch']}, {self.protocol()}, splits {self.arguments.splits}\n",
+            "| dataset | metric | % | validation | weight decay | gradient norm | images |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for found in done.values():
+            how, on = found["hyperparameters"], found["dataset"]
+            notes = "; ".join(text for text in (on["copy"], on["incomplete"]) if text)
+            sizes = "/".join(str(n) for n in how["images"].values())
+            lines.append(
+                f"| {on['name']}{f' ({notes})' if notes else ''} | {found['metric']} "
+                f"| {found['value']:.2f} | {how['validation']:.2f} | {how['weight_decay']:.3g} "
+                f"| {how['gradient_norm']:.1e} | {sizes} |"
+            )
+        lines += [f"| {key} | not evaluated | | | | | |" for key in failed]
+        values = {key: found["value"] for key, found in done.items()}
+        lines += [
+            f"| {name} | | {value:.2f} | | | | |"
+            for name, value in scores.averages(values, DATASETS).items()
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def in_group(name: str, key: str) -> bool:
+    """Whether a dataset counts in an average."""
+    if name == "average of 11":
+        return key != "birdsnap"
+    return name == "average of 12" or key in scores.GSG_TEN
+
+
+def progress_bar(total: int, words: str) -> tqdm:
+    return tqdm(total=total, desc=words, leave=False, mininterval=PROGRESS_SECONDS)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--backbone", required=True, help="run folder, backbone file, checkpoint, random or pixels")
+    add("--root", required=True, type=Path, help="folder of the datasets, as prepare.py leaves it")
+    add("--datasets", default="", help=f"of {','.join(DATASETS)}; default all")
+    add("--arch", default="", help="encoder, where the file does not say it")
+    add("--splits", default="gsg", choices=SPLITS, help="default gsg; see README.md")
+    add("--solver", default="torch", choices=SOLVERS, help="default torch: converged")
+    add("--voc-decay", default="softmax", choices=VOC_DECAYS, help="what VOC2007's decay is of")
+    add("--caltech-lists", type=Path, help="folder of ssl-transfer's train.txt and test.txt")
+    add("--allow-incomplete", action="store_true", help="other sizes too; the record has counts")
+    add("--image-size", type=int, default=IMAGE_SIZE, help="pixels (224: GSG App. D.1)")
+    add("--few-shot", action="store_true", help="also 5-way 5-shot and 20-shot episodes")
+    add("--seed", type=int, default=0, help="of random splits and episodes")
+    add("--workers", type=int, default=-1, help="loader processes; -1: one per core, at most 16")
+    add("--device", default="", help="cuda or cpu; default: cuda where there is one")
+    add("--output", type=Path, help="folder of records (default RUN/transfer, or runs/transfer/…)")
+    add("--cache", type=Path, help="folder of features (default OUTPUT/features)")
+    add("--resume", default="auto", choices=("auto", "never"), help="never: evaluate again")
+    add("--method", default="", help="name of a foreign checkpoint's method")
+    pretraining = ("ImageNet-1k", "CIFAR-10", "photos", "other")
+    add("--pretrained-on", default="other", choices=pretraining, help="of a foreign checkpoint")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: must be 0 or more")
+    Transfer(arguments).run()
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
