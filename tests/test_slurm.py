@@ -344,7 +344,7 @@ def test_the_examples(example, tmp_path, monkeypatch):
         assert sum(job.script == "eval/transfer/run.py" for job in jobs) == 2 * 12
         assert all("unfinished" not in " ".join(job.flags) for job in jobs)
         for job in jobs:
-            if (ROOT / job.script).exists():
+            if "transfer" not in job.script:  # it has a parser of its own, which is said
                 assert check.facts_of(job.script, job.flags, 1)["checked"], job
     else:
         for job in jobs:
