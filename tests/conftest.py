@@ -86,6 +86,13 @@ def run_fresh(script: str, *flags: str, timeout: float = 240, **extra: str):
     )
 
 
+def interruptible() -> None:
+    """For Popen's preexec_fn: a shell's background jobs, CI's perhaps, ignore SIGINT, and so would
+    their children.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_ranks(ranks: int, script: str, *flags: str) -> list[subprocess.Popen]:
     """A process for each rank of one gloo group, as torchrun would start them."""
     with socket.socket() as free:
@@ -122,6 +129,20 @@ def only_error(process) -> str:
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, process.stderr
     return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a test or the code under test puts into this process's environment ends with it: a
+    left-over RANK would make every later run in this process wait for others.
+    """
+    before = dict(os.environ)
+    yield
+    for name in {*before, *os.environ} - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture

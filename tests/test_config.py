@@ -397,6 +397,7 @@ FREE |= {
     "config",
     "on_bad_image",
     "max_steps",
+    "snapshot_epochs",
 }  # schedules go on as if max-steps were not
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 

@@ -166,7 +166,7 @@ def test_a_run_that_dies_half_way_is_continued_and_recorded(work):
 
 def test_the_probes_of_a_run_are_recorded_too(work, monkeypatch):
     """A run of one step, then the linear probe that the plan would start, but a short one."""
-    quick = [*reproduce.EVALUATIONS["linear"], "--cache-features", "--epochs", "1"]
+    quick = [*reproduce.EVALUATIONS["linear"], "--epochs", "1"]
     monkeypatch.setitem(reproduce.EVALUATIONS, "linear", quick)
     run = RUN | {"evaluations": ["linear", "knn"], "flags": RUN["flags"] | {"max-steps": 1}}
     piece = Piece(run, 0)

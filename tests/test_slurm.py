@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL, environment, only_error
+from conftest import ROOT, SMALL, environment, interruptible, only_error
 from slurm_repo import call, command, commit_all, git, last_step, make_repository, wait_until
 
 from common import distributed
@@ -422,7 +422,7 @@ def test_a_local_run_takes_the_snapshots_packages(code):
 
 def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
     """Ctrl-C saves and ends with 75; the same command continues, as status.py shows."""
-    flags = [*LOCAL, "--tasks-per-node", "2", "--", *SNCLR, "--max-steps", "24"]
+    flags = [*LOCAL, "--tasks-per-node", "2", "--", *SNCLR, "--max-steps", "120"]
     process = subprocess.Popen(
         command(code, "launch.py", *flags),
         cwd=tmp_path,
@@ -431,6 +431,7 @@ def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=interruptible,
     )
     folder, scratch = tmp_path / "runs" / "snclr" / "photos-tiny-0", tmp_path / "runs" / "slurm"
     wait_until(lambda: [*scratch.glob("*/runs.json")], 60, scratch)
@@ -440,14 +441,14 @@ def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
-    stopped = re.search(r"stopped by SIG(?:INT|TERM) at step (\d+) of 24, saved", output)
+    stopped = re.search(r"stopped by SIG(?:INT|TERM) at step (\d+) of 120, saved", output)
     assert stopped, output
     line = call(code, tmp_path, "status.py").stdout.splitlines()[1]
     assert "STOPPED" in line, line
     again = call(code, tmp_path, "launch.py", *flags)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"continues from step {stopped[1]} of 24" in again.stdout
-    assert json.loads((folder / "results.json").read_text())["step"] == 24
+    assert f"continues from step {stopped[1]} of 120" in again.stdout
+    assert json.loads((folder / "results.json").read_text())["step"] == 120
     start = json.loads((folder / "environment.json").read_text())
     assert start["devices"]["ranks"] == 2 and len(start["restarts"]) == 1
 
@@ -713,6 +714,7 @@ def test_watch_shows_it_again(code, tmp_path):
         env=environment(PYTHONPATH=str(code)),
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=interruptible,
     )
     lines = [process.stdout.readline() for _ in range(6)]
     process.send_signal(signal.SIGINT)
