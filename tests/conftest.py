@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+if sys.argv[0] == "-c":  # xdist's workers: the recorded command of what runs in this process
+    sys.argv = ["pytest", *sys.argv[1:]]
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_IMAGES = ROOT.parent / "shared" / "data"  # on the project's own machines only
 

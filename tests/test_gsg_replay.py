@@ -64,7 +64,10 @@ def watched_run(recipe, flags, folder, monkeypatch):
             yield step, pixels, ids
 
     def noting_log(self, **values):
-        seen["logged"].append({n: float(torch.as_tensor(v).detach()) for n, v in values.items()})
+        values_now = {
+            n: v.detach().item() if isinstance(v, torch.Tensor) else v for n, v in values.items()
+        }
+        seen["logged"].append(values_now)
         return log(self, **values)
 
     monkeypatch.setattr(Run, "begin", noting_begin)
