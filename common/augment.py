@@ -23,6 +23,12 @@ STD = (0.229, 0.224, 0.225)
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
+# the columns of a table of draws: box, order of the colour steps (-1: none), factors, the rest
+BOX, ORDER, COLOUR = slice(0, 4), slice(4, 8), slice(8, 12)
+GREY, BLUR, SOLARIZE, FLIP = 12, 13, 14, 15
+COLUMNS = 16
+
+
 @dataclass(frozen=True)
 class Draw:
     """What was drawn for one view. None: the transform is not applied."""
@@ -75,9 +81,7 @@ class View:
 
     def apply(self, image: Image.Image, draw: Draw) -> Tensor:
         """RGB image -> uint8 (3,size,size), in the order of BYOL's and MoCo-v3's code."""
-        left, top, width, height = draw.box
-        image = image.crop((left, top, left + width, top + height))
-        image = image.resize((self.size, self.size), RESAMPLE[self.interpolation])
+        image = self.crop(image, draw)
         for step in draw.colour_order or ():
             image = COLOUR_STEPS[step](image, draw.colour[step])
         if draw.grey:
@@ -90,12 +94,30 @@ class View:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
 
+    def crop(self, image: Image.Image, draw: Draw) -> Image.Image:
+        """The part of `apply` that is done before colours: the crop, resized to size x size."""
+        left, top, width, height = draw.box
+        image = image.crop((left, top, left + width, top + height))
+        return image.resize((self.size, self.size), RESAMPLE[self.interpolation])
+
     def small(self, size: int, scale: tuple[float, float]) -> "View":
         """The same view as a small crop of multi-crop."""
         return dataclasses.replace(self, size=size, scale=scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         return self.apply(image, self.draw(rng, *image.size))
+
+
+def draw_row(draw: Draw) -> np.ndarray:
+    """One draw as (16,) float64, in the columns above; the hue as Pillow's whole levels."""
+    row = np.zeros(COLUMNS)
+    row[BOX] = draw.box
+    row[ORDER] = -1 if draw.colour_order is None else draw.colour_order
+    row[COLOUR] = draw.colour
+    row[COLOUR.stop - 1] = int(draw.colour[3] * 255) % 256  # torchvision's adjust_hue
+    row[[GREY, SOLARIZE, FLIP]] = draw.grey, draw.solarize, draw.flip
+    row[BLUR] = 0.0 if draw.blur is None else draw.blur
+    return row
 
 
 COLOUR_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)

@@ -58,6 +58,8 @@ class RunConfig:
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     # default: bf16 autocast on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
+    # where colours, blur and flips are done; default: on the GPU where there is one
+    augment_device: Literal["cpu", "cuda"] | None = None
     max_steps: int = free(0)  # stop and export after this many steps, schedules as if it went on
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
     knn_every: int = free(10)  # epochs between k-NN evaluations (and one before); 0: none
@@ -100,14 +102,26 @@ def parse(
     values = {**matching(presets, words), "arch": arch, **file_values}
     config = parse_flags(config_class, dataclasses.replace(config_class(), **values), argv)
     check_values(config)
-    config = resolve(config)
-    if config.precision is None:
-        import torch
-
-        automatic = "bf16" if torch.cuda.is_available() else "fp32"
-        config = dataclasses.replace(config, precision=automatic)
+    config = choose_by_device(resolve(config))
     check_values(config)
     return config
+
+
+def choose_by_device(config: C) -> C:
+    """Fills in the fields whose default depends on whether this machine has a GPU."""
+    gpu = gpu_is_there()
+    automatic = {"precision": "bf16" if gpu else "fp32", "augment_device": "cuda" if gpu else "cpu"}
+    unset = [name for name in automatic if getattr(config, name, "") is None]
+    config = dataclasses.replace(config, **{name: automatic[name] for name in unset})
+    if getattr(config, "augment_device", "") == "cuda" and not gpu:
+        raise UserError("--augment-device cuda: no GPU is visible here; use cpu", every_rank=True)
+    return config
+
+
+def gpu_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def matching(presets: dict[str, dict[str, Any]], words: set) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import photos
-from common.augment import View, center_view, view_rng
+from common.augment import View, center_view, draw_row, to_tensor, view_rng
 from common.errors import UserError, is_disk_error, nearest_name
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -294,19 +294,58 @@ class ViewDataset(torch.utils.data.Dataset):
         if image is None:
             return None, sample, problems
         views = [
-            view(image, view_rng(self.seed, epoch, sample, number))
+            self.make(view, image, view_rng(self.seed, epoch, sample, number))
             for number, view in enumerate(self.views)
         ]
         return views, sample, problems
 
+    def make(self, view: View, image: Image.Image, rng: np.random.Generator):
+        return view(image, rng)
 
-def collate(items: list) -> tuple[list[Tensor], Tensor, list[str], bool]:
-    """-> uint8 (N,3,H,W) per view, samples (N,), problems, and whether a problem must stop."""
+
+class CropDataset(ViewDataset):
+    """As ViewDataset, but of each view its crop, uint8 (3,size,size), and its draw, (16,):
+    `common.device_views` does the rest.
+    """
+
+    def make(self, view: View, image: Image.Image, rng: np.random.Generator):
+        draw = view.draw(rng, *image.size)
+        return to_tensor(view.crop(image, draw)), torch.from_numpy(draw_row(draw))
+
+
+class DrawDataset(ViewDataset):
+    """As CropDataset for images of one size in memory, which `common.device_views` crops too: the
+    draws alone, with nothing for the pixels.
+    """
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, sample = key
+        height, width = self.images.pixels.shape[1:3]
+        views = []
+        for number, view in enumerate(self.views):
+            draw = view.draw(view_rng(self.seed, epoch, sample, number), width, height)
+            views.append((torch.empty(0), torch.from_numpy(draw_row(draw))))
+        return views, sample, []
+
+
+STAGES = {"views": ViewDataset, "crops": CropDataset, "draws": DrawDataset}
+
+
+def collate(items: list) -> tuple[list, Tensor, list[str], bool]:
+    """-> per view uint8 (N,3,H,W), or a tuple of that and the draws (N,16); samples (N,), problems,
+    and whether a problem must stop.
+    """
     problems = [text for _, _, texts in items for text in texts]
     if any(views is None for views, _, _ in items):
         return [], torch.empty(0), problems, True
-    views = [torch.stack(column) for column in zip(*(views for views, _, _ in items), strict=True)]
+    views = [stack(column) for column in zip(*(views for views, _, _ in items), strict=True)]
     return views, torch.tensor([sample for _, sample, _ in items]), problems, False
+
+
+def stack(column: tuple) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(column[0], tuple):
+        return tuple(torch.stack(part) for part in zip(*column, strict=True))
+    return torch.stack(column)
 
 
 def view_loader(
@@ -316,10 +355,13 @@ def view_loader(
     workers: int,
     skip_bad_images: bool = False,
     pin_memory: bool = False,
+    stage: str = "views",
 ) -> torch.utils.data.DataLoader:
-    """A loader over all steps of the run: workers start once and prefetch across epochs."""
+    """A loader over all steps of the run: workers start once and prefetch across epochs. `stage`
+    is how far they go: whole views, or what `common.device_views` finishes (crops, draws).
+    """
     return torch.utils.data.DataLoader(
-        ViewDataset(images, views, batches.seed, skip_bad_images),
+        STAGES[stage](images, views, batches.seed, skip_bad_images),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,

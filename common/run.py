@@ -29,6 +29,7 @@ from common import checkpoint, distributed, environment, metrics, results
 from common.augment import View, to_input
 from common.config import changed_fields, snapshot_epochs
 from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
+from common.device_views import DeviceViews
 from common.errors import Stopped, UserError, say_error
 from common.knn import knn_of_encoder
 from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
@@ -292,6 +293,9 @@ class Run:
             self.rank,
             self.ranks,
         )
+        on_device = None
+        if config.augment_device == "cuda":
+            on_device = DeviceViews(self.train, views, self.device)
         loader = view_loader(
             self.train,
             views,
@@ -299,6 +303,7 @@ class Run:
             self.workers,
             skip_bad_images=config.on_bad_image == "skip",
             pin_memory=self.device.type == "cuda",
+            stage=on_device.stage if on_device else "views",
         )
         with StopRequests() as self.requests, self.progress_bar() as self.bar:
             self.evaluate_at_start()
@@ -306,6 +311,8 @@ class Run:
             asked = time.monotonic()
             for pixels, ids, problems, must_stop in loader:
                 report_problems(problems, must_stop)
+                if on_device:
+                    pixels = on_device(pixels, ids)
                 inputs = [to_input(view, self.device, self.dtype) for view in pixels]
                 self.waited = time.monotonic() - asked
                 yield self.step, inputs, ids.to(self.device, non_blocking=True)

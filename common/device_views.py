@@ -1,0 +1,242 @@
+"""The papers' views in batches on a device: what Pillow does to one image, for many at once.
+
+Workers draw (`View.draw`, the same keyed draws as ever) and at most decode and crop; colours, grey,
+blur, solarize and flip run here, with each image's own parameters. Every step rounds and clips to
+8 bits where Pillow does, so that the two paths differ by a level here and there
+(tests/test_device_views.py), not by a filter. Images that lie in memory are cropped here
+too. The arithmetic is float32 on whole numbers up to 255, which it holds exactly.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.augment import BLUR, BOX, FLIP, GREY, ORDER, SOLARIZE, View
+from common.data import ArrayImages, Images
+
+BLOCK = 2**26  # values held at once: 256 MB in float32, and some four times that in between
+BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
+FILTER_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
+
+
+# -- crop ---------------------------------------------------------------------------------------
+
+
+def crop(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor:
+    """Random resized crops: uint8 (N,3,H,W), (N,16) draws on the host -> uint8 (N,3,size,size).
+
+    Separable, antialiased (the filter grows with the scale), rows first and rounded in between, as
+    Pillow's resize of the cropped image.
+    """
+    height, width = images.shape[2:]
+    box = table[:, BOX].to(images.device, non_blocking=True)
+    across = resize_weights(width, box[:, 0], box[:, 2], size, interpolation)
+    down = resize_weights(height, box[:, 1], box[:, 3], size, interpolation)
+    rows = (images.float() @ across.mT[:, None]).round_().clamp_(0, 255)
+    return (down[:, None] @ rows).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def resize_weights(
+    side: int, start: Tensor, length: Tensor, size: int, interpolation: str
+) -> Tensor:
+    """(N,size,side): output pixel i of image n is the sum over j of weight[n,i,j] * input j, for
+    the crop [start, start + length) of N images; Pillow's triangle or cubic (a = -1/2) filter.
+    """
+    scale = (length / size)[:, None, None]
+    stretch = scale.clamp(min=1.0)
+    support = FILTER_SUPPORT[interpolation] * stretch
+    centre = (torch.arange(size, device=start.device).double() + 0.5)[:, None] * scale
+    place = torch.arange(side, device=start.device).double() - start[:, None, None]
+    first = (centre - support + 0.5).clamp(min=0).floor()
+    last = torch.minimum((centre + support + 0.5).floor(), length[:, None, None])
+    distance = ((place - centre + 0.5) / stretch).abs()
+    if interpolation == "bilinear":
+        weight = (1 - distance).clamp(min=0)
+    else:
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    weight = weight * ((place >= first) & (place < last))
+    return (weight / weight.sum(dim=2, keepdim=True)).float()
+
+
+# -- colour, blur, solarize, flip ---------------------------------------------------------------
+
+
+def photometric(pixels: Tensor, table: Tensor) -> Tensor:
+    """Everything after the crop: uint8 (N,3,H,W) on any device, (N,16) draws on the host -> uint8
+    (N,3,H,W). In blocks, so that a large batch does not hold several float copies of itself.
+    """
+    block = max(1, BLOCK // math.prod(pixels.shape[1:]))
+    parts = zip(pixels.split(block), table.split(block), strict=True)
+    return torch.cat([photometric_block(part, rows) for part, rows in parts])
+
+
+def photometric_block(pixels: Tensor, table: Tensor) -> Tensor:
+    x, device = pixels.float(), pixels.device
+    steps, groups = plan(table)
+    if not steps:
+        return pixels
+    sizes = [len(group) for group in groups]
+    # one transfer for all row numbers: their lengths are known here, so nothing waits for a GPU
+    rows = torch.cat(groups).to(device, non_blocking=True).split(sizes)
+    values = table.float().to(device, non_blocking=True)
+    for step, row in zip(steps, rows, strict=True):
+        x[row] = step(x[row], values[row])
+    return x.to(torch.uint8)
+
+
+def plan(table: Tensor) -> tuple[list, list[Tensor]]:
+    """The steps of a batch and the rows that each applies to, in the order of BYOL's code."""
+    todo = [
+        (COLOUR_STEPS[colour], table[:, ORDER.start + turn] == colour)
+        for turn in range(4)
+        for colour in range(4)
+    ]
+    todo += [(grey, table[:, GREY] > 0)]
+    # the box filters' widths are whole numbers per step: images of one width share a step
+    sigma = table[:, BLUR]
+    radius = box_radius(sigma).floor()
+    todo += [
+        (blur_of_width(int(r)), (sigma > 0) & (radius == r)) for r in radius[sigma > 0].unique()
+    ]
+    todo += [(solarize, table[:, SOLARIZE] > 0), (flip, table[:, FLIP] > 0)]
+    chosen = [(step, mask.nonzero()[:, 0]) for step, mask in todo]
+    chosen = [(step, rows) for step, rows in chosen if len(rows)]
+    return [step for step, _ in chosen], [rows for _, rows in chosen]
+
+
+def column(values: Tensor, number: int) -> Tensor:
+    return values[:, number, None, None, None]
+
+
+def blend(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Pillow's ImageEnhance: base + factor * (x - base), clipped, its fraction cut off."""
+    return (base + factor * (x - base)).clamp_(0, 255).floor_()
+
+
+def luma(x: Tensor) -> Tensor:
+    """(N,3,H,W) -> (N,1,H,W): ITU-R 601-2 in Pillow's 16-bit integers."""
+    r, g, b = x.int().split(1, dim=1)
+    return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).float()
+
+
+def brightness(x: Tensor, values: Tensor) -> Tensor:
+    return blend(torch.zeros((), device=x.device), x, column(values, 8))
+
+
+def contrast(x: Tensor, values: Tensor) -> Tensor:
+    mean = luma(x).double().mean(dim=(1, 2, 3), keepdim=True)
+    return blend((mean + 0.5).floor().float(), x, column(values, 9))
+
+
+def saturation(x: Tensor, values: Tensor) -> Tensor:
+    return blend(luma(x), x, column(values, 10))
+
+
+def hue(x: Tensor, values: Tensor) -> Tensor:
+    """Through Pillow's 8-bit HSV: the hue turns by whole levels of 1/255."""
+    high, low = x.amax(dim=1), x.amin(dim=1)
+    r, g, b = x.unbind(dim=1)
+    spread = (high - low).clamp(min=1)
+    rc, gc, bc = (high - r) / spread, (high - g) / spread, (high - b) / spread
+    turn = torch.where(r == high, bc - gc, torch.where(g == high, 2 + rc - bc, 4 + gc - rc))
+    grey_ = high == low
+    h = ((turn / 6 + 1) % 1.0 * 255).floor().masked_fill(grey_, 0)
+    s = ((high - low) / high.clamp(min=1) * 255).floor()
+    h = (h + values[:, 11, None, None]) % 256
+    sector = h * 6 / 255
+    whole = sector.floor()
+    part, s = sector - whole, s / 255
+    p = round_half_up(high * (1 - s))
+    q = round_half_up(high * (1 - s * part))
+    t = round_half_up(high * (1 - s * (1 - part)))
+    whole = (whole % 6).long()[:, None]
+    # the value of each channel in each of the six sectors of the colour circle
+    red = torch.stack([high, q, p, p, t, high], dim=1).gather(1, whole)
+    green = torch.stack([t, high, high, q, p, p], dim=1).gather(1, whole)
+    blue = torch.stack([p, p, t, high, high, q], dim=1).gather(1, whole)
+    return torch.cat([red, green, blue], dim=1)
+
+
+def round_half_up(x: Tensor) -> Tensor:
+    return (x + 0.5).floor()
+
+
+COLOUR_STEPS = (brightness, contrast, saturation, hue)
+
+
+def grey(x: Tensor, values: Tensor) -> Tensor:
+    return luma(x).expand_as(x)
+
+
+def box_radius(sigma: Tensor) -> Tensor:
+    """The radius of the box filters, (N,) and fractional, that Pillow takes for a Gaussian of
+    `sigma`: three of them have the variance sigma**2 (Gwosdek et al., the extended box filter).
+    """
+    variance = sigma.double() ** 2 / BLUR_PASSES
+    whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    return whole + part / (6 * (variance - (whole + 1) ** 2))
+
+
+def blur_of_width(radius: int):
+    """Blur with boxes of 2 * radius + 1 whole pixels and a part of one more on either side."""
+
+    def blur(x: Tensor, values: Tensor) -> Tensor:
+        full = 1 / (2 * box_radius(values[:, BLUR]) + 1)
+        edge = (1 - (2 * radius + 1) * full) / 2
+        full, edge = (v.float()[:, None, None, None] for v in (full, edge))
+        for _ in range(2):  # rows, then columns
+            for _ in range(BLUR_PASSES):
+                x = box_filter(x, radius, full, edge)
+            x = x.mT
+        return x
+
+    return blur
+
+
+def box_filter(x: Tensor, radius: int, full: Tensor, edge: Tensor) -> Tensor:
+    """One box filter along the last axis, rounded to whole levels; border pixels are repeated."""
+    width, reach = x.shape[3], radius + 1
+    padded = F.pad(x, (reach, reach, 0, 0), mode="replicate")
+    total = sum(padded[..., n : n + width] for n in range(1, 2 * reach))
+    ends = padded[..., :width] + padded[..., 2 * reach :]
+    return round_half_up(total * full + ends * edge)
+
+
+def solarize(x: Tensor, values: Tensor) -> Tensor:
+    return torch.where(x < 128, x, 255 - x)  # 0.5, BYOL Table 6
+
+
+def flip(x: Tensor, values: Tensor) -> Tensor:
+    return x.flip(3)
+
+
+class DeviceViews:
+    """Finishes on a device what a loader of `common.data.view_loader` began.
+
+    Images of one size in memory go to the device whole, once, and the loader draws only ("draws");
+    of image files the loader decodes and crops ("crops").
+    """
+
+    def __init__(self, images: Images, views: Sequence[View], device: torch.device):
+        self.views, self.device = views, device
+        self.stage = "draws" if isinstance(images, ArrayImages) else "crops"
+        if self.stage == "draws":
+            pixels = torch.from_numpy(images.pixels).to(device)
+            self.pixels = pixels.permute(0, 3, 1, 2).contiguous()
+
+    def __call__(self, loaded: list[tuple[Tensor, Tensor]], samples: Tensor) -> list[Tensor]:
+        """(crops, draws) of each view as the loader gives them -> uint8 (N,3,size,size) each."""
+        if self.stage == "draws":
+            images = self.pixels[samples.to(self.device, non_blocking=True)]
+        finished = []
+        for view, (crops, table) in zip(self.views, loaded, strict=True):
+            if self.stage == "draws":
+                crops = crop(images, table, view.size, view.interpolation)
+            finished.append(photometric(crops.to(self.device, non_blocking=True), table))
+        return finished
