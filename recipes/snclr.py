@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, byol_views, cifar_view
 from common.config import RunConfig, parse
-from common.distributed import average_gradients, gather, rank
+from common.distributed import average_gradients
 from common.errors import UserError, command
 from common.models import (
     build_encoder,
@@ -38,6 +37,7 @@ from common.models import (
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
+from common.tiled import cosines, logsumexp_of_cosines
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,7 @@ def positiveness(projections: Tensor, neighbours: Tensor) -> Tensor:
     Softmax over the K own neighbours of the cosine with y1 (the code normalises both, the paper
     does not say). The weight of the instance itself, w_0 = 1, is not in it.
     """
-    y1, nn_ = F.normalize(projections, dim=1), F.normalize(neighbours, dim=2)
-    return torch.einsum("nd,nkd->nk", y1, nn_).softmax(dim=1)
+    return cosines(projections, neighbours).softmax(dim=1)
 
 
 def snclr_loss(
@@ -184,20 +183,16 @@ def snclr_loss(
     weights as soft labels, times 2 * temperature. K = 0 gives Eq. 1. Gradient flows through z1
     and, by the positiveness, through y1.
     """
-    n, k = neighbours.shape[:2]
-    neighbours = neighbours.detach()
+    keys, neighbours = keys.detach(), neighbours.detach()  # NN(y2)_0 = y2, NN(y2)_1..K
     weights = positiveness_scale * positiveness(projections, neighbours)
     if detach_positiveness:
         weights = weights.detach()
-    weights = torch.cat([weights.new_ones(n, 1), weights], dim=1)  # w_0 = 1 for NN(y2)_0 = y2
+    weights = torch.cat([weights.new_ones(len(keys), 1), weights], dim=1)  # w_0 = 1
 
-    z1 = F.normalize(predictions, dim=1)
-    candidates = torch.cat([keys.detach()[:, None], neighbours], dim=1)  # NN(y2)_0..K
-    candidates = gather(F.normalize(candidates, dim=2))  # (ranks*N, 1+K, D)
-    logits = (z1 @ candidates.flatten(0, 1).T / temperature).view(n, -1, 1 + k)
-    own = rank() * n + torch.arange(n, device=z1.device)
-    positives = logits[torch.arange(n, device=z1.device), own]  # (N, 1+K)
-    total = logits.flatten(1).logsumexp(dim=1)  # over positives and negatives
+    own = [cosines(predictions, keys[:, None]), cosines(predictions, neighbours)]
+    positives = torch.cat(own, dim=1) / temperature  # (N,1+K)
+    # over positives and negatives; 2 GB of logits at batch 4096, so in tiles
+    total = logsumexp_of_cosines(predictions, keys, neighbours, temperature)
     if form == "paper":
         return (total - (weights.log() + positives).logsumexp(dim=1)).mean()
     return (weights * (total[:, None] - positives)).sum(dim=1).mean() * 2 * temperature
