@@ -26,6 +26,7 @@ from common.augment import View, byol_views, cifar_view
 from common.config import RunConfig, parse
 from common.distributed import average_gradients
 from common.errors import UserError, command
+from common.micro_batch import Pieces
 from common.models import (
     build_encoder,
     freeze_patch_embedding,
@@ -233,6 +234,8 @@ def main(argv: list[str] | None = None) -> None:
         run.warn("--neighbour-free-epochs covers the whole run: Eq. 1 only, no neighbours")
     model = run.place(SNCLR(config))
     target = momentum_copy(model.branch)
+    encode, projector = Pieces(model.branch[0], config), model.branch[1]
+    encode_m, projector_m = Pieces(target[0], config), target[1]
     queue = SupportSet(
         config.queue_size, config.output_dim, config.seed, shared=config.queue_scope == "global"
     ).to(run.device, run.dtype)
@@ -252,10 +255,10 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(optimizer, rate)
 
         with run.autocast():
-            y1, y2 = model.branch(x1), model.branch(x2)  # projections
+            y1, y2 = map(projector, encode(x1, x2))  # projections
             z1, z2 = model.predictor(y1), model.predictor(y2)  # predictions
             with torch.no_grad():
-                key1, key2 = target(x1), target(x2)  # projections of the momentum branch
+                key1, key2 = map(projector_m, encode_m(x1, x2))  # of the momentum branch
         y1, y2, z1, z2, key1, key2 = full_precision(y1, y2, z1, z2, key1, key2)
 
         # App. A: Eq. 1 at first, when neighbours are not yet correctly identified
@@ -280,6 +283,7 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer.zero_grad()
         loss.backward()
+        encode.replay()
         average_gradients(model)
         optimizer.step()
 
