@@ -56,6 +56,9 @@ class RunConfig:
     seed: int = 0  # keys initialisation, data order, views, queue start, GSG's pairs
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
+    # images of the global batch that go through the encoder at once, heads and loss see all of
+    # --batch-size; must divide it; 0: all at once. ResNets: batch-norm statistics per piece
+    micro_batch: int = 0
     # default: bf16 autocast on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
     # where colours, blur and flips are done; default: on the GPU where there is one
@@ -235,7 +238,7 @@ def check_values(config: Any) -> None:
     positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature"}
     positive |= {"output_dim", "projector_hidden", "predictor_hidden"}
     not_negative = {"lr", "weight_decay", "warmup_epochs", "seed", "max_steps", "knn_every"}
-    not_negative |= {"lr_batch"}
+    not_negative |= {"lr_batch", "micro_batch"}
     not_negative |= {"neighbours", "neighbour_free_epochs", "checkpoint_minutes", "small_crops"}
     shares = {"momentum", "sgd_momentum", "crop_min"}
     for name, value in dataclasses.asdict(config).items():

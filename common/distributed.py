@@ -201,6 +201,8 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.dtype in (torch.bfloat16, torch.float16):  # autocast: statistics in full precision
             x = x.float()
         y, mean, var, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
+        if not self.track_running_stats:
+            return y
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)

@@ -40,8 +40,10 @@ FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they ar
 MONITOR_STEPS = 20  # steps between the dearer monitors
 
 
-def check_batch(batch: int, ranks: int) -> None:
-    """UserError unless the global batch divides into at least 2 images for each rank."""
+def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
+    """UserError unless the global batch divides into at least 2 images for each rank, and so does
+    each piece of --micro-batch.
+    """
     if batch % ranks:
         below, above = batch - batch % ranks, batch + ranks - batch % ranks
         raise UserError(
@@ -51,6 +53,15 @@ def check_batch(batch: int, ranks: int) -> None:
         )
     if batch // ranks < 2:
         raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images", True)
+    fits = [size for size in range(2 * ranks, batch + 1, ranks) if batch % size == 0]
+    if micro_batch and micro_batch not in fits:
+        below, above = ([m for m in fits if (m > micro_batch) == more] for more in (False, True))
+        near = below[-1:] + above[:1]
+        raise UserError(
+            f"--micro-batch {micro_batch} must cut --batch-size {batch} into equal pieces of 2 or "
+            f"more images for each of {ranks} ranks: take {' or '.join(map(str, near))}",
+            every_rank=True,
+        )
 
 
 def default_folder(recipe: str, config: Any) -> Path:
@@ -67,7 +78,7 @@ class Run:
         self.device = distributed.start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        check_batch(config.batch_size, self.ranks)
+        check_batch(config.batch_size, self.ranks, config.micro_batch)
         self.train, self.test = self.load_images()
         self.steps_per_epoch = len(self.train) // config.batch_size
         if self.steps_per_epoch == 0:

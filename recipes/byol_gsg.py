@@ -34,10 +34,10 @@ from common.gsg import (
     guiding_distances,
     symmetric_loss,
 )
+from common.micro_batch import Pieces
 from common.models import (
     build_encoder,
     full_precision,
-    has_batch_norm,
     mlp,
     momentum_copy,
     update_momentum,
@@ -130,14 +130,16 @@ class BYOL(nn.Module):
         self.h = mlp(sizes, output_bias=True)
 
 
-def project(f: nn.Sequential, views: Sequence[Tensor]) -> list[Tensor]:
-    """Projections of each view, batch-norm statistics per view. An encoder without batch norms (a
-    ViT) takes all views in one forward, which changes nothing.
+def project(
+    f: nn.Sequential, views: Sequence[Tensor], encode: Pieces | None = None
+) -> list[Tensor]:
+    """Projections of each view, batch-norm statistics per view; `encode`: the encoder of f where
+    it runs in pieces. One without batch norms (a ViT) takes all views in one forward otherwise,
+    which changes nothing.
     """
     encoder, projector = f
-    if has_batch_norm(encoder):
-        return [f(x) for x in views]
-    return [projector(y) for y in encoder(torch.cat([*views])).chunk(len(views))]
+    encode = encode or Pieces(encoder)
+    return [projector(y) for y in encode(*views)]
 
 
 def views_of(config: Config) -> list[View]:
@@ -158,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("byol_gsg", config)
     model = run.place(BYOL(config))
     target = momentum_copy(model.f)
+    encode = Pieces(model.f[0], config)
+    encode_target = Pieces(target[0], config)
 
     lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
     predictor = {"params": model.h.parameters()}
@@ -176,10 +180,11 @@ def main(argv: list[str] | None = None) -> None:
 
         update_momentum(target, model.f, config.momentum)  # before the forward (code)
         with run.autocast():
-            online = project(model.f, views)
+            online = project(model.f, views, encode)
             p = [model.h(y) for y in online]  # p11, p12, p21, p22: before anything is chosen
             with torch.no_grad():
-                z = project(target, views)  # z11, …: momentum projections, also for the distances
+                # z11, …: momentum projections, also for the distances
+                z = project(target, views, encode_target)
         online, p, z = full_precision(*online), full_precision(*p), full_precision(*z)
 
         if config.gsg:
@@ -192,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer.zero_grad()
         loss.backward()
+        encode.replay()
         average_gradients(model)
         optimizer.step()
 

@@ -25,6 +25,7 @@ from common.augment import View, byol_views, cifar_view
 from common.config import RunConfig, parse
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
+from common.micro_batch import Pieces
 from common.models import build_encoder, full_precision, mlp, momentum_copy, update_momentum
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
@@ -168,6 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("nnclr", config)
     model = run.place(NNCLR(config))
     f_m = momentum_copy(model.f) if config.momentum_encoder else None
+    encode, projector = Pieces(model.f[0], config), model.f[1]
+    if f_m:
+        encode_m, projector_m = Pieces(f_m[0], config), f_m[1]
     Q = SupportSet(config.queue_size, config.output_dim, config.seed)
     Q = Q.to(run.device, run.dtype)
     run.warn_of_long_queue(config.queue_size)
@@ -186,12 +190,16 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(optimizer, rate)
 
         with run.autocast():
-            z1, z2 = model.f(x1), model.f(x2)  # projections, n-by-d
+            z1, z2 = map(projector, encode(x1, x2))  # projections, n-by-d
             p1, p2 = model.g(z1), model.g(z2)  # predictions, n-by-d
-            ps = model.g(model.f(torch.cat(small))).chunk(len(small)) if small else []
+            ps = []
+            if small:
+                (zs,) = map(projector, encode(torch.cat(small)))
+                ps = model.g(zs).chunk(len(small))
             if f_m:
                 with torch.no_grad():
-                    zq1, zq2 = f_m(x1), f_m(x2)  # Algorithm 2 looks up with the momentum encoder
+                    # Algorithm 2 looks up with the momentum encoder
+                    zq1, zq2 = map(projector_m, encode_m(x1, x2))
             else:
                 zq1, zq2 = z1, z2
         z1, p1, p2, zq1, zq2, *ps = full_precision(z1, p1, p2, zq1, zq2, *ps)
@@ -208,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer.zero_grad()
         loss.backward()
+        encode.replay()
         average_gradients(model)
         optimizer.step()
 

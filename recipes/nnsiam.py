@@ -23,6 +23,7 @@ from common.augment import View, cifar_view, simsiam_view
 from common.config import RunConfig, parse
 from common.distributed import average_gradients
 from common.errors import UserError, command
+from common.micro_batch import Pieces
 from common.models import build_encoder, full_precision, mlp
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, check)
     run = Run("nnsiam", config)
     model = run.place(NNSiam(config))
+    encode, projector = Pieces(model.f[0], config), model.f[1]
     Q = SupportSet(config.queue_size, config.output_dim, config.seed)
     Q = Q.to(run.device, run.dtype)
     run.warn_of_long_queue(config.queue_size)
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(optimizer, rate)
 
         with run.autocast():
-            z1, z2 = model.f(x1), model.f(x2)  # projections, n-by-d
+            z1, z2 = map(projector, encode(x1, x2))  # projections, n-by-d
             p1, p2 = model.h(z1), model.h(z2)  # predictions, n-by-d
         z1, z2, p1, p2 = full_precision(z1, z2, p1, p2)
 
@@ -166,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer.zero_grad()
         loss.backward()
+        encode.replay()
         average_gradients(model)
         optimizer.step()
 

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from common.augment import View, cifar_view, simsiam_view
@@ -33,7 +32,8 @@ from common.gsg import (
     guiding_distances,
     symmetric_loss,
 )
-from common.models import build_encoder, full_precision, has_batch_norm, mlp
+from common.micro_batch import Pieces
+from common.models import build_encoder, full_precision, mlp
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 
@@ -116,14 +116,16 @@ class SimSiam(nn.Module):
         self.h = mlp(sizes, output_bias=True)
 
 
-def project(f: nn.Sequential, views: Sequence[Tensor]) -> list[Tensor]:
-    """Projections of each view, batch-norm statistics per view. An encoder without batch norms (a
-    ViT) takes all views in one forward, which changes nothing.
+def project(
+    f: nn.Sequential, views: Sequence[Tensor], encode: Pieces | None = None
+) -> list[Tensor]:
+    """Projections of each view, batch-norm statistics per view; `encode`: the encoder of f where
+    it runs in pieces. One without batch norms (a ViT) takes all views in one forward otherwise,
+    which changes nothing.
     """
     encoder, projector = f
-    if has_batch_norm(encoder):
-        return [f(x) for x in views]
-    return [projector(y) for y in encoder(torch.cat([*views])).chunk(len(views))]
+    encode = encode or Pieces(encoder)
+    return [projector(y) for y in encode(*views)]
 
 
 def views_of(config: Config) -> list[View]:
@@ -143,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, check)
     run = Run("simsiam_gsg", config)
     model = run.place(SimSiam(config))
+    encode = Pieces(model.f[0], config)
 
     lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
     predictor = {"params": model.h.parameters()}
@@ -160,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(optimizer, rate)
 
         with run.autocast():
-            z = project(model.f, views)  # z11, z12, z21, z22: projections
+            z = project(model.f, views, encode)  # z11, z12, z21, z22: projections
             p = [model.h(z_) for z_ in z]  # p11, …: predictions, before anything is chosen
         z, p = full_precision(*z), full_precision(*p)
 
@@ -174,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer.zero_grad()
         loss.backward()
+        encode.replay()
         average_gradients(model)
         optimizer.step()
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, byol_views, cifar_view
 from common.config import RunConfig, parse
-from common.distributed import average_gradients, gather, rank
+from common.distributed import average_gradients
 from common.errors import UserError, command
+from common.micro_batch import Pieces
 from common.models import (
     build_encoder,
     freeze_patch_embedding,
@@ -38,6 +38,7 @@ from common.models import (
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
+from common.tiled import cosines, logsumexp_of_cosines
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ def positiveness(projections: Tensor, neighbours: Tensor) -> Tensor:
     Softmax over the K own neighbours of the cosine with y1 (the code normalises both, the paper
     does not say). The weight of the instance itself, w_0 = 1, is not in it.
     """
-    y1, nn_ = F.normalize(projections, dim=1), F.normalize(neighbours, dim=2)
-    return torch.einsum("nd,nkd->nk", y1, nn_).softmax(dim=1)
+    return cosines(projections, neighbours).softmax(dim=1)
 
 
 def snclr_loss(
@@ -184,20 +184,16 @@ def snclr_loss(
     weights as soft labels, times 2 * temperature. K = 0 gives Eq. 1. Gradient flows through z1
     and, by the positiveness, through y1.
     """
-    n, k = neighbours.shape[:2]
-    neighbours = neighbours.detach()
+    keys, neighbours = keys.detach(), neighbours.detach()  # NN(y2)_0 = y2, NN(y2)_1..K
     weights = positiveness_scale * positiveness(projections, neighbours)
     if detach_positiveness:
         weights = weights.detach()
-    weights = torch.cat([weights.new_ones(n, 1), weights], dim=1)  # w_0 = 1 for NN(y2)_0 = y2
+    weights = torch.cat([weights.new_ones(len(keys), 1), weights], dim=1)  # w_0 = 1
 
-    z1 = F.normalize(predictions, dim=1)
-    candidates = torch.cat([keys.detach()[:, None], neighbours], dim=1)  # NN(y2)_0..K
-    candidates = gather(F.normalize(candidates, dim=2))  # (ranks*N, 1+K, D)
-    logits = (z1 @ candidates.flatten(0, 1).T / temperature).view(n, -1, 1 + k)
-    own = rank() * n + torch.arange(n, device=z1.device)
-    positives = logits[torch.arange(n, device=z1.device), own]  # (N, 1+K)
-    total = logits.flatten(1).logsumexp(dim=1)  # over positives and negatives
+    own = [cosines(predictions, keys[:, None]), cosines(predictions, neighbours)]
+    positives = torch.cat(own, dim=1) / temperature  # (N,1+K)
+    # over positives and negatives; 2 GB of logits at batch 4096, so in tiles
+    total = logsumexp_of_cosines(predictions, keys, neighbours, temperature)
     if form == "paper":
         return (total - (weights.log() + positives).logsumexp(dim=1)).mean()
     return (weights * (total[:, None] - positives)).sum(dim=1).mean() * 2 * temperature
@@ -238,6 +234,8 @@ def main(argv: list[str] | None = None) -> None:
         run.warn("--neighbour-free-epochs covers the whole run: Eq. 1 only, no neighbours")
     model = run.place(SNCLR(config))
     target = momentum_copy(model.branch)
+    encode, projector = Pieces(model.branch[0], config), model.branch[1]
+    encode_m, projector_m = Pieces(target[0], config), target[1]
     queue = SupportSet(
         config.queue_size, config.output_dim, config.seed, shared=config.queue_scope == "global"
     ).to(run.device, run.dtype)
@@ -257,10 +255,10 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(optimizer, rate)
 
         with run.autocast():
-            y1, y2 = model.branch(x1), model.branch(x2)  # projections
+            y1, y2 = map(projector, encode(x1, x2))  # projections
             z1, z2 = model.predictor(y1), model.predictor(y2)  # predictions
             with torch.no_grad():
-                key1, key2 = target(x1), target(x2)  # projections of the momentum branch
+                key1, key2 = map(projector_m, encode_m(x1, x2))  # of the momentum branch
         y1, y2, z1, z2, key1, key2 = full_precision(y1, y2, z1, z2, key1, key2)
 
         # App. A: Eq. 1 at first, when neighbours are not yet correctly identified
@@ -285,6 +283,7 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer.zero_grad()
         loss.backward()
+        encode.replay()
         average_gradients(model)
         optimizer.step()
 

@@ -80,7 +80,7 @@ def config_facts(
     if not script.startswith("recipes/"):
         return {"checked": True, "folder": None}
     recipe = Path(script).stem
-    check_batch(config.batch_size, ranks)
+    check_batch(config.batch_size, ranks, config.micro_batch)
     folder = default_folder(recipe, config)
     path = folder / "config.yaml"
     if path.exists():
