@@ -5,10 +5,13 @@ tensors. A rank's loss is the mean over its own rows; the mean of the ranks' los
 is the loss and gradient of the global batch.
 """
 
+import contextlib
 import os
 import subprocess
 import zlib
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -178,8 +181,11 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over all ranks on CPU, where PyTorch's SyncBatchNorm has no path.
 
     Mean first, then the variance about it: two small all-reduces, and no cancellation. Sums are
-    taken in float64, so that one rank and several round alike.
+    taken in float64, so that one rank and several round alike. Within `views_apart` a batch is
+    several views one after another, each with statistics of its own.
     """
+
+    views = 1  # equal parts of the batch that are normalised apart
 
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "RankBatchNorm":
@@ -200,51 +206,100 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if x.dtype in (torch.bfloat16, torch.float16):  # autocast: statistics in full precision
             x = x.float()
-        y, mean, var, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
+        y, mean, var, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps, self.views)
         if not self.track_running_stats:
             return y
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.num_batches_tracked += self.views
             unbiased = var * (count / max(1, count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+            for view in range(self.views):  # in their order, as one forward after another
+                self.running_mean.lerp_(mean[view].to(self.running_mean), self.momentum)
+                self.running_var.lerp_(unbiased[view].to(self.running_var), self.momentum)
         return y
 
 
+@contextlib.contextmanager
+def views_apart(module: nn.Module, views: int) -> Iterator[None]:
+    """Within it, the batch norms of `module` take a batch as so many views one after another and
+    normalise each by itself: one forward then gives what one forward for each view gives. Only
+    where `can_keep_views_apart` holds.
+    """
+    norms = [m for m in module.modules() if isinstance(m, RankBatchNorm)]
+    for norm in norms:
+        norm.views = views
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.views
+
+
+def can_keep_views_apart(module: nn.Module) -> bool:
+    """Whether all of its batch norms, if any, are ours."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return all(isinstance(norm, RankBatchNorm) for norm in norms)
+
+
 class _BatchNorm(torch.autograd.Function):
-    """Batch norm in training with the statistics of all ranks; sums in float64."""
+    """Batch norm in training with the statistics of all ranks, of each of `views` parts apart."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-        axes, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * world_size()  # ranks hold equally many images
-        mean = all_reduce_sum(x.sum(axes, dtype=torch.float64)) / count
-        normalised = x - mean.to(x.dtype).view(shape)
-        var = all_reduce_sum(normalised.square().sum(axes, dtype=torch.float64)) / count
-        inverse_std = (var + eps).rsqrt().to(x.dtype).view(shape)
-        normalised *= inverse_std
-        ctx.save_for_backward(normalised, weight, inverse_std)
-        ctx.axes, ctx.shape, ctx.count = axes, shape, count
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int):
+        from common import batch_norm  # here, so that a GPU run does without the compiler
+
+        x, threads = channels_last(x), torch.get_num_threads()
+        parts = as_rows(x, views)
+        found = [batch_norm.moments(part, threads) for part in parts]
+        own, squares = (torch.from_numpy(np.stack(column)) for column in zip(*found, strict=True))
+        rows = parts.shape[1]
+        ctx.count = rows * world_size()  # ranks hold equally many images
+        mean = all_reduce_sum(own.clone()) / world_size()
+        var = all_reduce_sum(squares + rows * (own - mean).square()) / ctx.count
+        inverse_std = (var + eps).rsqrt()
+        scale = inverse_std if weight is None else inverse_std * weight.detach()
+        shift = torch.zeros_like(mean[0]) if bias is None else bias.detach()
+        y = torch.empty_like(x)
+        means, scales, shift = (t.to(x.dtype).numpy() for t in (mean, scale, shift))
+        for v, out in enumerate(as_rows(y, views)):
+            batch_norm.normalise(parts[v], means[v], scales[v], shift, out, threads)
+        ctx.save_for_backward(x, weight, mean, inverse_std)
         ctx.mark_non_differentiable(mean, var)
-        if weight is None:
-            return normalised.clone(), mean, var, count
-        y = torch.addcmul(bias.view(shape), normalised, weight.view(shape))
-        return y, mean, var, count
+        return y, mean, var, ctx.count
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor):
-        normalised, weight, inverse_std = ctx.saved_tensors
-        axes, shape = ctx.axes, ctx.shape
-        grad_bias = grad.sum(axes, dtype=torch.float64)
-        grad_weight = (grad * normalised).sum(axes, dtype=torch.float64)
-        means = all_reduce_sum(torch.stack([grad_bias, grad_weight])) / ctx.count
-        means = means.to(grad.dtype)
-        grad_x = grad - means[0].view(shape)
-        grad_x.addcmul_(normalised, means[1].view(shape), value=-1)
+        from common import batch_norm
+
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        threads, views = torch.get_num_threads(), len(mean)
+        parts, grads = as_rows(x, views), as_rows(channels_last(grad), views)
+        means = mean.to(x.dtype).numpy()
+        sums = [
+            batch_norm.gradient_sums(grads[v], parts[v], means[v], threads) for v in range(views)
+        ]
+        grad_bias, products = (torch.from_numpy(np.stack(s)) for s in zip(*sums, strict=True))
+        grad_weight = products * inverse_std
+        offset, slope = all_reduce_sum(torch.stack([grad_bias, grad_weight])) / ctx.count
+        scale = inverse_std if weight is None else inverse_std * weight.detach()
+        columns = [t.to(x.dtype).numpy() for t in (offset, slope * inverse_std, scale)]
+        grad_x = torch.empty_like(x)
+        for v, out in enumerate(as_rows(grad_x, views)):
+            statistics = means[v], *(column[v] for column in columns)
+            batch_norm.input_gradient(grads[v], parts[v], *statistics, out, threads)
         if weight is None:
-            return grad_x.mul_(inverse_std), None, None, None
-        grad_x *= inverse_std * weight.view(shape)
-        return grad_x, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), None
+            return grad_x, None, None, None, None
+        of_weight, of_bias = (t.sum(dim=0).to(grad.dtype) for t in (grad_weight, grad_bias))
+        return grad_x, of_weight, of_bias, None, None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N,C,…) with its channels last in memory, a copy only where they are not."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def as_rows(x: Tensor, views: int) -> np.ndarray:
+    """(N,C,…) with its channels last in memory -> (views, rows, C), the same memory."""
+    return x.movedim(1, -1).view(views, -1, x.shape[1]).numpy()
 
 
 class _Gather(torch.autograd.Function):

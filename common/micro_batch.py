@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.models import has_batch_norm
+from common.distributed import can_keep_views_apart, views_apart
 
 
 class Encoded(NamedTuple):
@@ -45,20 +45,21 @@ class Pieces:
         self.encoder = encoder
         in_pieces = config is not None and config.micro_batch > 0
         self.pieces = config.batch_size // config.micro_batch if in_pieces else 0
-        self.views_together = not has_batch_norm(encoder)
+        self.views_together = can_keep_views_apart(encoder)
         self.encoded: list[Encoded] = []
         if self.pieces and (name := random_layer(encoder)):
             raise ValueError(f"{name} draws at random: pieces would be replayed with other draws")
 
     def __call__(self, *views: Tensor) -> list[Tensor]:
         """(N,3,H,W) each -> features (N,D) each; N is this rank's part of the batch or a multiple
-        of it. Whole, an encoder without batch norms takes views of one size in one forward, which
-        changes nothing; one with batch norms has its statistics per view.
+        of it. Whole, views of one size go through in one forward where that changes nothing: there
+        are no batch norms, or they are ours (on CPU), which keep the views' statistics apart.
         """
         if self.pieces:
             return [self.in_pieces(x) for x in views]
-        if self.views_together:
-            return [*self.encoder(torch.cat(views)).chunk(len(views))]
+        if self.views_together and len({x.shape for x in views}) == 1:
+            with views_apart(self.encoder, len(views)):
+                return [*self.encoder(torch.cat(views)).chunk(len(views))]
         return [self.encoder(x) for x in views]
 
     def in_pieces(self, images: Tensor) -> Tensor:

@@ -137,9 +137,7 @@ class Run:
 
     def place(self, module: nn.Module) -> nn.Module:
         """The module on this run's device, in its precision, with batch norms over all ranks."""
-        module = module.to(self.device, self.dtype)
-        if self.device.type == "cuda":
-            module = module.to(memory_format=torch.channels_last)
+        module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         module = distributed.rank_batch_norm(module, self.device)
         distributed.same_on_all_ranks(module)
         return module
