@@ -206,16 +206,20 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if x.dtype in (torch.bfloat16, torch.float16):  # autocast: statistics in full precision
             x = x.float()
-        y, mean, var, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps, self.views)
+        return _BatchNorm.apply(x, self.weight, self.bias, self)
+
+    def track(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
+        """Moves the running statistics by the views' mean and variance (views, C), over `count`
+        values each, in the views' order, as one forward after another does.
+        """
         if not self.track_running_stats:
-            return y
-        with torch.no_grad():
-            self.num_batches_tracked += self.views
-            unbiased = var * (count / max(1, count - 1))
-            for view in range(self.views):  # in their order, as one forward after another
-                self.running_mean.lerp_(mean[view].to(self.running_mean), self.momentum)
-                self.running_var.lerp_(unbiased[view].to(self.running_var), self.momentum)
-        return y
+            return
+        self.num_batches_tracked += len(mean)
+        unbiased = var * (count / max(1, count - 1))
+        for buffer, values in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running = buffer.detach().numpy()
+            for value in values:
+                running += self.momentum * (value - running)
 
 
 @contextlib.contextmanager
@@ -241,55 +245,58 @@ def can_keep_views_apart(module: nn.Module) -> bool:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Batch norm in training with the statistics of all ranks, of each of `views` parts apart."""
+    """Batch norm in training with the statistics of all ranks, of each view of `norm` apart."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int):
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: RankBatchNorm):
         from common import batch_norm  # here, so that a GPU run does without the compiler
 
         x, threads = channels_last(x), torch.get_num_threads()
-        parts = as_rows(x, views)
+        parts = as_rows(x, norm.views)
         found = [batch_norm.moments(part, threads) for part in parts]
-        own, squares = (torch.from_numpy(np.stack(column)) for column in zip(*found, strict=True))
+        own, squares = (np.stack(column) for column in zip(*found, strict=True))
         rows = parts.shape[1]
         ctx.count = rows * world_size()  # ranks hold equally many images
-        mean = all_reduce_sum(own.clone()) / world_size()
-        var = all_reduce_sum(squares + rows * (own - mean).square()) / ctx.count
-        inverse_std = (var + eps).rsqrt()
-        scale = inverse_std if weight is None else inverse_std * weight.detach()
-        shift = torch.zeros_like(mean[0]) if bias is None else bias.detach()
+        mean = sum_over_ranks(own) / world_size()
+        var = sum_over_ranks(squares + rows * (own - mean) ** 2) / ctx.count
+        norm.track(mean, var, ctx.count)
+        ctx.mean, ctx.inverse_std = mean.astype(parts.dtype), 1 / np.sqrt(var + norm.eps)
+        ctx.scale = ctx.inverse_std if weight is None else ctx.inverse_std * weight.numpy()
+        ctx.scale = ctx.scale.astype(parts.dtype)
+        shift = np.zeros_like(ctx.mean[0]) if bias is None else bias.numpy()
         y = torch.empty_like(x)
-        means, scales, shift = (t.to(x.dtype).numpy() for t in (mean, scale, shift))
-        for v, out in enumerate(as_rows(y, views)):
-            batch_norm.normalise(parts[v], means[v], scales[v], shift, out, threads)
-        ctx.save_for_backward(x, weight, mean, inverse_std)
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var, ctx.count
+        for v, out in enumerate(as_rows(y, norm.views)):
+            batch_norm.normalise(parts[v], ctx.mean[v], ctx.scale[v], shift, out, threads)
+        ctx.save_for_backward(x)
+        ctx.affine = weight is not None
+        return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor):
+    def backward(ctx, grad: Tensor):
         from common import batch_norm
 
-        x, weight, mean, inverse_std = ctx.saved_tensors
-        threads, views = torch.get_num_threads(), len(mean)
-        parts, grads = as_rows(x, views), as_rows(channels_last(grad), views)
-        means = mean.to(x.dtype).numpy()
+        (x,), mean, threads = ctx.saved_tensors, ctx.mean, torch.get_num_threads()
+        parts, grads = as_rows(x, len(mean)), as_rows(channels_last(grad), len(mean))
         sums = [
-            batch_norm.gradient_sums(grads[v], parts[v], means[v], threads) for v in range(views)
+            batch_norm.gradient_sums(g, part, m, threads)
+            for g, part, m in zip(grads, parts, mean, strict=True)
         ]
-        grad_bias, products = (torch.from_numpy(np.stack(s)) for s in zip(*sums, strict=True))
-        grad_weight = products * inverse_std
-        offset, slope = all_reduce_sum(torch.stack([grad_bias, grad_weight])) / ctx.count
-        scale = inverse_std if weight is None else inverse_std * weight.detach()
-        columns = [t.to(x.dtype).numpy() for t in (offset, slope * inverse_std, scale)]
+        grad_bias, products = (np.stack(column) for column in zip(*sums, strict=True))
+        grad_weight = products * ctx.inverse_std
+        offset, slope = sum_over_ranks(np.stack([grad_bias, grad_weight])) / ctx.count
+        columns = [c.astype(parts.dtype) for c in (offset, slope * ctx.inverse_std)]
         grad_x = torch.empty_like(x)
-        for v, out in enumerate(as_rows(grad_x, views)):
-            statistics = means[v], *(column[v] for column in columns)
+        for v, out in enumerate(as_rows(grad_x, len(mean))):
+            statistics = mean[v], *(column[v] for column in columns), ctx.scale[v]
             batch_norm.input_gradient(grads[v], parts[v], *statistics, out, threads)
-        if weight is None:
-            return grad_x, None, None, None, None
-        of_weight, of_bias = (t.sum(dim=0).to(grad.dtype) for t in (grad_weight, grad_bias))
-        return grad_x, of_weight, of_bias, None, None
+        if not ctx.affine:
+            return grad_x, None, None, None
+        totals = (torch.from_numpy(g.sum(axis=0)).to(x.dtype) for g in (grad_weight, grad_bias))
+        return grad_x, *totals, None
+
+
+def sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    return all_reduce_sum(torch.from_numpy(values.copy())).numpy() if world_size() > 1 else values
 
 
 def channels_last(x: Tensor) -> Tensor:
