@@ -13,9 +13,9 @@ activations of 2 x 4096 images beside, which would make the bound easy.
 Memory is counted the same way for all three: everything held at the peak, inputs included, above
 the process without them. SNCLR's inputs are then the queue, projections, predictions, keys, and the
 neighbours that were looked up in both directions (2 x 126 MB here). On a CPU it is the peak of the
-resident memory, with an allocator (glibc's) that gives blocks above 1 MB back at once, for all three
-alike: without, what is left over in its heap makes 25 MB more, from run to run differently. On a
-GPU it is torch.cuda.max_memory_allocated.
+resident memory, with an allocator (glibc's) that gives blocks above 1 MB back at once, for all
+three alike: without, what is left over in its heap adds 10 to 35 MB, from run to run differently.
+On a GPU it is torch.cuda.max_memory_allocated.
 """
 
 import argparse
