@@ -21,11 +21,10 @@ TILE = {"cpu": 2**21, "cuda": 2**24}
 
 
 def cosines(x: Tensor, columns: Tensor) -> Tensor:
-    """The cosine of each row with each of its own columns: (N,D),(N,C,D) -> (N,C).
-
-    As the product of both normalised, without a normalised copy of the columns.
+    """The cosine of each row with each of its own columns: (N,D) of length 1, (N,C,D) of any
+    scale -> (N,C), without a normalised copy of the columns.
     """
-    products = torch.einsum("nd,ncd->nc", F.normalize(x, dim=1), columns)
+    products = torch.einsum("nd,ncd->nc", x, columns)
     return products / torch.linalg.vector_norm(columns, dim=2).clamp_min(1e-12)
 
 
@@ -34,8 +33,8 @@ def logsumexp_of_cosines(
 ) -> Tensor:
     """log sum_c exp(cos(x_i, c) / temperature) over the columns c of all images of all ranks.
 
-    x (N,D); the columns of this rank's images: one each in `first` (N,D), K each in `others`
-    (N,K,D), K may be 0; any scale -> (N,). The same as, with both normalised,
+    x (N,D) of length 1; the columns of this rank's images, of any scale: one each in `first`
+    (N,D), K each in `others` (N,K,D), K may be 0 -> (N,). The same as, with columns normalised,
 
         columns = gather(torch.cat([first[:, None], others], dim=1)).flatten(0, 1)
         (x @ columns.T / temperature).logsumexp(dim=1)
@@ -45,7 +44,6 @@ def logsumexp_of_cosines(
     columns of one image of each rank always are.
     All ranks must call it, with equal shapes.
     """
-    x = F.normalize(x, dim=1)
     tile = TILE[x.device.type] if tile is None else tile
     return _LogSumExp.apply(x, first.detach(), others.detach(), temperature, tile)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, byol_views, cifar_view
@@ -163,7 +164,7 @@ def positiveness(projections: Tensor, neighbours: Tensor) -> Tensor:
     Softmax over the K own neighbours of the cosine with y1 (the code normalises both, the paper
     does not say). The weight of the instance itself, w_0 = 1, is not in it.
     """
-    return cosines(projections, neighbours).softmax(dim=1)
+    return cosines(F.normalize(projections, dim=1), neighbours).softmax(dim=1)
 
 
 def snclr_loss(
@@ -190,10 +191,11 @@ def snclr_loss(
         weights = weights.detach()
     weights = torch.cat([weights.new_ones(len(keys), 1), weights], dim=1)  # w_0 = 1
 
-    own = [cosines(predictions, keys[:, None]), cosines(predictions, neighbours)]
+    z1 = F.normalize(predictions, dim=1)
+    own = [cosines(z1, keys[:, None]), cosines(z1, neighbours)]
     positives = torch.cat(own, dim=1) / temperature  # (N,1+K)
     # over positives and negatives; 2 GB of logits at batch 4096, so in tiles
-    total = logsumexp_of_cosines(predictions, keys, neighbours, temperature)
+    total = logsumexp_of_cosines(z1, keys, neighbours, temperature)
     if form == "paper":
         return (total - (weights.log() + positives).logsumexp(dim=1)).mean()
     return (weights * (total[:, None] - positives)).sum(dim=1).mean() * 2 * temperature
