@@ -73,7 +73,9 @@ class DenseEvaluation(Evaluation):
         counted = "num_batches_tracked"  # frozen batch norms count nothing
         wrong = [n for n in mine if n not in theirs and not n.endswith(counted)]
         wrong += [n for n in theirs if n not in mine]
-        wrong += [n for n in mine if n in theirs and not torch.equal(mine[n], theirs[n].to(mine[n]))]
+        wrong += [
+            n for n in mine if n in theirs and not torch.equal(mine[n], theirs[n].to(mine[n]))
+        ]
         if wrong:
             raise AssertionError(f"the backbone did not arrive: {', '.join(wrong)}")
         same_features(self.encoder, features, self.device)

@@ -134,8 +134,8 @@ def loader(job: "Detection", first: int, last: int) -> torch.utils.data.DataLoad
     batch = settings["SOLVER.IMS_PER_BATCH"]
     if batch % job.ranks or len(examples) < batch:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch}: {len(examples)} images with objects, {job.ranks} ranks; "
-            "give one that ranks divide and images fill by --override",
+            f"SOLVER.IMS_PER_BATCH {batch} for {len(examples)} images with objects and {job.ranks} "
+            "ranks: --override it by one that ranks divide and images fill",
             every_rank=True,
         )
     return torch.utils.data.DataLoader(
