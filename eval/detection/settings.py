@@ -4,6 +4,7 @@ The files are detectron2's own format and whole: nothing that is not detectron2'
 to a base file, so torchvision's backend reads the same schedule, sizes and norms from them.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +103,9 @@ def parse_overrides(text: str, task: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"--override {word}: the value is not YAML", every_rank=True) from None
         number = isinstance(known[name], int | float) and not isinstance(known[name], bool)
+        if number and isinstance(found[name], str):
+            with contextlib.suppress(ValueError):
+                found[name] = float(found[name])  # YAML reads 1e-3 as text
         kind = (int, float) if number else type(known[name])
         if not isinstance(found[name], kind) or (number and isinstance(found[name], bool)):
             raise UserError(
