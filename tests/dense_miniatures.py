@@ -133,7 +133,7 @@ def voc_annotation(name: str, objects: list, difficult: bool) -> str:
 
 def ade20k(root: Path, train: int = 6, val: int = 3) -> Path:
     """ADEChallengeData2016: images/ and annotations/ of training and validation. Labels: 0 is
-    unlabelled (the left column), 1 the ground, 13 and 150 the shapes.
+    unlabelled (the left eight columns), 1 the ground, 13 and 150 the shapes.
     """
     folder = root / "ADEChallengeData2016"
     for part, first, count in (("training", 3000, train), ("validation", 4000, val)):
@@ -146,7 +146,7 @@ def ade20k(root: Path, train: int = 6, val: int = 3) -> Path:
             for shape, corners in objects:
                 form = draw.rectangle if shape == 0 else draw.ellipse
                 form(corners, fill=(13, 150)[shape])
-            draw.line((0, 0, 0, HEIGHT), fill=0)
+            draw.rectangle((0, 0, 7, HEIGHT), fill=0)
             name = f"ADE_{'train' if part == 'training' else 'val'}_{number:08d}"
             image.save(folder / "images" / part / f"{name}.jpg", quality=95)
             labels.save(folder / "annotations" / part / f"{name}.png")
