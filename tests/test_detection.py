@@ -89,6 +89,16 @@ def test_configurations_are_the_papers(task):
         assert settings["DATASETS.TEST"] == ["voc_2007_test"]
 
 
+def test_protocols_are_those_of_the_published_numbers():
+    named = {row["protocol"] for row in tables.load_published()}
+    assert Settings("coco_mask_rcnn_R50_FPN_1x").protocol("detectron2") + ", mask" in named
+    assert Settings("voc0712_faster_rcnn_R50_C4").protocol("detectron2") + ", box" in named
+    assert Settings("coco_mask_rcnn_R50_FPN_1x").protocol("torchvision") + ", box" not in named
+    overrides = {"SOLVER.MAX_ITER": 90_000}
+    changed = Settings("coco_mask_rcnn_R50_FPN_1x", overrides).protocol("detectron2")
+    assert changed + ", box" not in named
+
+
 def test_learning_rate_warms_up_and_falls_twice():
     settings = Settings("voc_faster_rcnn_R50_FPN")
     # linear from a thousandth over 100 iterations, then tenths (detectron2's defaults)
@@ -561,3 +571,19 @@ def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_p
     assert record["hyperparameters"]["backend"].startswith("detectron2")
     assert record["protocol"] == "FPN Mask R-CNN 1x, changed, box"
     assert record["value"] > 0 and math.isfinite(record["others"]["mask"]["AP"])
+
+
+def test_detectron2_runs_the_c4_task_on_voc(detectron2, miniature, tmp_path):
+    """The head with its extra norm trains, and VOC's evaluator scores."""
+    override = SMALL + "INPUT.MIN_SIZE_TRAIN=[128] INPUT.MIN_SIZE_TEST=128 SOLVER.MAX_ITER=2 "
+    override += "TEST.PRECISE_BN.NUM_ITER=1"
+    arguments = flags(miniature, tmp_path / "run", override=override, arch="resnet50")
+    done = run_script(SCRIPT, *arguments, "--task", "voc0712_faster_rcnn_R50_C4", timeout=400)
+    assert done.returncode == 0, done.stderr
+    record = record_of(tmp_path / "run")
+    assert problems(record) == [] and set(record["others"]) == {"box"}
+    assert record["protocol"] == "C4 Faster R-CNN 24k, changed, box"
+    assert record["dataset"]["name"] == "VOC07+12"
+    last = next((tmp_path / "run" / "detectron2").glob("model_*.pth"))
+    state = torch.load(last, weights_only=False)["model"]
+    assert state["roi_heads.res5.norm.num_batches_tracked"] > 0

@@ -1,12 +1,15 @@
 """COCO and VOC from their own layouts, both as COCO's annotations; training examples."""
 
+import gc
 import hashlib
 import json
+import pickle
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,21 +160,28 @@ class Examples(torch.utils.data.Dataset):
     """
 
     def __init__(self, images: Detections, seed: int, masks: bool):
-        self.images, self.seed, self.masks = images, seed, masks
-        self.chosen = images.with_objects()
+        self.seed, self.masks = seed, masks
         self.labels = {c: i for i, c in enumerate(images.categories, 1)}  # 0: background
+        # bytes in one array: each loader process would copy COCO's million objects by touching them
+        packed = [
+            pickle.dumps((one["file_name"], [*filter(is_object, images.objects[one["id"]])]))
+            for one in images.with_objects()
+        ]
+        self.ends = np.cumsum([0, *map(len, packed)])
+        self.packed = np.frombuffer(b"".join(packed), dtype=np.uint8)
+        gc.freeze()  # nor should their garbage collectors walk what the annotations left behind
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.ends) - 1
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]] | str:
         epoch, number = key
-        about = self.chosen[number]
-        image = or_error(lambda: load_image(about["file_name"]))
+        first, last = self.ends[number : number + 2]
+        path, objects = pickle.loads(self.packed[first:last])
+        image = or_error(lambda: load_image(path))
         if isinstance(image, str):
             return image
         pixels = to_tensor(image)
-        objects = [o for o in self.images.objects[about["id"]] if is_object(o)]
         boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32)
         boxes[:, 2:] += boxes[:, :2]
         target = {"boxes": boxes}
