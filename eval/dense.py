@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from common import backbone, distributed
+from common.config import free
 from common.errors import UserError
 from common.results import in_words
 from eval.encoders import PIXELS
@@ -30,7 +31,7 @@ SAY_TIMES = 20  # lines on the screen over a training
 class DenseConfig(EncoderConfig):
     """The flags that detection and segmentation share."""
 
-    data: str = ""  # folder of the data set, in its own layout: see README.md
+    data: str = free("")  # folder of the data set, in its own layout: see README.md
     # papers and detectron2: fp32; bf16 autocasts the model on a GPU
     precision: Literal["fp32", "bf16"] = "fp32"
 

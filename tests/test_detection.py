@@ -573,6 +573,21 @@ def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_p
     assert record["value"] > 0 and math.isfinite(record["others"]["mask"]["AP"])
 
 
+def test_detectron2s_mistakes_get_one_line(detectron2, miniature, tmp_path, capsys):
+    sizes = "INPUT.MIN_SIZE_TRAIN=[64] SOLVER.MAX_ITER=3 SOLVER.BASE_LR=1e30 "
+    arguments = flags(miniature, tmp_path / "run", override=SMALL + sizes, arch="resnet50")
+    assert "the loss" in only_error_of(capsys, *arguments).lower()
+    assert "--gpus 2: there are 0 here" in only_error_of(capsys, *arguments, "--gpus", "2")
+    small = [*arguments, "--arch", "resnet18", "--output", tmp_path / "small"]
+    assert "is resnet18: detectron2's tasks" in only_error_of(capsys, *small)
+
+
+def only_error_of(capsys, *arguments):
+    assert run_in_process(*arguments) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
+
+
 def test_detectron2_runs_the_c4_task_on_voc(detectron2, miniature, tmp_path):
     """The head with its extra norm trains, and VOC's evaluator scores."""
     override = SMALL + "INPUT.MIN_SIZE_TRAIN=[128] INPUT.MIN_SIZE_TEST=128 SOLVER.MAX_ITER=2 "

@@ -168,17 +168,13 @@ def register(settings: Settings, folder: str) -> None:
 
 def run(job: "Detection") -> dict[str, dict[str, float]]:
     """Converts, checks, trains, scores; {"box": {"AP": …}, "mask": …} in percent."""
-    if job.ranks > 1:
-        raise UserError(
-            "detectron2 starts its own processes: use --gpus, not torchrun", every_rank=True
-        )
+    gpus = processes(job)
     output = job.folder / FOLDER
     weights, results = output / "backbone.pkl", output / RESULTS
     output.mkdir(exist_ok=True)
     write(weights, convert(job.encoder.state_dict(), job.config.backbone), job.facts)
     check_file(weights, job.settings, job.encoder)
     job.say("every tensor of the backbone is in detectron2's model, and gives the same features")
-    gpus = job.config.gpus if job.config.gpus >= 0 else torch.cuda.device_count()
     if gpus > 1:
         forward_to_children(job.requests)
     arguments = (job.config, job.settings, weights, output, job.requests if gpus < 2 else None)
@@ -186,12 +182,31 @@ def run(job: "Detection") -> dict[str, dict[str, float]]:
         launch(train, gpus, num_machines=1, dist_url="auto", args=arguments)
     except StopTraining:
         job.stop("saved")
+    except FloatingPointError as error:
+        text = str(error).splitlines()[0]
+        raise UserError(
+            f"detectron2: {text} Lower SOLVER.BASE_LR by --override, or, where FrozenBN meets "
+            "random weights, set MODEL.RESNETS.NORM=BN"
+        ) from None
     except ProcessExitedException as ended:
         if ended.exit_code != EXIT_STOPPED:
             raise
         job.say("stopped and saved; start the same command again to continue")
         raise Stopped from None
     return in_our_words(json.loads(results.read_text()), job.settings.mask)
+
+
+def processes(job: "Detection") -> int:
+    """How many to start, 0 or 1 for none but this one; UserError where they cannot be."""
+    there, batch = torch.cuda.device_count(), job.settings["SOLVER.IMS_PER_BATCH"]
+    gpus = job.config.gpus if job.config.gpus >= 0 else there
+    if job.ranks > 1:
+        raise UserError("detectron2 starts its own processes: use --gpus, not torchrun", True)
+    if gpus > max(1, there):
+        raise UserError(f"--gpus {gpus}: there are {there} here", True)
+    if batch % max(1, gpus):
+        raise UserError(f"SOLVER.IMS_PER_BATCH {batch} does not divide over {gpus} GPUs", True)
+    return gpus
 
 
 def forward_to_children(requests: StopRequests) -> None:

@@ -159,7 +159,7 @@ class Segmentation(DenseEvaluation):
 
     @torch.no_grad()
     def score(self, net: model.Segmenter) -> None:
-        """mIoU over the validation images; writes picture and record."""
+        """mIoU over the validation images; writes picture and, last, the record."""
         net.eval()
         own = per_rank(len(self.test))
         rounds = -(-len(self.test) // self.ranks)
@@ -182,8 +182,8 @@ class Segmentation(DenseEvaluation):
                 self.stop("after training, which is saved; scoring starts again")
         bar.close()
         distributed.all_reduce_sum(confusion.counts)
-        self.write(confusion.scores())
         self.draw(net)
+        self.write(confusion.scores())
 
     def predict(self, net: model.Segmenter, views: list[Tensor], size: tuple[int, int]) -> Tensor:
         """(H,W) classes: the best of the probabilities averaged over all test sizes."""
@@ -212,7 +212,7 @@ class Segmentation(DenseEvaluation):
     def write(self, found: dict[str, float]) -> None:
         config = self.config
         changed = [n for n in FIXED if getattr(config, n) != getattr(SegmentationConfig, n)]
-        hyperparameters = {n: getattr(config, n) for n in FIXED} | {"momentum": config.momentum}
+        hyperparameters = {n: getattr(config, n) for n in FIXED}
         self.write_record(
             PROTOCOL + (", changed" if changed else ""),
             [found["mIoU"]],
@@ -235,7 +235,7 @@ class Segmentation(DenseEvaluation):
 
 
 # what a number stands beside the paper's by
-FIXED = ("iterations", "batch_size", "lr", "weight_decay", "power", "decay_every")
+FIXED = ("iterations", "batch_size", "lr", "momentum", "weight_decay", "power", "decay_every")
 FIXED += ("deep_supervision", "sizes", "test_sizes", "longest")
 
 
