@@ -576,7 +576,7 @@ def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_p
 def test_detectron2s_mistakes_get_one_line(detectron2, miniature, tmp_path, capsys):
     sizes = "INPUT.MIN_SIZE_TRAIN=[64] SOLVER.MAX_ITER=3 SOLVER.BASE_LR=1e30 "
     arguments = flags(miniature, tmp_path / "run", override=SMALL + sizes, arch="resnet50")
-    assert "the loss" in only_error_of(capsys, *arguments).lower()
+    assert "Lower SOLVER.BASE_LR by --override" in only_error_of(capsys, *arguments)
     assert "--gpus 2: there are 0 here" in only_error_of(capsys, *arguments, "--gpus", "2")
     small = [*arguments, "--arch", "resnet18", "--output", tmp_path / "small"]
     assert "is resnet18: detectron2's tasks" in only_error_of(capsys, *small)
