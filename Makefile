@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test evaluate lint clean
+.PHONY: demo test evaluate detection segmentation lint clean
 
 demo: .venv/installed
 	$(VENV)/python eval/demo.py
@@ -11,6 +11,13 @@ demo: .venv/installed
 evaluate: .venv/installed
 	@test -n "$(RUN)" || { echo "error: which run? make evaluate RUN=runs/RECIPE/NAME"; exit 2; }
 	$(VENV)/python eval/linear_probe/run.py --backbone $(RUN) $(FLAGS)
+
+# COCO detection, ADE20K segmentation: make detection RUN=runs/… DATA=/path/to/coco [FLAGS=…]
+detection segmentation: .venv/installed
+	@test -n "$(RUN)" -a -n "$(DATA)" || \
+		{ echo "error: make $@ RUN=runs/RECIPE/NAME DATA=FOLDER"; exit 2; }
+	$(VENV)/python eval/$@/$(if $(filter detection,$@),train,run).py --backbone $(RUN) \
+		--data $(DATA) $(FLAGS)
 
 test: .venv/installed-dev
 	$(VENV)/ruff check .

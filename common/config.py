@@ -97,7 +97,7 @@ def parse(
         if value is not None:
             coerce(config_class, name, value, f"--{name}")
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    words = {chosen["follow"] or defaults.get("follow"), chosen["dataset"] or defaults["dataset"]}
+    words = {chosen[n] or defaults.get(n) for n in ("follow", "dataset")}
     arch = chosen["arch"] or matching(presets, words).get("arch") or defaults["arch"]
     words |= {arch, arch.split("_")[0] if arch.startswith("vit") else arch.rstrip("0123456789")}
     if arch == "resnet18_cifar":
@@ -236,7 +236,7 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
 def check_values(config: Any) -> None:
     """Bounds that hold for the fields of any recipe that has them."""
     positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature"}
-    positive |= {"output_dim", "projector_hidden", "predictor_hidden"}
+    positive |= {"output_dim", "projector_hidden", "predictor_hidden", "iterations"}
     not_negative = {"lr", "weight_decay", "warmup_epochs", "seed", "max_steps", "knn_every"}
     not_negative |= {"lr_batch", "micro_batch"}
     not_negative |= {"neighbours", "neighbour_free_epochs", "checkpoint_minutes", "small_crops"}

@@ -46,18 +46,27 @@ def problems(record: Any) -> list[str]:
         found.append(f"{where}: {error.message}")
     if found:
         return found
-    seeds, values = record["seeds"], record["values"]
-    if len(values) != len(seeds):
-        found.append(f"values: {len(values)} for {len(seeds)} seeds")
-    elif abs(record["value"] - statistics.fmean(values)) > 0.01:
-        found.append(f"value: {record['value']} is not the mean {statistics.fmean(values):.3f}")
+    seeds = record["seeds"]
     if len(set(seeds)) != len(seeds):
         found.append(f"seeds: {seeds} repeat")
+    for number, part in enumerate([record, *record.get("scores", [])]):
+        where = f"scores.{number - 1}." if number else ""
+        found += [where + text for text in wrong_numbers(part, len(seeds))]
+    return found
+
+
+def wrong_numbers(part: dict[str, Any], seeds: int) -> list[str]:
+    """What is wrong with the value, values and spread of a record or of one of its scores."""
+    found, values = [], part["values"]
+    if len(values) != seeds:
+        found.append(f"values: {len(values)} for {seeds} seeds")
+    elif abs(part["value"] - statistics.fmean(values)) > 0.01:
+        found.append(f"value: {part['value']} is not the mean {statistics.fmean(values):.3f}")
     spread = spread_of(values)
-    if (spread is None) != (record["spread"] is None):
+    if (spread is None) != (part["spread"] is None):
         found.append("spread: a number for several seeds, null for one")
-    elif spread is not None and abs(spread - record["spread"]) > 0.01:
-        found.append(f"spread: {record['spread']} is not the standard deviation {spread:.3f}")
+    elif spread is not None and abs(spread - part["spread"]) > 0.01:
+        found.append(f"spread: {part['spread']} is not the standard deviation {spread:.3f}")
     return found
 
 

@@ -47,30 +47,36 @@ IMAGENET_IMAGES = {"training": 1_281_167, "validation": 50_000}
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """The flags that every evaluation has."""
+class EncoderConfig:
+    """The flags that every evaluation has: which encoder, and where the results go."""
 
     # run folder, backbone.safetensors, a checkpoint of torchvision, timm, moco-v3 or simsiam
     # layout, or a control: `random` (needs --arch) or `pixels`
     backbone: str = free("")
     arch: str = ""  # encoder, where the file does not say it; never guessed
-    dataset: DATASETS | None = None  # images to evaluate on; default: the run's own, else imagenet
-    data: str = free("")  # folder of the images, as for the recipes; default: the run's own
-    image_size: int | None = None  # side of a view in pixels; default: the run's own, else 224
     seed: int = 0  # keys the heads' initialisation, data order, crops and held-out images
-    seeds: int = 1  # how often to repeat, with seeds from --seed on; mean and spread are reported
     output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     # default: bf16 autocast of the encoder on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
     checkpoint_minutes: float = free(15.0)  # minutes between checkpoints
-    # skip: log an unreadable image, take the next
-    on_bad_image: Literal["stop", "skip"] = free("stop")
     method: str = ""  # name of a foreign checkpoint's method in the record; ours say their own
     # what a foreign checkpoint was trained on, for the record
     pretrained_on: Literal["ImageNet-1k", "CIFAR-10", "photos", "other"] = "other"
     config: str = free("")  # YAML file with values for these flags; flags win over it
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(EncoderConfig):
+    """The flags of the evaluations on class folders."""
+
+    dataset: DATASETS | None = None  # images to evaluate on; default: the run's own, else imagenet
+    data: str = free("")  # folder of the images, as for the recipes; default: the run's own
+    image_size: int | None = None  # side of a view in pixels; default: the run's own, else 224
+    seeds: int = 1  # how often to repeat, with seeds from --seed on; mean and spread are reported
+    # skip: log an unreadable image, take the next
+    on_bad_image: Literal["stop", "skip"] = free("stop")
 
 
 class Evaluation:
@@ -79,13 +85,13 @@ class Evaluation:
     def __init__(self, config: Any):
         if not config.backbone:
             raise UserError("--backbone RUN_OR_FILE is missing", every_rank=True)
-        if config.seeds < 1:
+        if getattr(config, "seeds", 1) < 1:
             raise UserError(f"--seeds {config.seeds}: must be 1 or more", every_rank=True)
         self.started = time.monotonic()
         self.device = distributed.start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         self.encoder, self.facts = load_encoder(
-            config.backbone, config.arch or None, config.image_size
+            config.backbone, config.arch or None, getattr(config, "image_size", None)
         )
         if self.facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
             raise UserError("--method and --pretrained-on are for checkpoints of others", True)
@@ -142,7 +148,8 @@ class Evaluation:
     def choose_folder(self, name: str) -> Path:
         """--output, else a folder in the run, else one below runs/eval/."""
         config = self.config
-        name = f"{name}-{config.dataset}"
+        if hasattr(config, "dataset"):
+            name = f"{name}-{config.dataset}"
         if config.output:
             folder = Path(config.output)
         elif self.facts["run"] is not None:
@@ -353,12 +360,15 @@ class Evaluation:
         assumed: bool,
         note: str = "",
         file: str = RECORD,
+        metric: str = "top1",
+        scores: Sequence[dict[str, Any]] = (),
     ) -> Path:
-        """Writes the record of top-1 `values` in percent, one for each seed, beside what its
-        schema misses, if anything. Returns its path.
+        """Writes the record of `values` in percent, one for each seed, beside what its schema
+        misses, if anything; `scores` are further numbers with a protocol and a metric of their own.
+        Returns its path.
         """
         config = self.config
-        seeds = [*range(config.seed, config.seed + config.seeds)][: len(values)]
+        seeds = [*range(config.seed, config.seed + len(values))]
         found = self.encoder_fields()
         hyperparameters = hyperparameters | {
             "evaluation": {
@@ -367,9 +377,10 @@ class Evaluation:
                 "seeds": seeds,
                 "hardware": f"{self.environment['devices']['name']} x {self.ranks}",
                 "precision": config.precision,
-                "image_size": config.image_size,
             }
         }
+        if hasattr(config, "image_size"):
+            hyperparameters["evaluation"]["image_size"] = config.image_size
         if len(values) > 1:
             hyperparameters["evaluation"]["pretraining_seeds"] = found["seeds"]
             found |= {"seeds": seeds, "seeds_of": "evaluation"}
@@ -379,7 +390,7 @@ class Evaluation:
             "dataset": self.dataset_fields(),
             "protocol": protocol,
             "assumed": assumed,
-            "metric": "top1",
+            "metric": metric,
             "hyperparameters": hyperparameters,
             "others": others,
             "dirty": found["dirty"] or self.dirty is not False,
@@ -389,6 +400,8 @@ class Evaluation:
         if note:
             found["note"] = note
         found = record.with_values(found, values)
+        if scores:
+            found["scores"] = [record.with_values(score, score["values"]) for score in scores]
         path = self.folder / file
         if self.rank == 0:
             beside = path.with_suffix(".partial")

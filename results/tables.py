@@ -101,11 +101,18 @@ def merge_seeds(records: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
     return merged
 
 
+def views(record: Record) -> list[Record]:
+    """The record, and one more for each of its `scores`, with that protocol, metric and value."""
+    scores = record.get("scores", [])
+    whole = {name: value for name, value in record.items() if name != "scores"}
+    return [whole, *(whole | score for score in scores)]
+
+
 def join(published: list[dict[str, Any]], records: list[tuple[str, Record]]):
     """(a Row for each published number, the records that stand beside none)."""
     rows = [Row(row) for row in published]
     apart = []
-    for name, record in merge_seeds(records):
+    for name, record in merge_seeds([(n, view) for n, r in records for view in views(r)]):
         fitting = [row for row in rows if is_like(record, row.published)]
         for row in fitting:
             row.records.append((name, record))

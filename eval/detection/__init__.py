@@ -1,0 +1,1 @@
+"""Detection: COCO Mask R-CNN and VOC Faster R-CNN from a backbone."""

@@ -1,0 +1,152 @@
+"""A ResNet-50 backbone under detectron2's names.
+
+    python eval/detection/convert.py --backbone runs/snclr/imagenet-resnet50-0 --output r50.pkl
+
+The file has every tensor of the encoder and goes into MODEL.WEIGHTS of any detectron2 config with a
+ResNet-50 whose stride is in the 3x3 convolutions. detectron2 only warns where names do not match,
+and trains from random weights: so names and shapes are checked here against a list of its own
+(resnet50_keys.txt), and train.py checks tensors and features after loading. With detectron2
+installed this command loads the file into the models of configs/ and checks them too.
+"""
+
+import argparse
+import pickle
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError, command
+from eval.encoders import load_encoder
+
+KEYS = Path(__file__).resolve().parent / "resnet50_keys.txt"
+# where the backbone sits in detectron2's models: res5 is in the head of a C4 one
+BODIES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
+# what a detector has beside the backbone: trained from random weights
+NEW = ("backbone.fpn_", "proposal_generator.", "roi_heads.box_", "roi_heads.mask_")
+NEW += ("roi_heads.res5.norm.",)
+COUNTER = "num_batches_tracked"
+
+
+def detectron2_name(name: str) -> str:
+    """layer1.0.bn2.weight -> res2.0.conv2.norm.weight, conv1.weight -> stem.conv1.weight."""
+    name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+    name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+    name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    return name if name.startswith("res") else f"stem.{name}"
+
+
+def convert(tensors: dict[str, Tensor], where: str = "the backbone") -> dict[str, Tensor]:
+    """torchvision's ResNet-50 under detectron2's names, float32 on CPU; UserError with the list of
+    names where they are not just those of detectron2's ResNet-50.
+    """
+    found = {
+        detectron2_name(name): t.detach().to("cpu", torch.float32)
+        for name, t in tensors.items()
+        if not name.endswith(COUNTER)
+    }
+    problems = differences({n: tuple(t.shape) for n, t in found.items()}, expected_shapes())
+    if problems:
+        raise UserError(f"{where} is no ResNet-50 of torchvision's: {listed(problems)}", True)
+    return found
+
+
+def expected_shapes() -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of detectron2's ResNet-50."""
+    lines = [line.split() for line in KEYS.read_text().splitlines() if not line.startswith("#")]
+    return {name: tuple(map(int, shape.split("x"))) for name, shape in lines}
+
+
+def differences(found: dict[str, tuple], expected: dict[str, tuple]) -> list[str]:
+    problems = [f"missing {n}" for n in expected if n not in found]
+    problems += [f"unexpected {n}" for n in found if n not in expected]
+    return problems + [
+        f"{n} is {found[n]}, not {expected[n]}"
+        for n in found
+        if n in expected and found[n] != expected[n]
+    ]
+
+
+def listed(problems: list[str]) -> str:
+    return f"{len(problems)} mismatches: {', '.join(problems)}"
+
+
+def check_loaded(state: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
+    """UserError unless every converted tensor is in a detectron2 model's state, equal, and all else
+    in it is new: FPN, RPN, heads.
+    """
+    problems, own = [], {}
+    for name, tensor in state.items():
+        if name.startswith(NEW) or name.endswith(COUNTER):
+            continue
+        prefix = next((p for p in BODIES if name.startswith(p)), "")
+        own[name.removeprefix(prefix)] = tensor
+    for name, tensor in converted.items():
+        if name not in own:
+            problems.append(f"the model has no {name}")
+        elif own[name].shape != tensor.shape or not torch.equal(own[name].cpu(), tensor):
+            problems.append(f"{name} was not loaded")
+    problems += [f"{name} was not in the backbone" for name in own if name not in converted]
+    if problems:
+        raise UserError(f"the detector did not take the backbone: {listed(problems)}", True)
+
+
+def write(path: Path, converted: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Writes detectron2's pickle: numpy arrays, which it matches by the ends of names."""
+    content = {
+        "model": {name: tensor.numpy() for name, tensor in converted.items()},
+        "__author__": f"selfsup-recipes, backbone {facts['sha256']}",
+        "matching_heuristics": True,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_bytes(pickle.dumps(content))
+    beside.replace(path)
+
+
+def take(backbone: str, arch: str | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """(encoder, facts) of `load_encoder`; UserError for anything but a ResNet-50."""
+    encoder, facts = load_encoder(backbone, arch)
+    if facts["arch"] != "resnet50":
+        raise UserError(f"{backbone} is {facts['arch']}: detectron2 takes a resnet50", True)
+    return encoder, facts
+
+
+def configurations_to_check() -> Iterable[str]:
+    from eval.detection.settings import PROTOCOLS
+
+    return PROTOCOLS
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbone", required=True, help="run folder, backbone file, checkpoint")
+    parser.add_argument("--arch", help="encoder, where the file does not say it")
+    parser.add_argument("--output", required=True, type=Path, help="the file, NAME.pkl")
+    arguments = parser.parse_args(argv)
+    if arguments.output.suffix != ".pkl":
+        raise UserError(f"--output {arguments.output}: detectron2 reads numpy arrays from a .pkl")
+    encoder, facts = take(arguments.backbone, arguments.arch)
+    converted = convert(encoder.state_dict(), arguments.backbone)
+    write(arguments.output, converted, facts)
+    print(f"{arguments.output}: {len(converted)} tensors, as detectron2's ResNet-50 names them")
+    try:
+        import detectron2  # noqa: F401
+    except ImportError:
+        print("detectron2 cannot be imported: loading into its models was not checked")
+        return
+    from eval.detection.detectron2_backend import check_file
+
+    for task in configurations_to_check():
+        check_file(arguments.output, task, encoder)
+        print(f"{task}: every tensor arrived, features are the backbone's")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,114 @@
+"""What a task's YAML file in configs/ says, for both backends, and what --override changes in it.
+
+The files are detectron2's own format and whole: nothing that is not detectron2's default is left
+to a base file, so torchvision's backend reads the same schedule, sizes and norms from them.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from common.errors import UserError, nearest_name
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+Task = Literal[
+    "coco_mask_rcnn_R50_FPN_1x",
+    "coco_mask_rcnn_R50_FPN_3x",
+    "voc_faster_rcnn_R50_FPN",
+    "voc0712_faster_rcnn_R50_C4",
+]
+# as results/published.yaml names them
+PROTOCOLS = {
+    "coco_mask_rcnn_R50_FPN_1x": "FPN Mask R-CNN 1x",
+    "coco_mask_rcnn_R50_FPN_3x": "FPN Mask R-CNN 3x",
+    "voc_faster_rcnn_R50_FPN": "FPN Faster R-CNN 144k",
+    "voc0712_faster_rcnn_R50_C4": "C4 Faster R-CNN 24k",
+}
+
+
+@dataclass
+class Settings:
+    """A task's values by dotted name, `settings["SOLVER.BASE_LR"]`, overrides included."""
+
+    task: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.file = CONFIGS / f"{self.task}.yaml"
+        self.values = flat(yaml.safe_load(self.file.read_text()))
+        for name, value in self.overrides.items():
+            self.values[name] = value
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def get(self, name: str, default: Any) -> Any:
+        return self.values.get(name, default)
+
+    @property
+    def mask(self) -> bool:
+        return self["MODEL.MASK_ON"]
+
+    @property
+    def iterations(self) -> int:
+        return self["SOLVER.MAX_ITER"]
+
+    def learning_rate(self, step: int) -> float:
+        """Of the iteration after `step` done ones: linear warm-up from WARMUP_FACTOR of it, times
+        GAMMA at each of STEPS (detectron2's WarmupMultiStepLR).
+        """
+        warm = self["SOLVER.WARMUP_ITERS"]
+        factor = self["SOLVER.GAMMA"] ** sum(step >= s for s in self["SOLVER.STEPS"])
+        if step < warm:
+            start = self["SOLVER.WARMUP_FACTOR"]
+            factor *= start + (1 - start) * step / warm
+        return self["SOLVER.BASE_LR"] * factor
+
+    def protocol(self, backend: str) -> str:
+        """The published name, and what differs from it."""
+        name = PROTOCOLS[self.task]
+        name += "" if backend == "detectron2" else f", {backend}"
+        return name + (", changed" if self.overrides else "")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"A": {"B": 1}} -> {"A.B": 1}."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def parse_overrides(text: str, task: str) -> dict[str, Any]:
+    """ "SOLVER.MAX_ITER=60 INPUT.MIN_SIZE_TRAIN=[240]" -> values, each of a name in the file."""
+    known = Settings(task).values
+    found = {}
+    for word in text.split():
+        name, sign, value = word.partition("=")
+        if not sign or name not in known:
+            near = nearest_name(name, known)
+            raise UserError(
+                f"--override {word}: give NAME=VALUE with a name of configs/{task}.yaml, no space "
+                f"within{near}",
+                every_rank=True,
+            )
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--override {word}: the value is not YAML", every_rank=True) from None
+        number = isinstance(known[name], int | float) and not isinstance(known[name], bool)
+        if number and isinstance(found[name], str):
+            with contextlib.suppress(ValueError):
+                found[name] = float(found[name])  # YAML reads 1e-3 as text
+        kind = (int, float) if number else type(known[name])
+        if not isinstance(found[name], kind) or (number and isinstance(found[name], bool)):
+            raise UserError(
+                f"--override {word}: {known[name]!r} is in the file, of another type", True
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Semantic segmentation: UPerNet on ADE20K from a backbone."""

@@ -1,0 +1,604 @@
+"""Detection: configurations, converter, data, scores, and both backends on a miniature."""
+
+import json
+import math
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment, interruptible, only_error, run_script
+from dense_miniatures import COCO_IDS, ELLIPSE, HEIGHT, RECTANGLE, WIDTH, coco, picture, voc
+from torch import nn
+
+from common import metrics
+from common.errors import UserError, command
+from common.models import build_encoder
+from common.record import problems
+from eval.dense import same_features
+from eval.detection import convert as converter
+from eval.detection import data, scores, torchvision_backend, train
+from eval.detection.settings import PROTOCOLS, Settings, parse_overrides
+from results import tables
+
+SCRIPT = "eval/detection/train.py"
+SMALL = "SOLVER.WARMUP_ITERS=4 MODEL.RPN.BATCH_SIZE_PER_IMAGE=32 "
+SMALL += "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=16 MODEL.RPN.PRE_NMS_TOPK_TRAIN=200 "
+SMALL += "MODEL.RPN.POST_NMS_TOPK_TRAIN=100 MODEL.RPN.PRE_NMS_TOPK_TEST=100 "
+SMALL += "MODEL.RPN.POST_NMS_TOPK_TEST=50 SOLVER.IMS_PER_BATCH=2 "
+TINY = SMALL + "INPUT.MIN_SIZE_TRAIN=[64,80] INPUT.MIN_SIZE_TEST=72 TEST.PRECISE_BN.NUM_ITER=4 "
+TINY += "SOLVER.MAX_ITER=20 SOLVER.STEPS=[17] MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=8"
+RANDOM = ["--backbone", "random", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    root = tmp_path_factory.mktemp("detection")
+    coco(root / "coco")
+    voc(root / "VOCdevkit")
+    return root
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A ResNet-50 whose norms are not what a new one's are."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet50").eval()
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    return encoder
+
+
+# -- configurations -------------------------------------------------------------------------------
+
+# the papers' numbers: GSG App. D.2, SNCLR Sec. 4.2 with the 1x default, MoCo's C4 configuration
+PUBLISHED = {
+    "coco_mask_rcnn_R50_FPN_1x": (16, 0.02, 90_000, [60_000, 80_000], 1000, 640, "SyncBN"),
+    "coco_mask_rcnn_R50_FPN_3x": (16, 0.02, 270_000, [210_000, 250_000], 1000, 640, "SyncBN"),
+    "voc_faster_rcnn_R50_FPN": (2, 0.0025, 144_000, [96_000, 128_000], 100, 480, "FrozenBN"),
+    "voc0712_faster_rcnn_R50_C4": (16, 0.02, 24_000, [18_000, 22_000], 100, 480, "SyncBN"),
+}
+
+
+@pytest.mark.parametrize("task", PROTOCOLS)
+def test_configurations_are_the_papers(task):
+    settings = Settings(task)
+    batch, rate, iterations, steps, warm_up, smallest, norm = PUBLISHED[task]
+    assert settings["SOLVER.IMS_PER_BATCH"] == batch and settings["SOLVER.BASE_LR"] == rate
+    assert settings.iterations == iterations and settings["SOLVER.STEPS"] == steps
+    assert settings["SOLVER.WARMUP_ITERS"] == warm_up
+    assert settings["INPUT.MIN_SIZE_TRAIN"] == [*range(smallest, 801, 32)]
+    assert settings["INPUT.MIN_SIZE_TEST"] == 800
+    assert settings["MODEL.RESNETS.NORM"] == norm
+    assert settings["INPUT.FORMAT"] == "RGB" and settings["MODEL.BACKBONE.FREEZE_AT"] == 0
+    assert settings["MODEL.RESNETS.STRIDE_IN_1X1"] is False
+    assert settings["MODEL.PIXEL_MEAN"] == [123.675, 116.280, 103.530]
+    assert settings["MODEL.PIXEL_STD"] == [58.395, 57.120, 57.375]
+    assert settings.mask == task.startswith("coco")
+    if "FPN" in task:
+        assert settings["MODEL.FPN.NORM"] == ("SyncBN" if norm == "SyncBN" else "")
+    if task.startswith("voc"):
+        assert settings["DATASETS.TRAIN"] == ["voc_2007_trainval", "voc_2012_trainval"]
+        assert settings["DATASETS.TEST"] == ["voc_2007_test"]
+
+
+def test_protocols_are_those_of_the_published_numbers():
+    named = {row["protocol"] for row in tables.load_published()}
+    assert Settings("coco_mask_rcnn_R50_FPN_1x").protocol("detectron2") + ", mask" in named
+    assert Settings("voc0712_faster_rcnn_R50_C4").protocol("detectron2") + ", box" in named
+    assert Settings("coco_mask_rcnn_R50_FPN_1x").protocol("torchvision") + ", box" not in named
+    overrides = {"SOLVER.MAX_ITER": 90_000}
+    changed = Settings("coco_mask_rcnn_R50_FPN_1x", overrides).protocol("detectron2")
+    assert changed + ", box" not in named
+
+
+def test_learning_rate_warms_up_and_falls_twice():
+    settings = Settings("voc_faster_rcnn_R50_FPN")
+    # linear from a thousandth over 100 iterations, then tenths (detectron2's defaults)
+    assert settings.learning_rate(0) == pytest.approx(0.0025 / 1000)
+    assert settings.learning_rate(50) == pytest.approx(0.0025 * (0.001 + 0.999 * 0.5))
+    assert settings.learning_rate(100) == settings.learning_rate(95_999) == 0.0025
+    assert settings.learning_rate(96_000) == pytest.approx(0.00025)
+    assert settings.learning_rate(143_999) == pytest.approx(0.000025)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("SOLVER.BASE_LER=1", "did you mean SOLVER.BASE_LR"),
+        ("SOLVER.BASE_LR", "NAME=VALUE"),
+        ("SOLVER.STEPS=3", "of another type"),
+        ("MODEL.MASK_ON=3", "of another type"),
+    ],
+)
+def test_overrides_that_cannot_be_meant(text, error):
+    with pytest.raises(UserError, match=error):
+        parse_overrides(text, "coco_mask_rcnn_R50_FPN_1x")
+
+
+# -- converter ------------------------------------------------------------------------------------
+
+
+def test_converter_gives_just_the_names_and_shapes_of_detectron2(resnet):
+    tensors = resnet.state_dict()
+    found = converter.convert(tensors)
+    lines = [line.split() for line in converter.KEYS.read_text().splitlines() if line[0] != "#"]
+    assert len(lines) == 265
+    shapes = {n: "x".join(map(str, t.shape)) for n, t in found.items()}
+    assert shapes == dict(lines)
+    pairs = {
+        "conv1.weight": "stem.conv1.weight",
+        "bn1.running_mean": "stem.conv1.norm.running_mean",
+        "layer1.0.conv3.weight": "res2.0.conv3.weight",
+        "layer3.5.bn2.bias": "res4.5.conv2.norm.bias",
+        "layer4.0.downsample.0.weight": "res5.0.shortcut.weight",
+        "layer4.0.downsample.1.running_var": "res5.0.shortcut.norm.running_var",
+    }
+    for theirs, ours in pairs.items():
+        assert torch.equal(tensors[theirs], found[ours])
+
+
+def test_converter_refuses_what_does_not_match(resnet):
+    tensors = resnet.state_dict()
+    lacking = {n: t for n, t in tensors.items() if n != "layer2.0.conv2.weight"}
+    with pytest.raises(UserError, match=r"1 mismatches: missing res3\.0\.conv2\.weight"):
+        converter.convert(lacking)
+    with pytest.raises(UserError, match=r"unexpected stem\.fc\.weight"):
+        converter.convert(tensors | {"fc.weight": torch.zeros(1000, 2048)})
+    with pytest.raises(UserError, match=r"stem\.conv1\.weight is \(64, 3, 3, 3\), not"):
+        converter.convert(tensors | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
+    vit = build_encoder("vit_small").state_dict()
+    with pytest.raises(UserError, match=r"is no ResNet-50.*missing stem\.conv1\.weight"):
+        converter.convert(vit)
+
+
+def test_converter_command(resnet, tmp_path, capsys):
+    path = tmp_path / "resnet50.pth"
+    torch.save(resnet.state_dict(), path)
+    flags = ["--backbone", str(path), "--arch", "resnet50", "--output"]
+    assert command(lambda: converter.main([*flags, str(tmp_path / "out.pkl")])) == 0
+    content = pickle.loads((tmp_path / "out.pkl").read_bytes())
+    assert content["matching_heuristics"] is True and len(content["model"]) == 265
+    assert np.array_equal(content["model"]["stem.conv1.weight"], resnet.conv1.weight.detach())
+    assert command(lambda: converter.main([*flags, str(tmp_path / "out.pth")])) == 2
+    flags = ["--backbone", "random", "--arch", "vit_small", "--output", str(tmp_path / "v.pkl")]
+    assert command(lambda: converter.main(flags)) == 2
+    assert "vit_small: detectron2 takes a resnet50" in capsys.readouterr().err
+    assert not (tmp_path / "v.pkl").exists()
+
+
+def loaded_state(converted):
+    """The state of an FPN detector, as detectron2 names it, with the backbone in it."""
+    state = {f"backbone.bottom_up.{n}": t.clone() for n, t in converted.items()}
+    state["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] = torch.tensor(0)
+    state["backbone.fpn_lateral2.weight"] = torch.zeros(3)
+    state["proposal_generator.rpn_head.conv.bias"] = torch.zeros(3)
+    return state
+
+
+def test_what_did_not_arrive_in_the_detector_is_listed(resnet):
+    converted = converter.convert(resnet.state_dict())
+    state = loaded_state(converted)
+    converter.check_loaded(state, converted)
+    # a C4 detector keeps res5 in its head, with the extra norm
+    c4 = {
+        f"{'roi_heads' if n.startswith('res5') else 'backbone'}.{n}": t
+        for n, t in converted.items()
+    }
+    converter.check_loaded(c4 | {"roi_heads.res5.norm.weight": torch.ones(3)}, converted)
+    name = "backbone.bottom_up.res4.2.conv1.weight"
+    with pytest.raises(UserError, match=r"res4\.2\.conv1\.weight was not loaded"):
+        converter.check_loaded(state | {name: state[name] + 1e-6}, converted)
+    with pytest.raises(UserError, match=r"res9\.weight was not in the backbone"):
+        converter.check_loaded(state | {"backbone.bottom_up.res9.weight": state[name]}, converted)
+    del state[name]
+    with pytest.raises(UserError, match=r"the model has no res4\.2\.conv1\.weight"):
+        converter.check_loaded(state, converted)
+
+
+def test_a_stride_in_the_1x1_is_noticed(resnet):
+    """Names, shapes and tensors are equal; only the features tell."""
+    other = build_encoder("resnet50").eval()
+    other.load_state_dict(resnet.state_dict())
+    same_features(resnet, other, torch.device("cpu"))
+    for layer in (other.layer2, other.layer3, other.layer4):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    converted = converter.convert(other.state_dict())
+    converter.check_loaded(loaded_state(converted), converter.convert(resnet.state_dict()))
+    with pytest.raises(UserError, match="STRIDE_IN_1X1 False"):
+        same_features(resnet, other, torch.device("cpu"))
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+def test_coco_is_read_as_it_is_trained_on(miniature):
+    images = data.load(["coco_2017_train"], str(miniature), "COCO2017")
+    assert len(images) == 9 and images.categories == COCO_IDS and len(COCO_IDS) == 80
+    examples = data.Examples(images, 0, masks=True)
+    assert len(examples) == 8  # the ninth has no object
+    flips = set()
+    for epoch in range(6):
+        pixels, target = examples[epoch, 0]  # its crowd is no object
+        assert pixels.shape == (3, HEIGHT, WIDTH) and len(target["boxes"]) == 2
+        _, objects = picture(0)
+        boxes = torch.tensor([[x1, y1, x2 + 1, y2 + 1] for _, (x1, y1, x2, y2) in objects]).float()
+        flips.add(flip := not torch.equal(target["boxes"], boxes))
+        if flip:
+            mirrored = boxes.clone()
+            mirrored[:, 0], mirrored[:, 2] = WIDTH - boxes[:, 2], WIDTH - boxes[:, 0]
+            assert torch.equal(target["boxes"], mirrored)
+        places = [COCO_IDS.index((RECTANGLE, ELLIPSE)[kind]) + 1 for kind, _ in objects]
+        assert target["labels"].tolist() == places
+        red = (pixels[0] > 150) & (pixels[1] < 130)  # the rectangle, JPEG aside
+        mask = target["masks"][[kind for kind, _ in objects].index(0)].bool()
+        assert (red == mask).float().mean() > 0.98
+    assert flips == {True, False}
+
+
+def test_voc_is_read_as_detectron2_does(miniature):
+    images = data.load(["voc_2007_trainval", "voc_2012_trainval"], str(miniature), "VOC07+12")
+    assert len(images) == 8 and len(images.categories) == 20
+    assert len({i["id"] for i in images.images}) == 8
+    about = images.objects[images.images[0]["id"]]
+    (kind, (x1, y1, x2, y2)), _ = picture(2001)[1]
+    assert about[0]["bbox"] == [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+    assert about[0]["category_id"] == (1, 20)[kind]
+    test = data.load(["voc_2007_test"], str(miniature), "VOC07+12")
+    areas = [o["area"] for o in test.objects[test.images[0]["id"]]]
+    assert areas[0] > 1e10 > areas[1]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error"),
+    [
+        (lambda root: (root / "annotations" / "instances_val2017.json").unlink(), "no such file"),
+        (lambda root: (root / "annotations").rename(root / "a"), "a folder with annotations/"),
+        (
+            lambda root: (root / "annotations" / "instances_train2017.json").write_text("[1"),
+            "is no COCO annotation file",
+        ),
+    ],
+)
+def test_wrong_layouts(tmp_path, break_it, error):
+    coco(tmp_path / "coco", 2, 1)
+    break_it(tmp_path / "coco")
+    with pytest.raises(UserError, match=error):
+        data.load(["coco_2017_train"], str(tmp_path), "COCO2017")
+        data.load(["coco_2017_val"], str(tmp_path), "COCO2017")
+
+
+# -- scores ---------------------------------------------------------------------------------------
+
+
+def truth(areas=(100.0, 100.0)):
+    """Two objects of one class in one image."""
+    boxes = ([0, 0, 10, 10], [50, 50, 10, 10])
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 7, "bbox": b, "area": a, "iscrowd": 0}
+        for i, (b, a) in enumerate(zip(boxes, areas, strict=True), 1)
+    ]
+    image = {"id": 1, "file_name": "x.jpg", "width": 100, "height": 100}
+    return data.Detections(
+        "x", {"images": [image], "annotations": annotations, "categories": [{"id": 7, "name": "c"}]}
+    )
+
+
+def found(*boxes):
+    return [
+        {"image_id": 1, "category_id": 7, "bbox": box, "score": 0.9 - 0.1 * i}
+        for i, box in enumerate(boxes)
+    ]
+
+
+def test_average_precision_of_two_hits_and_a_miss():
+    """Precision is 1 up to recall 1/2 and 2/3 beyond; COCO looks at 101 recalls, VOC at 11."""
+    results = found([0, 0, 10, 10], [80, 0, 10, 10], [50, 50, 10, 10])
+    ap = scores.of(truth(), results, masks=False)["box"]
+    assert ap == pytest.approx(dict.fromkeys(scores.MEASURES, 100 * (51 + 50 * 2 / 3) / 101))
+    ap = scores.of(truth(), results, masks=False, voc=True)["box"]
+    assert ap == pytest.approx(dict.fromkeys(scores.MEASURES, 100 * (6 + 5 * 2 / 3) / 11))
+
+
+def test_overlap_decides_at_each_threshold():
+    # 10 x 7 of 10 x 10: an overlap of 0.7, which counts at 0.50, 0.55, 0.60, 0.65 and 0.70
+    ap = scores.of(truth(), found([0, 0, 10, 7.001], [50, 50, 10, 7.001]), masks=False)["box"]
+    assert ap == pytest.approx({"AP": 50.0, "AP50": 100.0, "AP75": 0.0})
+
+
+def test_difficult_objects_count_neither_way():
+    hit, difficult = [0, 0, 10, 10], [50, 50, 10, 10]
+    images = truth((100.0, data.IGNORED_AREA))
+    for results in (found(hit), found(difficult, hit)):
+        assert scores.of(images, results, masks=False, voc=True)["box"]["AP"] == pytest.approx(100)
+
+
+def test_no_detection_is_zero():
+    assert scores.of(truth(), [], masks=True)["mask"] == dict.fromkeys(scores.MEASURES, 0.0)
+
+
+# -- torchvision's backend ------------------------------------------------------------------------
+
+
+def flags(miniature, folder, *more, override=TINY, arch="resnet18"):
+    arguments = [*RANDOM, "--arch", arch, "--data", miniature, "--output", folder]
+    return [str(a) for a in [*arguments, "--override", override, *more]]
+
+
+def run_in_process(*arguments):
+    return command(lambda: train.main([str(a) for a in arguments]))
+
+
+def record_of(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+def interrupted(arguments, has_begun, number=signal.SIGTERM):
+    """Exit code and output of the command, stopped by a signal once it `has_begun`."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / SCRIPT), *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    end = time.monotonic() + 200
+    while not has_begun() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def finished(miniature, tmp_path_factory):
+    """An uninterrupted training, and its record."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = run_script(SCRIPT, *flags(miniature, folder, "--backend", "torchvision"))
+    assert done.returncode == 0, done.stderr
+    return folder, record_of(folder), done.stdout
+
+
+def test_torchvision_learns_the_miniature(finished):
+    folder, record, output = finished
+    assert problems(record) == []
+    assert record["value"] > 0 and record["others"]["mask"]["AP"] > 0
+    assert record["protocol"] == "FPN Mask R-CNN 1x, torchvision, changed, box"
+    assert record["metric"] == "AP"
+    rows = [(s["protocol"].rsplit(", ", 1)[1], s["metric"]) for s in record["scores"]]
+    assert rows == [("box", "AP50"), ("box", "AP75"), *(("mask", m) for m in scores.MEASURES)]
+    assert record["hyperparameters"]["backend"].startswith("torchvision 0.")
+    assert record["hyperparameters"]["overrides"]["SOLVER.MAX_ITER"] == 20
+    assert "9 of 118287 train images" in record["dataset"]["incomplete"]
+    assert "backend: torchvision" in output
+    assert not (folder / "checkpoint.pt").exists()  # of a finished one nothing is left to continue
+    losses = [r["loss"] for r in metrics.read(folder / "metrics.jsonl")]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_torchvision_is_stopped_and_continues_to_the_same_numbers(finished, miniature, tmp_path):
+    folder = tmp_path / "run"
+    arguments = flags(miniature, folder, "--backend", "torchvision")
+    log = folder / "metrics.jsonl"
+    code, output = interrupted(arguments, lambda: log.exists() and metrics.read(log))
+    assert code == 75, output
+    assert "start the same command again" in output and not (folder / "record.json").exists()
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"]
+    assert 0 < step < 20
+    changed = [*arguments[:-2], "--seed", "1", "--backend", "torchvision"]
+    assert "seed was 0, is 1" in only_error(run_script(SCRIPT, *changed))
+    done = run_script(SCRIPT, *arguments)
+    assert done.returncode == 0, done.stderr
+    whole = metrics.read(finished[0] / "metrics.jsonl")
+    again = metrics.read(log)
+    assert [r["loss"] for r in again] == [r["loss"] for r in whole]
+    assert record_of(folder)["others"] == finished[1]["others"]
+    done = run_script(SCRIPT, *arguments)
+    assert done.returncode == 0 and "box AP" in done.stdout  # finished: says it again
+
+
+def test_frozen_norms_and_voc(miniature, tmp_path):
+    short = SMALL + "INPUT.MIN_SIZE_TRAIN=[64] INPUT.MIN_SIZE_TEST=64 SOLVER.MAX_ITER=1"
+    arguments = flags(miniature, tmp_path / "run", override=short)
+    more = ["--task", "voc_faster_rcnn_R50_FPN", "--backend", "torchvision"]
+    assert run_in_process(*arguments, *more) == 0
+    record = record_of(tmp_path / "run")
+    assert problems(record) == [] and set(record["others"]) == {"box"}
+    assert record["dataset"]["name"] == "VOC07+12"
+    assert record["hyperparameters"]["norms"] == ["FrozenBN", ""]
+
+
+def test_norms_take_their_plain_mean(miniature, tmp_path, monkeypatch):
+    """Precise batch norm: the running mean of the first norm is the mean over the batches."""
+    arguments = flags(miniature, tmp_path / "run", "--backend", "torchvision")
+    seen, means = [], []
+
+    def note(module, inputs, output):
+        if module.training:
+            means.append(inputs[0].detach().double().mean((0, 2, 3)))
+
+    def refined(job, model):
+        norm = model.backbone.body.bn1
+        handle = norm.register_forward_hook(note)
+        refine(job, model)
+        handle.remove()
+        seen.append(norm.running_mean.double())
+        raise UserError("enough")
+
+    refine = torchvision_backend.refine_norms
+    monkeypatch.setattr(torchvision_backend, "refine_norms", refined)
+    monkeypatch.setattr(train.Detection, "train_steps", lambda *_: None)
+    assert run_in_process(*arguments) == 2
+    assert len(means) == 4
+    assert torch.allclose(seen[0], torch.stack(means).mean(0), atol=1e-6)
+
+
+def test_the_detector_has_the_backbone(miniature, tmp_path, monkeypatch):
+    """The encoder's tensors are in the detector when training begins."""
+    arguments = flags(miniature, tmp_path / "run", "--backend", "torchvision")
+
+    def check(job, model, *_):
+        body = model.backbone.body.state_dict()
+        for name, tensor in build_encoder_of(job).items():
+            assert torch.equal(body[name], tensor), name
+        raise UserError("enough")
+
+    def build_encoder_of(job):
+        return job.encoder.state_dict()
+
+    monkeypatch.setattr(train.Detection, "train_steps", check)
+    assert run_in_process(*arguments) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (["--task", "voc0712_faster_rcnn_R50_C4", "--override", ""], "needs detectron2"),
+        (["--override", "MODEL.ROI_HEADS.NUM_CLASSES=3"], "torchvision's detector has no such"),
+        (["--gpus", "2"], "of detectron2's launcher"),
+        (["--arch", "vit_small"], "vit_small has no pyramid of feature maps"),
+        (["--arch", "tiny"], "tiny has no pyramid of feature maps"),
+        (["--data", "/nowhere"], "--data /nowhere: a folder with annotations/"),
+        (["--override", "SOLVER.IMS_PER_BATCH=64"], "for 8 images with objects"),
+        (["--override", TINY + " SOLVER.BASE_LR=1e30"], "is nan|lower the learning rate"),
+    ],
+)
+def test_mistakes(miniature, tmp_path, capsys, more, error):
+    arguments = flags(miniature, tmp_path / "run", "--backend", "torchvision", *more)
+    assert run_in_process(*arguments) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and re.search(error, lines[0]), lines
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+def test_an_unreadable_image_is_named(tmp_path, capsys):
+    root = coco(tmp_path / "coco", 2, 1)
+    path = root / "train2017" / f"{0:012d}.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    arguments = flags(root, tmp_path / "run", "--backend", "torchvision")
+    assert run_in_process(*arguments) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_missing_detectron2_is_said_aloud(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    assert train.chosen_backend(None) == "torchvision"
+    assert "so the backend is torchvision" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"README\.md says how to install it"):
+        train.chosen_backend("detectron2")
+
+
+def test_a_records_scores_stand_in_rows_of_their_own(finished):
+    """Mask AP beside the published mask AP; torchvision's beside none."""
+    ours = finished[1]
+    row = {"method": ours["method"], "arch": "resnet50", "pretraining": "other", "epochs": 9}
+    row |= {"batch": 8, "dataset": "COCO2017", "metric": "AP", "value": 35.0, "source": "x"}
+    published = [
+        row | {"protocol": f"FPN Mask R-CNN 1x, {kind}", "grade": "source"}
+        for kind in ("box", "mask")
+    ]
+    record = ours | {"arch": "resnet50", "dataset": ours["dataset"] | {"incomplete": None}}
+    record["pretraining"] = ours["pretraining"] | {"epochs": 9, "batch": 8}
+    rows, apart = tables.join(published, [("a.json", record)])
+    assert not any(r.records for r in rows) and len(apart) == 6
+    text = json.dumps(record).replace(", torchvision, changed", "")
+    rows, apart = tables.join(published, [("a.json", json.loads(text))])
+    values = [r.records[0][1]["value"] for r in rows]
+    assert values == [round(ours["others"][kind]["AP"], 3) for kind in ("box", "mask")]
+    assert len(apart) == 4
+    broken = json.loads(text)
+    broken["scores"][0]["value"] = 101
+    assert "scores.0.value" in problems(broken)[0]
+    broken["scores"][0]["value"] = broken["value"] / 3
+    assert problems(broken)[0].startswith("scores.0.value")
+
+
+# -- detectron2's backend -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detectron2():
+    return pytest.importorskip(
+        "detectron2", reason="detectron2 is not installed (eval/detection/README.md)"
+    )
+
+
+def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resnet, tmp_path):
+    from eval.detection.detectron2_backend import check_file
+
+    path = tmp_path / "backbone.pkl"
+    converter.write(path, converter.convert(resnet.state_dict()), {"sha256": "0" * 64})
+    for task in ("coco_mask_rcnn_R50_FPN_1x", "voc0712_faster_rcnn_R50_C4"):
+        check_file(path, task, resnet)
+    wrong = Settings("voc_faster_rcnn_R50_FPN")
+    wrong.overrides = {"MODEL.RESNETS.STRIDE_IN_1X1": True}
+    with pytest.raises(UserError, match="STRIDE_IN_1X1 False"):
+        check_file(path, wrong, resnet)
+    content = pickle.loads(path.read_bytes())
+    content["matching_heuristics"] = False  # detectron2 only warns
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"did not take the backbone.*was not loaded"):
+        check_file(path, "voc_faster_rcnn_R50_FPN", resnet)
+
+
+def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_path):
+    """240 pixels, 16 regions of each image: about a second for each iteration on 2 cores."""
+    sizes = "INPUT.MIN_SIZE_TRAIN=[240] INPUT.MIN_SIZE_TEST=240 TEST.PRECISE_BN.NUM_ITER=4 "
+    override = SMALL + sizes + "SOLVER.MAX_ITER=40 SOLVER.STEPS=[35]"
+    folder = tmp_path / "run"
+    arguments = flags(miniature, folder, override=override, arch="resnet50")
+    arguments += ["--checkpoint-minutes", "0.02"]  # a checkpoint after each iteration, almost
+    output = folder / "detectron2"
+    code, said = interrupted(arguments, lambda: [*output.glob("model_*.pth")])
+    assert code == 75, said
+    assert "Traceback" not in said and "start the same command again" in said
+    before = (output / "last_checkpoint").read_text()
+    arguments[-1] = "15"
+    done = run_script(SCRIPT, *arguments, timeout=400)
+    assert done.returncode == 0, done.stderr
+    start = int(before.removeprefix("model_").removesuffix(".pth")) + 1
+    assert f"Starting training from iteration {start}" in done.stdout + done.stderr
+    record = record_of(folder)
+    assert problems(record) == []
+    assert record["hyperparameters"]["backend"].startswith("detectron2")
+    assert record["protocol"] == "FPN Mask R-CNN 1x, changed, box"
+    assert record["value"] > 0 and math.isfinite(record["others"]["mask"]["AP"])
+
+
+def test_detectron2s_mistakes_get_one_line(detectron2, miniature, tmp_path, capsys):
+    sizes = "INPUT.MIN_SIZE_TRAIN=[64] SOLVER.MAX_ITER=3 SOLVER.BASE_LR=1e30 "
+    arguments = flags(miniature, tmp_path / "run", override=SMALL + sizes, arch="resnet50")
+    assert "Lower SOLVER.BASE_LR by --override" in only_error_of(capsys, *arguments)
+    assert "--gpus 2: there are 0 here" in only_error_of(capsys, *arguments, "--gpus", "2")
+    small = [*arguments, "--arch", "resnet18", "--output", tmp_path / "small"]
+    assert "is resnet18: detectron2's tasks" in only_error_of(capsys, *small)
+
+
+def only_error_of(capsys, *arguments):
+    assert run_in_process(*arguments) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
+
+
+def test_detectron2_runs_the_c4_task_on_voc(detectron2, miniature, tmp_path):
+    """The head with its extra norm trains, and VOC's evaluator scores."""
+    override = SMALL + "INPUT.MIN_SIZE_TRAIN=[128] INPUT.MIN_SIZE_TEST=128 SOLVER.MAX_ITER=2 "
+    override += "TEST.PRECISE_BN.NUM_ITER=1"
+    arguments = flags(miniature, tmp_path / "run", override=override, arch="resnet50")
+    done = run_script(SCRIPT, *arguments, "--task", "voc0712_faster_rcnn_R50_C4", timeout=400)
+    assert done.returncode == 0, done.stderr
+    record = record_of(tmp_path / "run")
+    assert problems(record) == [] and set(record["others"]) == {"box"}
+    assert record["protocol"] == "C4 Faster R-CNN 24k, changed, box"
+    assert record["dataset"]["name"] == "VOC07+12"
+    last = next((tmp_path / "run" / "detectron2").glob("model_*.pth"))
+    state = torch.load(last, weights_only=False)["model"]
+    assert state["roi_heads.res5.norm.num_batches_tracked"] > 0
