@@ -61,6 +61,7 @@ class RunConfig:
     micro_batch: int = 0
     # default: bf16 autocast on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
+    compile: bool = False  # torch.compile the encoder; needs a C++ compiler
     # where colours, blur and flips are done; default: on the GPU where there is one
     augment_device: Literal["cpu", "cuda"] | None = None
     max_steps: int = free(0)  # stop and export after this many steps, schedules as if it went on

@@ -200,6 +200,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.ndim < 2:
             raise ValueError(f"batch norm takes (N,C,…), got {(*x.shape,)}")
 
+    @torch.compiler.disable  # numpy arrays are no part of a graph
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)

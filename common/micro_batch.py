@@ -43,6 +43,8 @@ class Pieces:
 
     def __init__(self, encoder: nn.Module, config: Any = None):
         self.encoder = encoder
+        if config is not None and config.compile:
+            encoder.compile()  # in place: names and checkpoints stay as they are
         in_pieces = config is not None and config.micro_batch > 0
         self.pieces = config.batch_size // config.micro_batch if in_pieces else 0
         self.views_together = can_keep_views_apart(encoder)

@@ -48,27 +48,43 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                update = weight.grad
-                if weight.ndim > 1:
-                    update = update.add(weight, alpha=group["weight_decay"])
-                    update = update * trust_ratio(weight, update, group["trust_coefficient"])
-                state = self.state[weight]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                velocity = state["momentum_buffer"]
-                velocity.mul_(group["momentum"]).add_(update)
-                weight.add_(velocity, alpha=-group["lr"])
+            weights = [w for w in group["params"] if w.grad is not None]
+            if not weights:
+                continue
+            updates = [w.grad for w in weights]
+            wide = [n for n, w in enumerate(weights) if w.ndim > 1]
+            if wide:
+                scaled = decayed_and_scaled(
+                    [weights[n] for n in wide],
+                    [updates[n] for n in wide],
+                    group["weight_decay"],
+                    group["trust_coefficient"],
+                )
+                for n, update in zip(wide, scaled, strict=True):
+                    updates[n] = update
+            for weight in weights:
+                if "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            velocities = [self.state[w]["momentum_buffer"] for w in weights]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(weights, velocities, alpha=-group["lr"])
         return loss
 
 
-def trust_ratio(weight: Tensor, update: Tensor, trust_coefficient: float) -> Tensor:
-    """trust * |w| / |u| as a scalar tensor, 1 where either norm is 0 (no sync with the host)."""
-    weight_norm, update_norm = weight.norm(), update.norm()
-    scaled = trust_coefficient * weight_norm / update_norm
-    return torch.where((weight_norm > 0) & (update_norm > 0), scaled, torch.ones_like(scaled))
+def decayed_and_scaled(
+    weights: list[Tensor], grads: list[Tensor], decay: float, trust_coefficient: float
+) -> list[Tensor]:
+    """u = g + decay * w, times trust * |w| / |u|, or 1 where either norm is 0, for each tensor; in
+    a few kernels for all of them, and without waiting for the device.
+    """
+    updates = torch._foreach_add(grads, weights, alpha=decay)
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    update_norms = torch.stack(torch._foreach_norm(updates))
+    ratios = trust_coefficient * weight_norms / update_norms
+    ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, torch.ones_like(ratios))
+    torch._foreach_mul_(updates, list(ratios.unbind()))
+    return updates
 
 
 def warmup_cosine(
@@ -112,10 +128,13 @@ def build_optimizer(
         group["params"] = [p for p in group["params"] if p.requires_grad]
     if name == "lars":
         return LARS(groups, lr, momentum=momentum, weight_decay=weight_decay)
+    # one kernel for all tensors on a GPU
+    fused = {"fused": True} if all(p.is_cuda for g in groups for p in g["params"]) else {}
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(groups, lr, momentum=momentum, weight_decay=weight_decay, **fused)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+        betas = (0.9, 0.999)
+        return torch.optim.AdamW(groups, lr, betas=betas, weight_decay=weight_decay, **fused)
     raise ValueError(f"unknown optimizer {name}: lars, sgd or adamw")
 
 

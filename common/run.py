@@ -411,6 +411,9 @@ class Run:
     def flush(self) -> None:
         """Reads the waiting metrics from the device, as means over ranks, and writes them."""
         self.last_flush = time.monotonic()
+        for item in self.state.values():
+            if isinstance(item, SupportSet):
+                item.check()
         records, self.waiting = self.waiting, []
         places = [(r, n) for r in records for n, v in r.items() if isinstance(v, Tensor)]
         if places:

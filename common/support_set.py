@@ -36,6 +36,7 @@ class SupportSet(nn.Module):
         if size < 1 or dim < 1:
             raise ValueError(f"a support set needs size and dim of at least 1, got {size}, {dim}")
         self.size, self.dim, self.shared = size, dim, shared
+        self.excess: Tensor | None = None  # entries short of what a search asked, not yet checked
         generator = torch.Generator().manual_seed(seed)
         rows = F.normalize(torch.randn(size, dim, generator=generator), dim=1)
         self.register_buffer("embeddings", rows)
@@ -51,30 +52,46 @@ class SupportSet(nn.Module):
         z (N,D) of any scale -> neighbours (N,k,D), l2-normalised and without gradient (the
         implicit stop-gradient of a hard look-up), and their positions in the queue (N,k).
         `exclude_ids` (N,): entries whose id equals that row's are skipped (-1 skips nothing).
-        Raises TooFewNeighboursError, a ValueError, where fewer than k entries remain.
+        Raises TooFewNeighboursError, a ValueError, where fewer than k entries remain; on a GPU
+        the next `check` does.
         """
         if not 1 <= k <= self.size:
             raise TooFewNeighboursError(f"{k} neighbours asked of a queue of {self.size}", True)
         with torch.autocast(z.device.type, enabled=False):  # the search stays in full precision
             z = F.normalize(z.detach().to(self.embeddings.dtype), dim=1)
-            rows = F.normalize(self.embeddings, dim=1)
+            # the queue's own lengths, so that no normalised copy of it is made
+            lengths = torch.linalg.vector_norm(self.embeddings, dim=1).clamp_(min=1e-12)
             block = max(1, SEARCH_BLOCK // self.size)
             found = []
             for first in range(0, len(z), block):
-                similarity = z[first : first + block] @ rows.T
+                similarity = (z[first : first + block] @ self.embeddings.T).div_(lengths)
                 if exclude_ids is not None:
                     own = exclude_ids[first : first + block, None]
                     skip = (self.ids == own) & (own >= 0)
-                    left = self.size - int(skip.sum(dim=1).max())
-                    if left < k:
-                        raise TooFewNeighboursError(
-                            f"{k} neighbours asked, but only {left} of the {self.size} entries of "
-                            "the queue come from other images: a longer queue or fewer neighbours"
-                        )
+                    self.note_skipped(skip.sum(dim=1).max(), k)
                     similarity.masked_fill_(skip, -torch.inf)
                 found.append(similarity.topk(k, dim=1).indices)
             positions = torch.cat(found) if found else z.new_zeros((0, k), dtype=torch.long)
-            return rows[positions], positions
+            return F.normalize(self.embeddings[positions], dim=2), positions
+
+    def note_skipped(self, skipped: Tensor, k: int) -> None:
+        """On a GPU the number stays there, so that no step waits for it, until `check` reads it."""
+        excess = skipped + k - self.size
+        if self.excess is not None:
+            excess = torch.maximum(excess, self.excess)
+        self.excess, self.asked = excess, k
+        if excess.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raises TooFewNeighboursError where a search since the last check found too few."""
+        excess, self.excess = self.excess, None
+        if excess is not None and (missing := int(excess)) > 0:
+            raise TooFewNeighboursError(
+                f"{self.asked} neighbours asked, but only {self.asked - missing} of the "
+                f"{self.size} entries of the queue come from other images: a longer queue or "
+                "fewer neighbours"
+            )
 
     @torch.no_grad()
     def enqueue(self, z: Tensor, ids: Tensor | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -45,7 +46,9 @@ def tiny_vit(*_):
 
 
 def in_pieces(encoder, micro_batch):
-    return Pieces(encoder, SimpleNamespace(batch_size=BATCH, micro_batch=micro_batch))
+    return Pieces(
+        encoder, SimpleNamespace(batch_size=BATCH, micro_batch=micro_batch, compile=False)
+    )
 
 
 def encoder_and_head(arch, dtype):
@@ -378,3 +381,46 @@ def test_the_piece_is_one_of_the_numbers_of_a_run():
     changed = dataclasses.replace(Config(), micro_batch=64)
     assert changed_fields(changed, saved) == ["micro_batch was 0, is 64"]
     assert json.dumps(saved)
+
+
+def test_a_compiled_encoder_gives_the_same_features_and_gradients(monkeypatch):
+    # everything but the generated C++ or Triton, which would cost a minute here
+    traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    views = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    plain, _ = encoder_and_head("vit", torch.float32)
+    compiled = copy.deepcopy(plain)
+    names = [*compiled.state_dict()]
+    torch._dynamo.utils.counters.clear()
+    outputs = []
+    for encoder, compile_ in ((plain, False), (compiled, True)):
+        config = SimpleNamespace(batch_size=4, micro_batch=0, compile=compile_)
+        outputs.append(Pieces(encoder, config)(*views))
+        sum(f.square().sum() for f in outputs[-1]).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+    assert [*compiled.state_dict()] == names == [*copy.deepcopy(compiled).state_dict()]
+
+
+@pytest.mark.parametrize("arch", ["tiny", "resnet18_cifar"])
+def test_views_in_one_forward_keep_their_own_batch_statistics(arch):
+    """Two views together against one forward for each, in value, gradient and running numbers."""
+    together = rank_batch_norm(build_encoder(arch, 32).double(), torch.device("cpu"))
+    apart = copy.deepcopy(together)
+    views = [torch.randn(6, 3, 32, 32).double() * s + s for s in (1.0, 3.0)]
+    weights = [torch.randn(6, together.embed_dim).double() for _ in views]
+    joint = Pieces(together)(*views)
+    single = [apart(x) for x in views]
+    for outputs in (joint, single):
+        sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)).backward()
+    for a, b in zip(joint, single, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for (name, p), q in zip(together.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8, msg=name)
+    for (name, p), q in zip(together.named_buffers(), apart.buffers(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12, msg=name)
+    mixed = apart(torch.cat(views)).chunk(2)
+    assert (mixed[0] - joint[0]).abs().max() > 0.1, "the views' statistics do not differ: weak test"
