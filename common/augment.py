@@ -2,8 +2,9 @@
 
 A view is drawn first (`View.draw`, from a generator keyed by seed, epoch, sample and view) and
 applied after (`View.apply`), so that the number of workers, of ranks and a restart change nothing,
-and so that a faster path can use the same draws. Pixels go through Pillow, as in the released code
-of SimSiam, MoCo-v3 and SNCLR, and leave as uint8; `to_input` normalises a batch on the device.
+and so that a faster path can use the same draws: `View.render`, by the kernels of pixels.py.
+`View.apply` goes through Pillow, as the released code of SimSiam, MoCo-v3 and SNCLR does. Both give
+the same uint8; `to_input` normalises a batch on the device.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
+
+from common import pixels
 
 # The mean and standard deviation of ImageNet, in [0, 1]; GSG App. B.2 uses them on CIFAR-10 too.
 MEAN = (0.485, 0.456, 0.406)
@@ -89,6 +92,13 @@ class View:
         if draw.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
+
+    def render(self, image: np.ndarray, draw: Draw, fused: bool = False) -> Tensor:
+        """`apply` by compiled kernels: uint8 (H,W,4) -> the same uint8 (3,size,size); `fused` as
+        `--input fast`, not the same.
+        """
+        cubic = self.interpolation == "bicubic"
+        return torch.from_numpy(pixels.render(image, self.size, cubic, draw, fused))
 
     def small(self, size: int, scale: tuple[float, float]) -> "View":
         """The same view as a small crop of multi-crop."""

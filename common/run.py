@@ -299,6 +299,7 @@ class Run:
             self.workers,
             skip_bad_images=config.on_bad_image == "skip",
             pin_memory=self.device.type == "cuda",
+            input=config.input,
         )
         with StopRequests() as self.requests, self.progress_bar() as self.bar:
             self.evaluate_at_start()
