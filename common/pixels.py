@@ -65,7 +65,7 @@ def halved(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int
 def four_channels(pixels: np.ndarray) -> np.ndarray:
     """uint8 (H,W,3) -> (H,W,4)."""
     padded = np.empty((*pixels.shape[:2], 4), np.uint8)
-    padded[:, :, :3] = pixels
+    padded[:, :, :3], padded[:, :, 3] = pixels, 255  # as the decoder fills it
     return padded
 
 
@@ -131,7 +131,7 @@ def horizontal(
     """
     start, w = weights(width, size, cubic)
     out = np.empty((height, size), np.uint32)
-    block = np.zeros((width + 3) * ROWS, np.uint32)  # 3: weights of 0 reach beyond the last pixel
+    block = np.zeros((width + w.shape[1]) * ROWS, np.uint32)  # weights of 0 reach beyond the box
     source = block.view(np.uint8)
     total = np.empty(BYTES, np.int32)
     words = np.empty(ROWS, np.uint32)
@@ -169,7 +169,7 @@ def vertical(
         total[:] = HALF
         for k in range(0, w.shape[1], 4):
             p = top + start[y] + k  # beyond the last row the weights are 0
-            a = image[p, left:right].view(np.uint8)
+            a = image[min(p, last), left:right].view(np.uint8)
             b = image[min(p + 1, last), left:right].view(np.uint8)
             c = image[min(p + 2, last), left:right].view(np.uint8)
             d = image[min(p + 3, last), left:right].view(np.uint8)
