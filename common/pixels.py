@@ -479,7 +479,7 @@ def fused_colour(mean: np.ndarray, draw) -> np.ndarray:
     for step in draw.colour_order or ():
         factor = draw.colour[step]
         if step == 3:
-            angle = 2 * math.pi * factor
+            angle = -2 * math.pi * factor  # from red to yellow is clockwise in I and Q
             turn = np.eye(3)
             turn[1:, 1:] = [
                 [math.cos(angle), -math.sin(angle)],
