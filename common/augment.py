@@ -2,8 +2,9 @@
 
 A view is drawn first (`View.draw`, from a generator keyed by seed, epoch, sample and view) and
 applied after (`View.apply`), so that the number of workers, of ranks and a restart change nothing,
-and so that a faster path can use the same draws. Pixels go through Pillow, as in the released code
-of SimSiam, MoCo-v3 and SNCLR, and leave as uint8; `to_input` normalises a batch on the device.
+and so that a faster path can use the same draws: `View.render`, by the kernels of pixels.py.
+`View.apply` goes through Pillow, as the released code of SimSiam, MoCo-v3 and SNCLR does. Both give
+the same uint8; `to_input` normalises a batch on the device.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
+
+from common import pixels
 
 # The mean and standard deviation of ImageNet, in [0, 1]; GSG App. B.2 uses them on CIFAR-10 too.
 MEAN = (0.485, 0.456, 0.406)
@@ -81,7 +84,9 @@ class View:
 
     def apply(self, image: Image.Image, draw: Draw) -> Tensor:
         """RGB image -> uint8 (3,size,size), in the order of BYOL's and MoCo-v3's code."""
-        image = self.crop(image, draw)
+        left, top, width, height = draw.box
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((self.size, self.size), RESAMPLE[self.interpolation])
         for step in draw.colour_order or ():
             image = COLOUR_STEPS[step](image, draw.colour[step])
         if draw.grey:
@@ -94,11 +99,12 @@ class View:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
 
-    def crop(self, image: Image.Image, draw: Draw) -> Image.Image:
-        """The part of `apply` that is done before colours: the crop, resized to size x size."""
-        left, top, width, height = draw.box
-        image = image.crop((left, top, left + width, top + height))
-        return image.resize((self.size, self.size), RESAMPLE[self.interpolation])
+    def render(self, image: np.ndarray, draw: Draw, fused: bool = False) -> Tensor:
+        """`apply` by compiled kernels: uint8 (H,W,4) -> the same uint8 (3,size,size); `fused` as
+        `--input fast`, not the same.
+        """
+        cubic = self.interpolation == "bicubic"
+        return torch.from_numpy(pixels.render(image, self.size, cubic, draw, fused))
 
     def small(self, size: int, scale: tuple[float, float]) -> "View":
         """The same view as a small crop of multi-crop."""
@@ -106,6 +112,11 @@ class View:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         return self.apply(image, self.draw(rng, *image.size))
+
+
+def crop_only(draw: Draw) -> Draw:
+    """The same crop, with nothing after it."""
+    return Draw(draw.box, None, draw.colour, grey=False, blur=None, solarize=False, flip=False)
 
 
 def draw_row(draw: Draw) -> np.ndarray:

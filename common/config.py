@@ -44,6 +44,13 @@ def free(default: Any) -> Any:
     return field(default=default, metadata={"free": True})
 
 
+def later(default: Any) -> Any:
+    """A field that enters the numbers, added when runs existed already: `default` is what they did,
+    so that they can be continued and keep their hash.
+    """
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The flags that every recipe has and no paper decides."""
@@ -53,6 +60,9 @@ class RunConfig:
     download: bool = free(False)  # cifar10: download torchvision's python batches into --data
     arch: ARCHS = "resnet50"  # encoder, one exact network per name
     image_size: int = 224  # side of a view in pixels
+    # how views are computed. exact: compiled, Pillow's values bit for bit; reference: Pillow;
+    # fast: colour in one map, large images at half scale (benchmarks/README.md says how far off)
+    input: Literal["exact", "reference", "fast"] = later("exact")
     seed: int = 0  # keys initialisation, data order, views, queue start, GSG's pairs
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
@@ -291,7 +301,9 @@ def is_float(hint: Any) -> bool:
 def config_hash(config: Any) -> str:
     """12 hexadecimal digits over the fields that enter the numbers."""
     hints = typing.get_type_hints(type(config))
-    values = numbers_of(config)  # 10 and 10.0 are the same number of epochs
+    added = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    values = {n: v for n, v in numbers_of(config).items() if n not in added or v != added[n]}
+    # 10 and 10.0 are the same number of epochs
     values = {n: float(v) if is_float(hints[n]) and v is not None else v for n, v in values.items()}
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -300,7 +312,9 @@ def config_hash(config: Any) -> str:
 def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
     """`field: was A, is B` for each field that enters the numbers and differs from `saved`."""
     changes = []
+    added = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
     for name, value in numbers_of(config).items():
-        if saved.get(name, "nothing") != value:
-            changes.append(f"{name} was {saved.get(name, 'nothing')}, is {value}")
+        was = saved.get(name, added.get(name, "nothing"))
+        if was != value:
+            changes.append(f"{name} was {was}, is {value}")
     return changes

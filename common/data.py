@@ -1,24 +1,31 @@
 """Datasets by name, the deterministic order of samples, and loaders."""
 
 import dataclasses
+import functools
 import hashlib
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from common import photos
-from common.augment import View, center_view, draw_row, to_tensor, view_rng
+from common import photos, pixels, shards
+from common.augment import Draw, View, center_view, crop_only, draw_row, view_rng
 from common.errors import UserError, is_disk_error, nearest_name
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 SKIP_LIMIT = 100  # unreadable images in a row before --on-bad-image skip gives up
+
+
+Halve = Callable[[int, int], bool]  # width, height of an image -> whether half its size will do
 
 
 @dataclass
@@ -29,12 +36,17 @@ class ArrayImages:
     labels: np.ndarray | None
     classes: list[str]
     name: str
+    per_image: ClassVar = ("pixels",)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def load(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
+
+    def load_array(self, index: int, halve: Halve | None = None) -> np.ndarray:
+        """uint8 (H,W,4), see common/pixels.py."""
+        return pixels.four_channels(self.pixels[index])
 
     def fingerprint(self) -> str:
         """A hash of all pixels: a continued run must see the same images."""
@@ -50,6 +62,7 @@ class FolderImages:
     labels: np.ndarray | None
     classes: list[str]
     name: str
+    per_image: ClassVar = ("paths",)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,21 +70,77 @@ class FolderImages:
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
+    def read(self, index: int) -> bytes:
+        """The file as it is."""
+        with open(self.path(index), "rb") as file:
+            return file.read()
+
     def load(self, index: int) -> Image.Image:
         """The image as RGB; UserError that names the file where it cannot be read."""
         path = self.path(index)
         try:
-            with Image.open(path) as image:
+            with Image.open(self.source(index)) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            text = str(error).replace(f" {path!r}", "")
+            text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error)).replace(f" {path!r}", "")
             raise UserError(
                 f"{path} cannot be read ({text}): mend or remove it, or use --on-bad-image skip"
             ) from None
 
+    def source(self, index: int) -> str | BytesIO:
+        """What Pillow opens."""
+        return self.path(index)
+
+    def load_array(self, index: int, halve: Halve | None = None) -> np.ndarray:
+        """The image of `load` as uint8 (H,W,4), see common/pixels.py; at half its size where
+        `halve` allows and the format can. Whatever is odd about a file, Pillow judges.
+        """
+        try:
+            array = pixels.decode_jpeg(self.read(index), halve)
+        except OSError:
+            array = None
+        if array is None:
+            array = pixels.four_channels(np.asarray(self.load(index)))
+        return array
+
     def fingerprint(self) -> str:
         """A hash of all file names: a continued run must see the same images."""
         return hashlib.sha256(b"\n".join(self.paths.tolist())).hexdigest()[:12]
+
+
+@dataclass
+class PackedImages(FolderImages):
+    """The same files inside shards that common/pack.py wrote: tar files, read at known places."""
+
+    packed: str  # the folder of the shards
+    shard: np.ndarray  # (N,) number of the file in `files`
+    offset: np.ndarray  # (N,) bytes
+    length: np.ndarray  # (N,) bytes
+    files: list[str]
+    resized: int  # shorter side that larger images were brought to, 0: original files
+    handles: shards.Handles = field(default_factory=shards.Handles, compare=False)
+    per_image: ClassVar = ("paths", "shard", "offset", "length")
+
+    def path(self, index: int) -> str:
+        """Shard and name, for messages."""
+        return f"{self.shard_path(index)}: {os.fsdecode(self.paths[index])}"
+
+    def shard_path(self, index: int) -> str:
+        return os.path.join(self.packed, self.files[self.shard[index]])
+
+    def read(self, index: int) -> bytes:
+        place = int(self.offset[index]), int(self.length[index])
+        return self.handles.read(self.shard_path(index), *place)
+
+    def source(self, index: int) -> BytesIO:
+        return BytesIO(self.read(index))
+
+    def fingerprint(self) -> str:
+        """That of the folder which was packed, if its files are unchanged."""
+        if not self.resized:
+            return super().fingerprint()
+        names = b"\n".join([*self.paths.tolist(), b"resized to %d" % self.resized])
+        return hashlib.sha256(names).hexdigest()[:12]
 
 
 Images = ArrayImages | FolderImages
@@ -80,9 +149,9 @@ CenterView = Callable[[Image.Image, int], Tensor]  # (image, size) -> uint8 (3,s
 
 def subset(images: Images, samples: np.ndarray) -> Images:
     """The images of these numbers, in this order, with their labels."""
-    field = "pixels" if isinstance(images, ArrayImages) else "paths"
     labels = None if images.labels is None else images.labels[samples]
-    return dataclasses.replace(images, **{field: getattr(images, field)[samples]}, labels=labels)
+    parts = {name: getattr(images, name)[samples] for name in images.per_image}
+    return dataclasses.replace(images, **parts, labels=labels)
 
 
 def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, Images | None]:
@@ -90,7 +159,8 @@ def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, 
 
     `photos` needs no folder. `imagenet` is train/ and val/ with class folders, `imagefolder`
     train/ and optional val/, in class folders or flat (no labels). `cifar10` is torchvision's
-    python batches or train/ and test/ with class folders. Raises UserError for a wrong layout.
+    python batches or train/ and test/ with class folders. A folder that common/pack.py wrote stands
+    for the `imagenet` or `imagefolder` it was made of. Raises UserError for a wrong layout.
     """
     if name == "photos":
         return photo_patches("train"), photo_patches("test")
@@ -103,13 +173,18 @@ def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, 
     root = Path(data).expanduser()
     if name == "cifar10":
         return load_cifar10(root, download)
-    check_folder(root)
-    train = scan_folder(root, "train", flat_allowed=name == "imagefolder", name=name)
-    if not (root / "val").is_dir():
+    if shards.is_packed(root):
+        check_packed(root, name)
+        read, splits = packed_split, shards.splits(root)
+    else:
+        check_folder(root)
+        read, splits = scan_folder, [s for s in ("train", "val") if (root / s).is_dir()]
+    train = read(root, "train", flat_allowed=name == "imagefolder", name=name)
+    if "val" not in splits:
         if name == "imagenet":
             raise UserError(f"{root} has no folder val/: ImageNet is train/ and val/", True)
         return train, None
-    val = scan_folder(root, "val", flat_allowed=name == "imagefolder", name=name)
+    val = read(root, "val", flat_allowed=name == "imagefolder", name=name)
     if val.labels is None or train.labels is None:
         return train, None
     check_same_classes(root, train, val, "val")
@@ -171,6 +246,36 @@ def scan_folder(root: Path, split: str, flat_allowed: bool, name: str) -> Folder
         labels += [label] * len(files)
     title = "ImageNet" if name == "imagenet" else f"{root.name} ({name})"
     return FolderImages(str(folder), as_bytes(paths), np.array(labels), classes, title)
+
+
+def check_packed(root: Path, name: str) -> None:
+    if "train" not in shards.splits(root):
+        raise UserError(f"{root} holds no packed train/", every_rank=True)
+
+
+def packed_split(root: Path, split: str, flat_allowed: bool, name: str) -> PackedImages:
+    """The images of root/split as they were before they were packed, in the same order."""
+    index = shards.read_index(root, split)
+    if not index.classes and not flat_allowed:
+        raise UserError(
+            f"{root}: its {split}/ has no class folders: use --dataset imagefolder for unlabelled "
+            "images",
+            every_rank=True,
+        )
+    title = "ImageNet" if name == "imagenet" else f"{index.source} ({name})"
+    return PackedImages(
+        os.path.join(root, split),
+        index.paths,
+        index.labels if index.classes else None,
+        index.classes,
+        title,
+        str(root),
+        index.shard,
+        index.offset,
+        index.length,
+        index.files,
+        index.resized,
+    )
 
 
 def is_image(name: str) -> bool:
@@ -262,15 +367,18 @@ class RankBatches:
 
 
 def load_or_next(
-    images: Images, sample: int, skip: bool
-) -> tuple[Image.Image | None, int, list[str]]:
+    images: Images,
+    sample: int,
+    skip: bool,
+    load: Callable[[int], Any] | None = None,
+) -> tuple[Any | None, int, list[str]]:
     """(image, its number, error texts): with `skip` the next readable image in place of an
-    unreadable one, else None for it.
+    unreadable one, else None for it. `load` takes the place of `images.load`.
     """
     problems: list[str] = []
     while True:
         try:
-            return images.load(sample), sample, problems
+            return (load or images.load)(sample), sample, problems
         except UserError as error:
             problems.append(str(error))
             if not skip or len(problems) > SKIP_LIMIT:
@@ -282,25 +390,61 @@ class ViewDataset(torch.utils.data.Dataset):
     """(epoch, sample) -> the sample's views, its number, and what went wrong.
 
     An unreadable image gives an error text instead of an exception, so that the loop can name the
-    file in one line; with `skip` the next readable image takes its place.
+    file in one line; with `skip` the next readable image takes its place. `input` as in
+    `config.RunConfig`.
     """
 
-    def __init__(self, images: Images, views: Sequence[View], seed: int, skip: bool):
+    def __init__(
+        self, images: Images, views: Sequence[View], seed: int, skip: bool, input: str = "exact"
+    ):
         self.images, self.views, self.seed, self.skip = images, views, seed, skip
+        self.input = input
+        if input != "reference":
+            pixels.compile_kernels()
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, sample = key
-        image, sample, problems = load_or_next(self.images, sample, self.skip)
-        if image is None:
-            return None, sample, problems
-        views = [
-            self.make(view, image, view_rng(self.seed, epoch, sample, number))
-            for number, view in enumerate(self.views)
-        ]
+        load = {"exact": self.exact, "reference": self.reference, "fast": self.fast}[self.input]
+        views, sample, problems = load_or_next(
+            self.images, sample, self.skip, functools.partial(load, epoch)
+        )
         return views, sample, problems
 
-    def make(self, view: View, image: Image.Image, rng: np.random.Generator):
-        return view(image, rng)
+    def draws(self, epoch: int, sample: int, width: int, height: int) -> list[Draw]:
+        return [
+            view.draw(view_rng(self.seed, epoch, sample, number), width, height)
+            for number, view in enumerate(self.views)
+        ]
+
+    def make(self, draws: list[Draw], render: Callable[[View, Draw], Tensor]) -> list:
+        return [render(view, draw) for view, draw in zip(self.views, draws, strict=True)]
+
+    def reference(self, epoch: int, sample: int) -> list:
+        image = self.images.load(sample)
+        draws = self.draws(epoch, sample, *image.size)
+        return self.make(draws, lambda view, draw: view.apply(image, draw))
+
+    def exact(self, epoch: int, sample: int) -> list:
+        array = self.images.load_array(sample)
+        draws = self.draws(epoch, sample, array.shape[1], array.shape[0])
+        return self.make(draws, lambda view, draw: view.render(array, draw))
+
+    def fast(self, epoch: int, sample: int) -> list:
+        """At half scale where no crop is smaller than its view, with fused colour."""
+        full: list[int] = []
+
+        def halve(width: int, height: int) -> bool:
+            full[:] = width, height
+            draws = self.draws(epoch, sample, width, height)
+            crops = zip(self.views, draws, strict=True)
+            return all(min(draw.box[2:]) >= view.size for view, draw in crops)
+
+        array = self.images.load_array(sample, halve)
+        here = array.shape[1], array.shape[0]
+        draws = self.draws(epoch, sample, *(full or here))
+        if full and tuple(full) != here:
+            draws = [dataclasses.replace(d, box=pixels.halved(d.box, *here)) for d in draws]
+        return self.make(draws, lambda view, draw: view.render(array, draw, fused=True))
 
 
 class CropDataset(ViewDataset):
@@ -308,9 +452,9 @@ class CropDataset(ViewDataset):
     `common.device_views` does the rest.
     """
 
-    def make(self, view: View, image: Image.Image, rng: np.random.Generator):
-        draw = view.draw(rng, *image.size)
-        return to_tensor(view.crop(image, draw)), torch.from_numpy(draw_row(draw))
+    def make(self, draws: list[Draw], render: Callable[[View, Draw], Tensor]) -> list:
+        crops = super().make([crop_only(draw) for draw in draws], render)
+        return [*zip(crops, map(torch.from_numpy, map(draw_row, draws)), strict=True)]
 
 
 class DrawDataset(ViewDataset):
@@ -321,11 +465,8 @@ class DrawDataset(ViewDataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, sample = key
         height, width = self.images.pixels.shape[1:3]
-        views = []
-        for number, view in enumerate(self.views):
-            draw = view.draw(view_rng(self.seed, epoch, sample, number), width, height)
-            views.append((torch.empty(0), torch.from_numpy(draw_row(draw))))
-        return views, sample, []
+        rows = map(draw_row, self.draws(epoch, sample, width, height))
+        return [(torch.empty(0), torch.from_numpy(row)) for row in rows], sample, []
 
 
 STAGES = {"views": ViewDataset, "crops": CropDataset, "draws": DrawDataset}
@@ -356,12 +497,13 @@ def view_loader(
     skip_bad_images: bool = False,
     pin_memory: bool = False,
     stage: str = "views",
+    input: str = "exact",
 ) -> torch.utils.data.DataLoader:
     """A loader over all steps of the run: workers start once and prefetch across epochs. `stage`
     is how far they go: whole views, or what `common.device_views` finishes (crops, draws).
     """
     return torch.utils.data.DataLoader(
-        STAGES[stage](images, views, batches.seed, skip_bad_images),
+        STAGES[stage](images, views, batches.seed, skip_bad_images, input),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,

@@ -313,6 +313,7 @@ class Run:
             skip_bad_images=config.on_bad_image == "skip",
             pin_memory=self.device.type == "cuda",
             stage=on_device.stage if on_device else "views",
+            input=config.input,
         )
         with StopRequests() as self.requests, self.progress_bar() as self.bar:
             self.evaluate_at_start()

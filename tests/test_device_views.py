@@ -111,7 +111,7 @@ def test_whole_views_are_pillows(images, name):
     draws, crops, pillow = [], [], []
     for number, image in enumerate(images):
         draws.append(view.draw(view_rng(5, 1, number, 0), *image.size))
-        crops.append(augment.to_tensor(view.crop(image, draws[-1])))
+        crops.append(view.apply(image, augment.crop_only(draws[-1])))
         pillow.append(view.apply(image, draws[-1]))
     table = torch.from_numpy(np.array([draw_row(d) for d in draws]))
     compare(device_views.photometric(torch.stack(crops), table), torch.stack(pillow))
@@ -120,7 +120,7 @@ def test_whole_views_are_pillows(images, name):
 def test_blocks_do_not_change_a_batch(images, monkeypatch):
     view = augment.byol_views(32)[1]
     draws = [view.draw(view_rng(0, 0, n, 1), *i.size) for n, i in enumerate(images)]
-    crops = [augment.to_tensor(view.crop(i, d)) for i, d in zip(images, draws, strict=True)]
+    crops = [view.apply(i, augment.crop_only(d)) for i, d in zip(images, draws, strict=True)]
     table = torch.from_numpy(np.array([draw_row(d) for d in draws]))
     whole = device_views.photometric(torch.stack(crops), table)
     monkeypatch.setattr(device_views, "BLOCK", 5 * 3 * 32 * 32)

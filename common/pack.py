@@ -1,0 +1,226 @@
+"""Packs ImageNet, or any folder of images, into few large files for slow file systems.
+
+    python -m common.pack --data /path/to/imagenet --output /scratch/imagenet-packed
+    python recipes/nnclr.py --data /scratch/imagenet-packed
+
+The shards are plain tar files of the original files, in the order of the folder, with an index of
+their places: the same images in the same keyed order with the same labels, so that a run may be
+continued from either. Interrupted, the same command goes on after the last finished shard.
+--resize SIDE keeps larger images at that shorter side instead (JPEG, quality 95): a smaller set,
+but other pixels, and a run cannot go over to it.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common import shards
+from common.data import FolderImages, load_dataset
+from common.errors import UserError, command
+
+BLOCK = 512  # tar's
+
+
+def shard_starts(sizes: np.ndarray, limit: int) -> list[int]:
+    """The first image of each shard; a shard ends before it would grow beyond `limit` bytes."""
+    starts, total = [0], 0
+    for number, size in enumerate(sizes.tolist()):
+        if total and total + size > limit:
+            starts.append(number)
+            total = 0
+        total += size
+    return starts
+
+
+def file_sizes(images: FolderImages, split: str) -> np.ndarray:
+    """Bytes that each file takes in a tar file."""
+    sizes = np.empty(len(images), np.int64)
+    for number in tqdm(range(len(images)), desc=f"{split}: sizes", unit="image", disable=None):
+        path = images.path(number)
+        try:
+            sizes[number] = BLOCK + -(-os.path.getsize(path) // BLOCK) * BLOCK
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    return sizes
+
+
+def content(images: FolderImages, number: int, resize: int) -> bytes:
+    """The file of an image, or a smaller JPEG where its shorter side is above `resize`."""
+    try:
+        data = images.read(number)
+    except OSError as error:
+        raise UserError(f"{images.path(number)} cannot be read ({error.strerror})") from None
+    if not resize:
+        return data
+    image = images.load(number)
+    if min(image.size) <= resize:
+        return data
+    scale = resize / min(image.size)
+    size = tuple(max(resize, round(side * scale)) for side in image.size)
+    written = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(written, "JPEG", quality=95)
+    return written.getvalue()
+
+
+def write_shard(
+    path: Path, images: FolderImages, numbers: range, split: str, resize: int, bar: tqdm
+) -> None:
+    """One tar file and, beside it, the places of its images; renamed when complete."""
+    beside = path.with_suffix(".tar.partial")
+    offset, length = np.empty((2, len(numbers)), np.int64)
+    with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
+        for place, number in enumerate(numbers):
+            data = content(images, number, resize)
+            entry = tarfile.TarInfo(f"{split}/{os.fsdecode(images.paths[number])}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+            offset[place] = tar.offset - -(-len(data) // BLOCK) * BLOCK
+            length[place] = len(data)
+            bar.update()
+    with open(path.with_suffix(".npz.partial"), "wb") as file:
+        np.savez(
+            file, paths=images.paths[numbers.start : numbers.stop], offset=offset, length=length
+        )
+    path.with_suffix(".npz.partial").replace(path.with_suffix(".npz"))
+    beside.replace(path)  # last: a shard of this name is complete
+
+
+def is_done(path: Path, images: FolderImages, numbers: range) -> bool:
+    """Whether a shard of an earlier start holds just these images."""
+    part = path.with_suffix(".npz")
+    if not path.is_file() or not part.is_file():
+        return False
+    with np.load(part) as places:
+        if not np.array_equal(places["paths"], images.paths[numbers.start : numbers.stop]):
+            raise UserError(
+                f"{path} holds other images than --data now has there: remove it, or use another "
+                "--output"
+            )
+    return True
+
+
+def pack_split(
+    images: FolderImages, sizes: np.ndarray, split: str, arguments: argparse.Namespace
+) -> dict:
+    """Writes a split's shards and index; what packed.json says of it."""
+    output = arguments.output
+    starts = [*shard_starts(sizes, arguments.shard_mb << 20), len(images)]
+    paths = [output / f"{split}-{number:05}.tar" for number in range(len(starts) - 1)]
+    ranges = [range(*pair) for pair in itertools.pairwise(starts)]
+    with tqdm(total=len(images), desc=split, unit="image", disable=None) as bar:
+        for path, numbers in zip(paths, ranges, strict=True):
+            if is_done(path, images, numbers):
+                bar.update(len(numbers))
+            else:
+                write_shard(path, images, numbers, split, arguments.resize, bar)
+    parts = [np.load(path.with_suffix(".npz")) for path in paths]
+    places = {name: np.concatenate([part[name] for part in parts]) for name in ("offset", "length")}
+    labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+    shard = np.repeat(np.arange(len(paths)), [len(numbers) for numbers in ranges])
+    beside = output / f"{split}.npz.partial"
+    with open(beside, "wb") as file:
+        np.savez(file, paths=images.paths, labels=labels, shard=shard, **places)
+    beside.replace(output / f"{split}.npz")
+    return {
+        "images": len(images),
+        "classes": images.classes,
+        "shards": {path.name: path.stat().st_size for path in paths},
+    }
+
+
+def check_space(output: Path, needed: int) -> None:
+    """UserError if what is still to be written does not fit."""
+    there = sum(p.stat().st_size for p in output.glob("*.tar"))
+    free, missing = shutil.disk_usage(output).free, needed - there
+    if missing > free:
+        raise UserError(
+            f"{output} has {free / 1e9:.1f} GB free, packing takes {missing / 1e9:.1f} GB more: "
+            "free space or use another --output"
+        )
+
+
+def pack(arguments: argparse.Namespace) -> None:
+    """Checks everything that can be checked, then writes."""
+    output = arguments.output
+    if shards.is_packed(arguments.data.expanduser()):
+        raise UserError(f"--data {arguments.data} is packed already")
+    train, val = load_dataset(arguments.dataset, str(arguments.data))
+    splits = {"train": train} if val is None else {"train": train, "val": val}
+    output.mkdir(parents=True, exist_ok=True)
+    about = {
+        "version": shards.VERSION,
+        "source": arguments.data.expanduser().name,
+        "resized": arguments.resize,
+        "shard_mb": arguments.shard_mb,
+        "images": {split: images.fingerprint() for split, images in splits.items()},
+    }
+    settings = output / "packing.json"
+    if settings.is_file() and json.loads(settings.read_text()) != about:
+        raise UserError(
+            f"{output} was begun with other images, --resize or --shard-mb: use the same, or "
+            "another --output"
+        )
+    sizes = {split: file_sizes(images, split) for split, images in splits.items()}
+    if not arguments.resize:
+        check_space(output, sum(int(s.sum()) for s in sizes.values()))
+    settings.write_text(json.dumps(about))
+    about["splits"] = {
+        split: pack_split(images, sizes[split], split, arguments)
+        for split, images in splits.items()
+    }
+    beside = output / "packed.partial"
+    beside.write_text(json.dumps(about, indent=1))
+    beside.replace(output / shards.NAME)
+    for part in output.glob("*-?????.npz"):
+        part.unlink()
+    settings.unlink()
+    counts = ", ".join(f"{len(images):,} {split} images" for split, images in splits.items())
+    total = sum(sum(entry["shards"].values()) for entry in about["splits"].values())
+    print(f"{output}: {counts}, {total / 1e9:.2f} GB; use it as --data {output}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
+    parser.add_argument(
+        "--dataset",
+        choices=["imagenet", "imagefolder"],
+        default="imagenet",
+        help="layout of --data",
+    )
+    parser.add_argument("--shard-mb", type=int, default=1024, help="size of a shard in MiB (1024)")
+    parser.add_argument(
+        "--resize", type=int, default=0, help="shorter side of larger images; 0: original files"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.shard_mb < 1 or arguments.resize < 0:
+        parser.error("--shard-mb must be above 0 and --resize not negative")
+    arguments.output = arguments.output.expanduser()
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if (arguments.output / shards.NAME).is_file():
+        print(f"{arguments.output} is packed already")
+        return
+    pack(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,115 @@
+"""Packed images: tar files beside an index, read at known places without unpacking.
+
+`packed.json` names the splits, their classes and their shards; `train.npz` and `val.npz` hold, for
+every image in the order of the folder it came from, name, label, shard, offset and length. A shard
+is a plain tar file: `tar`, or webdataset, reads it without this index.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+NAME = "packed.json"
+VERSION = 1
+ARRAYS = ("paths", "labels", "shard", "offset", "length")
+
+
+@dataclass
+class Index:
+    """One split: (N,) each, and what all images share."""
+
+    paths: np.ndarray  # bytes, relative to the split's folder
+    labels: np.ndarray  # int64, zeros where there are no classes
+    shard: np.ndarray  # number in `files`
+    offset: np.ndarray  # int64, bytes
+    length: np.ndarray  # int64, bytes
+    classes: list[str]
+    files: list[str]
+    source: str  # name of the folder that was packed
+    resized: int
+
+
+class Handles:
+    """Open shards. Read by position, so that nothing is shared but the files; a process that was
+    forked or sent a copy opens its own.
+    """
+
+    def __init__(self) -> None:
+        self.opened: dict[str, int] = {}
+        self.owner = os.getpid()
+
+    def __reduce__(self):
+        return Handles, ()
+
+    def __deepcopy__(self, memo: dict) -> "Handles":
+        return Handles()
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if self.owner != os.getpid():
+            self.opened, self.owner = {}, os.getpid()
+        try:
+            if path not in self.opened:
+                self.opened[path] = os.open(path, os.O_RDONLY)
+            data = os.pread(self.opened[path], length, offset)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        if len(data) < length:
+            raise UserError(f"{path} is cut short: pack again, or copy this file again")
+        return data
+
+
+def is_packed(root: Path) -> bool:
+    """Whether a folder was written by common/pack.py; UserError if that is not finished."""
+    if (root / NAME).is_file():
+        return True
+    if any(root.glob("train-*.tar*")):
+        raise UserError(
+            f"{root} is not packed to its end: start the same `python -m common.pack` again",
+            every_rank=True,
+        )
+    return False
+
+
+def describe(root: Path) -> dict:
+    """What packed.json says."""
+    try:
+        about = json.loads((root / NAME).read_text())
+        version = about["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{root / NAME} cannot be read: pack again", every_rank=True) from None
+    if version != VERSION:
+        raise UserError(f"{root / NAME} is of version {version}, not {VERSION}: pack again", True)
+    return about
+
+
+def splits(root: Path) -> list[str]:
+    return list(describe(root)["splits"])
+
+
+def read_index(root: Path, split: str) -> Index:
+    """The index of a split; UserError for a shard that is missing or of another size."""
+    about = describe(root)
+    entry = about["splits"][split]
+    for name, size in entry["shards"].items():
+        path = root / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: pack again, or copy it again", every_rank=True)
+        if path.stat().st_size != size:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes and should have {size}: pack again, or "
+                "copy it again",
+                every_rank=True,
+            )
+    try:
+        with np.load(root / f"{split}.npz") as file:
+            arrays = [file[name] for name in ARRAYS]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"{root / split}.npz cannot be read ({error}): pack again", True) from None
+    if any(len(array) != entry["images"] for array in arrays):
+        raise UserError(f"{root / split}.npz and {NAME} disagree: pack again", every_rank=True)
+    return Index(*arrays, entry["classes"], [*entry["shards"]], about["source"], about["resized"])
