@@ -6,10 +6,10 @@
 
 Three steps over the same batches, in turn within one process:
 
-ours     the body of recipes/nnclr.py's own loop, as `main()` runs it: input, forward, look-up, loss,
-         backward, optimizer, monitors, queue, metrics; only decoding and views are left out
-needed   forward and backward of encoders and heads, and the optimizer, of the same modules: what no
-         implementation can do without
+ours     the body of recipes/nnclr.py's own loop, as `main()` runs it: input, forward, look-up,
+         loss, backward, optimizer, monitors, queue, metrics; decoding and views are left out
+needed   forward and backward of encoders and heads, and the optimizer, of the same modules, called
+         in the same way: what no implementation can do without
 lightly  its NNCLR example built of its own modules: memory bank, heads, NTXentLoss, SGD
 
 All three have the sizes of lightly's example: heads 512-512-512-128 and 128-512-128, SGD. Medians
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from common import run
 from common.environment import describe
+from common.micro_batch import Pieces
 from recipes import nnclr
 
 WARM_UP = 4  # turns that are not counted: allocation, the first kernels
@@ -145,15 +146,18 @@ def now(device: torch.device) -> float:
 
 
 def needed_step(this: run.Run) -> Callable[[Tensor, Tensor], None]:
-    """The same modules without look-up, loss, queue and monitors: a sum is cheap to differentiate."""
+    """The same modules without look-up, loss, queue and monitors: a mean costs next to nothing."""
     model = this.place(nnclr.NNCLR(this.config))
+    encode, projector = Pieces(model.f[0], this.config), model.f[1]
     optimizer = nnclr.build_optimizer("sgd", model.parameters(), 0.01, 0.9, 5e-4)
 
     def step(x1: Tensor, x2: Tensor) -> None:
         with this.autocast():
-            p1, p2 = model.g(model.f(x1)), model.g(model.f(x2))
+            z1, z2 = map(projector, encode(x1, x2))
+            p1, p2 = model.g(z1), model.g(z2)
         optimizer.zero_grad()
         (p1.float().mean() + p2.float().mean()).backward()
+        encode.replay()
         optimizer.step()
 
     return step
