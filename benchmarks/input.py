@@ -90,7 +90,7 @@ def torchvision_pil() -> list[Callable]:
 
     def compose(blur: float, solarize: float) -> Callable:
         steps = [
-            t.RandomResizedCrop(SIZE, (0.08, 1.0), t.InterpolationMode.BICUBIC),
+            t.RandomResizedCrop(SIZE, (0.08, 1.0), interpolation=t.InterpolationMode.BICUBIC),
             t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             t.RandomGrayscale(p=0.2),
             t.RandomApply([MocoBlur()], p=blur),
@@ -181,7 +181,8 @@ def main() -> None:
     parser.add_argument("--images", help="folder or tar file of JPEG files")
     parser.add_argument("--limit", type=int, default=100, help="images at most (100)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default="input.json", help="JSON with every time")
+    beside = Path(__file__).with_suffix(".json")
+    parser.add_argument("--output", type=Path, default=beside, help="JSON with every time")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -213,7 +214,7 @@ def main() -> None:
     about: dict[str, object] = {"images": len(data), "python": platform.python_version()}
     about |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     text = json.dumps({"about": about, "rows": rows, "differences": off}, indent=1)
-    Path(arguments.output).write_text(text + "\n")
+    arguments.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

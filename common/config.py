@@ -44,11 +44,17 @@ def free(default: Any) -> Any:
     return field(default=default, metadata={"free": True})
 
 
-def later(default: Any) -> Any:
-    """A field that enters the numbers, added when runs existed already: `default` is what they did,
-    so that they can be continued and keep their hash.
+def later(default: Any, before: Any = None) -> Any:
+    """A field that enters the numbers, added when runs existed already: they did what `before` says,
+    else `default`, so that they can be continued and keep their hash.
     """
-    return field(default=default, metadata={"later": True})
+    return field(default=default, metadata={"before": default if before is None else before})
+
+
+def values_before(config: Any) -> dict[str, Any]:
+    """What runs did that are older than a field, for each such field."""
+    fields = dataclasses.fields(config)
+    return {f.name: f.metadata["before"] for f in fields if "before" in f.metadata}
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,12 @@ class RunConfig:
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     # images of the global batch that go through the encoder at once, heads and loss see all of
     # --batch-size; must divide it; 0: all at once. ResNets: batch-norm statistics per piece
-    micro_batch: int = 0
+    micro_batch: int = later(0)
     # default: bf16 autocast on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
-    compile: bool = False  # torch.compile the encoder; needs a C++ compiler
+    compile: bool = later(False)  # torch.compile the encoder; needs a C++ compiler
     # where colours, blur and flips are done; default: on the GPU where there is one
-    augment_device: Literal["cpu", "cuda"] | None = None
+    augment_device: Literal["cpu", "cuda"] | None = later(None, before="cpu")
     max_steps: int = free(0)  # stop and export after this many steps, schedules as if it went on
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
     knn_every: int = free(10)  # epochs between k-NN evaluations (and one before); 0: none
@@ -301,7 +307,7 @@ def is_float(hint: Any) -> bool:
 def config_hash(config: Any) -> str:
     """12 hexadecimal digits over the fields that enter the numbers."""
     hints = typing.get_type_hints(type(config))
-    added = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    added = values_before(config)
     values = {n: v for n, v in numbers_of(config).items() if n not in added or v != added[n]}
     # 10 and 10.0 are the same number of epochs
     values = {n: float(v) if is_float(hints[n]) and v is not None else v for n, v in values.items()}
@@ -312,7 +318,7 @@ def config_hash(config: Any) -> str:
 def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
     """`field: was A, is B` for each field that enters the numbers and differs from `saved`."""
     changes = []
-    added = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    added = values_before(config)
     for name, value in numbers_of(config).items():
         was = saved.get(name, added.get(name, "nothing"))
         if was != value:

@@ -32,6 +32,8 @@ ALL = np.int32(255)
 SQUARE = np.int32(255 * 255)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2
 YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+FROM_YIQ = np.linalg.inv(YIQ)
+GREY = np.array([LUMA, LUMA, LUMA])
 
 # -- decoding -----------------------------------------------------------------------------------
 
@@ -475,7 +477,6 @@ def fused_colour(mean: np.ndarray, draw) -> np.ndarray:
     half a level is added, because the kernel cuts.
     """
     matrix, offset = np.eye(3), np.zeros(3)
-    grey = np.tile(np.array(LUMA), (3, 1))
     for step in draw.colour_order or ():
         factor = draw.colour[step]
         if step == 3:
@@ -485,15 +486,15 @@ def fused_colour(mean: np.ndarray, draw) -> np.ndarray:
                 [math.cos(angle), -math.sin(angle)],
                 [math.sin(angle), math.cos(angle)],
             ]
-            map_, move = np.linalg.inv(YIQ) @ turn @ YIQ, np.zeros(3)
+            map_, move = FROM_YIQ @ turn @ YIQ, np.zeros(3)
         elif step == 2:
-            map_, move = factor * np.eye(3) + (1 - factor) * grey, np.zeros(3)
+            map_, move = factor * np.eye(3) + (1 - factor) * GREY, np.zeros(3)
         else:
-            base = grey @ (matrix @ mean + offset) if step == 1 else np.zeros(3)
+            base = GREY @ (matrix @ mean + offset) if step == 1 else np.zeros(3)
             map_, move = factor * np.eye(3), (1 - factor) * base
         matrix, offset = map_ @ matrix, map_ @ offset + move
     if draw.grey:
-        matrix, offset = grey @ matrix, grey @ offset
+        matrix, offset = GREY @ matrix, GREY @ offset
     return np.column_stack([matrix, offset + 0.5]).astype(np.float32)
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import ROOT, run_fresh
 
-from common.config import RunConfig, changed_fields, config_hash, parse
+from common.config import RunConfig, changed_fields, config_hash, later, parse
 from common.errors import UserError
 from recipes.snclr import PRESETS, Config, resolve
 
@@ -450,3 +450,22 @@ def test_precision_follows_the_device_unless_named(monkeypatch, gpu, precision):
 def test_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         snclr().lr = 1.0
+
+
+def test_runs_from_before_a_later_field_go_on_and_keep_their_hash():
+    config = RunConfig()
+    saved = {n: v for n, v in dataclasses.asdict(config).items() if n != "input"}
+    assert changed_fields(config, saved) == []
+    fast = dataclasses.replace(config, input="fast")
+    assert changed_fields(fast, saved) == ["input was exact, is fast"]
+
+    @dataclasses.dataclass(frozen=True)
+    class Before:
+        seed: int = 0
+
+    @dataclasses.dataclass(frozen=True)
+    class After(Before):
+        input: str = later("exact")
+
+    assert config_hash(After()) == config_hash(Before())
+    assert config_hash(After(input="fast")) != config_hash(Before())

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import only_error, run_script
 from PIL import Image
 
 from common import pack, shards
 from common.augment import cifar_view
 from common.data import PackedImages, RankBatches, center_batches, load_dataset, subset, view_loader
 from common.errors import UserError
-from tests.conftest import only_error, run_script
 
 CLASSES = {"train": {"ant": 5, "bee": 7, "cow": 4}, "val": {"ant": 2, "bee": 3, "cow": 1}}
 
@@ -104,6 +104,7 @@ def batches(data: Path, workers: int, first: int = 0) -> list:
     return [(torch.stack(views), samples.tolist()) for views, samples, *_ in loader]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_the_folder_with_any_number_of_workers(folder, packed, workers):
     ours, theirs = batches(packed, workers), batches(folder, 0)

@@ -42,7 +42,7 @@ def pictures():
 @pytest.fixture(scope="module")
 def samples():
     """50 ImageNet photographs; they are on the project's own machines only."""
-    from tests.conftest import SHARED_IMAGES
+    from conftest import SHARED_IMAGES
 
     tar = SHARED_IMAGES / "imagenet_sample_200.tar"
     if not tar.is_file():
