@@ -45,8 +45,8 @@ def free(default: Any) -> Any:
 
 
 def later(default: Any, before: Any = None) -> Any:
-    """A field that enters the numbers, added when runs existed already: they did what `before` says,
-    else `default`, so that they can be continued and keep their hash.
+    """A field that enters the numbers, added when runs existed already: they did what `before`
+    says, else `default`, so that they can be continued and keep their hash.
     """
     return field(default=default, metadata={"before": default if before is None else before})
 
