@@ -89,7 +89,7 @@ class Turns:
         def timed(this: run.Run, views):
             peers = {
                 "needed": needed_step(this),
-                "lightly": lightly_step(self.queue_size, this.device),
+                "lightly": lightly_step(self.queue_size, this),
             }
             # views once, before: the loader is not what is measured
             batches = [*prepare(this, views, 4)]
@@ -163,8 +163,10 @@ def needed_step(this: run.Run) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def lightly_step(queue_size: int, device: torch.device) -> Callable[[Tensor, Tensor], None]:
-    """One step of lightly's NNCLR as its example has it (examples/pytorch/nnclr.py)."""
+def lightly_step(queue_size: int, this: run.Run) -> Callable[[Tensor, Tensor], None]:
+    """One step of lightly's NNCLR as its example has it (examples/pytorch/nnclr.py), in this run's
+    precision.
+    """
     from lightly.loss import NTXentLoss
     from lightly.models.modules import NNMemoryBankModule
     from lightly.models.modules.heads import NNCLRPredictionHead, NNCLRProjectionHead
@@ -172,14 +174,16 @@ def lightly_step(queue_size: int, device: torch.device) -> Callable[[Tensor, Ten
     backbone = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
     projector = NNCLRProjectionHead(512, 512, 128)
     predictor = NNCLRPredictionHead(128, 512, 128)
-    model = nn.ModuleList([backbone, projector, predictor]).to(device)
-    bank = NNMemoryBankModule(size=(queue_size, 128)).to(device)
+    model = nn.ModuleList([backbone, projector, predictor]).to(this.device)
+    bank = NNMemoryBankModule(size=(queue_size, 128)).to(this.device)
     criterion = NTXentLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
     def step(x1: Tensor, x2: Tensor) -> None:
-        z0, z1 = projector(backbone(x1)), projector(backbone(x2))
-        p0, p1 = predictor(z0), predictor(z1)
+        with this.autocast():
+            z0, z1 = projector(backbone(x1)), projector(backbone(x2))
+            p0, p1 = predictor(z0), predictor(z1)
+        z0, z1, p0, p1 = z0.float(), z1.float(), p0.float(), p1.float()
         z0, z1 = bank(z0.detach(), update=False), bank(z1.detach(), update=True)
         loss = 0.5 * (criterion(z0, p1) + criterion(z1, p0))
         loss.backward()

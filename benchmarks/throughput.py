@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import metrics
@@ -34,7 +35,7 @@ from common.photos import PHOTOS, read_photo
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10  # steps that are not counted: allocation, kernels, the loader's first batches
-FILES = 2048  # photographs on disk, in 16 class folders
+FILES = 2048  # photographs on disk, in 16 class folders; further names are links to them
 CIFAR_IMAGES = 50_000
 
 
@@ -97,7 +98,7 @@ def measure(
     setting: Setting, arguments: argparse.Namespace, processes: int, images: Path, flags: list[str]
 ) -> dict:
     batch = arguments.batch_size or setting.batch
-    rate = matrix_rate()
+    rate, steps = matrix_rate(), arguments.steps + WARM_UP
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable]
         if processes > 1:
@@ -105,20 +106,21 @@ def measure(
         command += [str(ROOT / f"recipes/{setting.recipe}.py"), "--arch", setting.arch]
         command += ["--image-size", str(setting.image_size), "--batch-size", str(batch)]
         command += [
-            *data_flags(setting, images, arguments.cifar10),
+            *data_flags(setting, images, arguments.cifar10, batch * steps),
             "--knn-every",
             "0",
             "--output",
             folder,
         ]
-        command += ["--epochs", "1000", "--max-steps", str(arguments.steps + WARM_UP), *flags]
+        command += ["--epochs", "1000", "--max-steps", str(steps), *flags]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(done.stderr.strip() or done.stdout)
         config = yaml.safe_load((Path(folder) / "config.yaml").read_text())
         records = [r for r in metrics.read(Path(folder) / metrics.NAME) if r["kind"] == "step"]
     counted = records[WARM_UP:]
-    # launches run ahead of a GPU and catch up at each reading of the metrics: the sum is true
+    # launches run ahead of a GPU and catch up at each reading of the metrics: single steps' times
+    # say little, their sum is true
     seconds = np.array([batch / r["images_per_second"] for r in counted])
     waited = np.array([r["data_wait"] for r in counted]) * seconds
     per_second = batch * len(counted) / seconds.sum()
@@ -137,20 +139,28 @@ def measure(
     }
 
 
-def data_flags(setting: Setting, images: Path, cifar10: str) -> list[str]:
+def data_flags(setting: Setting, images: Path, cifar10: str, names: int) -> list[str]:
     if setting.dataset == "photos":
         return ["--dataset", "photos"]
     if setting.dataset == "cifar10":
         return ["--dataset", "cifar10", "--data", cifar10]
-    if not (images / "train").exists():
-        make_photographs(images)
+    make_photographs(images, names)
     return ["--dataset", "imagefolder", "--data", str(images)]
 
 
-def make_photographs(folder: Path) -> None:
-    """JPEG files of 500x375 pixels, quality 90: crops of the photographs inside scikit-image."""
+def make_photographs(folder: Path, names: int) -> None:
+    """JPEG files of 500x375 pixels, quality 90: crops of the photographs inside scikit-image, with
+    at least so many names that a run ends within its first epoch (an epoch's end is not a step).
+    """
     rng, photos = np.random.default_rng(0), [read_photo(name) for name in PHOTOS]
+    for number in range(FILES, names):
+        link = folder / "train" / f"{number % 16:02}" / f"{number}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(f"{number % FILES}.jpg")
     for number in range(FILES):
+        if (folder / "train" / f"{number % 16:02}" / f"{number}.jpg").exists():
+            continue
         photo = photos[number % len(photos)]
         left, top = rng.integers(0, photo.width // 2), rng.integers(0, photo.height // 2)
         crop = photo.crop((left, top, left + photo.width // 2, top + photo.height // 2))
@@ -178,7 +188,8 @@ def matrix_rate(side: int = 0, repeats: int = 10) -> float:
 def encoder_flops(arch: str, image_size: int) -> float:
     """Operations of the encoder's forward and backward pass for one view of one image."""
     encoder = build_encoder(arch, image_size)
-    with FlopCounterMode(display=False) as counter:
+    # fused attention on CPU is not counted: the plain products are
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder(torch.randn(2, 3, image_size, image_size)).sum().backward()
     return counter.get_total_flops() / 2
 

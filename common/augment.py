@@ -8,6 +8,7 @@ the same uint8; `to_input` normalises a batch on the device.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -223,6 +224,10 @@ def center_view(
 def to_input(views: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (N,3,H,W) -> normalised input of the encoder on `device`, channels last."""
     views = views.to(device, non_blocking=True).to(dtype, memory_format=torch.channels_last)
-    mean = torch.tensor(MEAN, device=device, dtype=dtype).view(3, 1, 1)
-    std = torch.tensor(STD, device=device, dtype=dtype).view(3, 1, 1)
+    mean, std = mean_and_std(device, dtype)
     return views.div_(255).sub_(mean).div_(std)
+
+
+@functools.cache  # sent to a GPU once: each sending would wait for the step before
+def mean_and_std(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor((MEAN, STD), device=device, dtype=dtype).view(2, 3, 1, 1)

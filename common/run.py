@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed, environment, metrics, results
 from common.augment import View, to_input
-from common.config import changed_fields, snapshot_epochs
+from common.config import changed_fields, gpu_is_there, snapshot_epochs
 from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
 from common.device_views import DeviceViews
 from common.errors import Stopped, UserError, say_error
@@ -37,7 +37,8 @@ from common.signals import StopRequests
 from common.support_set import SupportSet
 
 FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they are read
-MONITOR_STEPS = 20  # steps between the dearer monitors
+# steps between the dearer monitors: the effective rank's eigenvalues make the host wait for a GPU
+MONITOR_STEPS = 20
 
 
 def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
@@ -77,6 +78,9 @@ class Run:
         self.recipe, self.config = recipe, config
         self.device = distributed.start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        if config.augment_device == "cuda" and not gpu_is_there():
+            text = "--augment-device cuda: no GPU is visible here; use cpu"
+            raise UserError(text, every_rank=True)
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         check_batch(config.batch_size, self.ranks, config.micro_batch)
         self.train, self.test = self.load_images()
@@ -320,11 +324,11 @@ class Run:
             self.started = self.last_flush = self.last_save = time.monotonic()
             asked = time.monotonic()
             for pixels, ids, problems, must_stop in loader:
+                self.waited, self.step_seconds = time.monotonic() - asked, 0.0
                 report_problems(problems, must_stop)
                 if on_device:
                     pixels = on_device(pixels, ids)
                 inputs = [to_input(view, self.device, self.dtype) for view in pixels]
-                self.waited = time.monotonic() - asked
                 yield self.step, inputs, ids.to(self.device, non_blocking=True)
                 self.time_step(time.monotonic() - asked)
                 self.after_step()
@@ -364,11 +368,13 @@ class Run:
         return values
 
     def time_step(self, seconds: float) -> None:
+        """Adds to the time of the step that was logged last."""
         self.seconds += seconds
-        if self.waiting and self.waiting[-1]["step"] == self.step + 1:
+        self.step_seconds += seconds
+        if self.waiting:
             self.waiting[-1] |= {
-                "images_per_second": round(self.config.batch_size / seconds, 2),
-                "data_wait": round(self.waited / seconds, 4),
+                "images_per_second": round(self.config.batch_size / self.step_seconds, 2),
+                "data_wait": round(self.waited / self.step_seconds, 4),
                 "memory_gb": round(self.memory_gb(), 3),
             }
 
@@ -411,10 +417,13 @@ class Run:
 
     def flush(self) -> None:
         """Reads the waiting metrics from the device, as means over ranks, and writes them."""
+        if self.device.type == "cuda" and self.waiting:
+            # launches run ahead: what is left to compute is part of the steps' time
+            started = time.monotonic()
+            torch.cuda.synchronize(self.device)
+            self.time_step(time.monotonic() - started)
         self.last_flush = time.monotonic()
-        for item in self.state.values():
-            if isinstance(item, SupportSet):
-                item.check()
+        self.check_queues()
         records, self.waiting = self.waiting, []
         places = [(r, n) for r in records for n, v in r.items() if isinstance(v, Tensor)]
         if places:
@@ -438,6 +447,20 @@ class Run:
             )
         if good:
             self.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
+
+    def check_queues(self) -> None:
+        """On a GPU a look-up that found too few entries is known only here; ranks agree on it, so
+        that none waits for another that has stopped.
+        """
+        problem: UserError | None = None
+        try:
+            for item in self.state.values():
+                if isinstance(item, SupportSet):
+                    item.check()
+        except UserError as error:
+            problem = error
+        if distributed.any_rank([problem is not None])[0]:
+            raise problem or UserError("another rank's queue gave too few neighbours", True)
 
     def keep_snapshot(self, epoch: int) -> None:
         """Keeps the checkpoint just saved as snapshots/epoch-….pt, where --snapshot-epochs asks."""

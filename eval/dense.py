@@ -170,11 +170,11 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """An RGB image, upright as its camera says; UserError that names an unreadable file."""
+def load_image(path: str | Path, upright: bool = True) -> Image.Image:
+    """An RGB image, `upright` as its camera says; UserError that names an unreadable file."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         text = str(error).replace(f" {str(path)!r}", "")
         raise UserError(f"{path} cannot be read ({text}): mend it or fetch it again") from None

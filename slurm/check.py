@@ -88,9 +88,11 @@ def config_facts(
         changes = changed_fields(config, saved)
         if saved.get("recipe") != recipe:
             changes = [f"recipe was {saved.get('recipe')}, is {recipe}"]
-        # bf16 or fp32 is decided where the job runs
-        given = any(flag.split("=")[0] == "--precision" for flag in flags)
-        changes = [c for c in changes if given or not c.startswith("precision ")]
+        # bf16 or fp32, and where colours are done, is decided where the job runs
+        given = {flag.split("=")[0] for flag in flags}
+        for flag, field in (("--precision", "precision"), ("--augment-device", "augment_device")):
+            if flag not in given:
+                changes = [c for c in changes if not c.startswith(f"{field} ")]
         if changes:
             raise UserError(
                 f"{folder} holds a run with another configuration ({'; '.join(changes)}): use the "

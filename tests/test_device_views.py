@@ -11,7 +11,7 @@ import torch
 from conftest import SHARED_IMAGES, run_script, small
 from PIL import Image
 
-from common import augment, config, data, device_views, run
+from common import augment, data, device_views, run
 from common.augment import Draw, View, draw_row, view_rng
 from common.data import ArrayImages, RankBatches, load_dataset, view_loader
 from common.photos import PHOTOS, read_photo
@@ -188,7 +188,7 @@ def test_a_run_with_views_on_the_device_follows_the_one_without(tmp_path, monkey
             used.append(len(loaded))
             return super().__call__(loaded, samples)
 
-    monkeypatch.setattr(config, "gpu_is_there", lambda: True)
+    monkeypatch.setattr(run, "gpu_is_there", lambda: True)
     monkeypatch.setattr(run, "DeviceViews", Watched)
     flags = [*flags, "--augment-device", "cuda", "--output", str(tmp_path / "device")]
     nnsiam.main(flags)

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from common.errors import EXIT_STOPPED, Stopped, UserError
 from common.signals import StopRequests
-from eval.dense import same_features
+from eval.dense import same_features, step_seed
 from eval.detection import data
 from eval.detection.convert import check_loaded, convert, write
 from eval.detection.scores import MEASURES
@@ -226,7 +227,10 @@ def train(
 ) -> None:
     """One process of the training: detectron2's `launch` calls it."""
     register(settings, config.data)
-    cfg = configuration(settings, weights, output, config.seed)
+    # detectron2's sampler starts anew with every process: from another order each time, not from
+    # the same first images again and again
+    seed = step_seed(config.seed, iterations_done(output), 0) % 2**31
+    cfg = configuration(settings, weights, output, seed)
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = config.workers if config.workers >= 0 else 4
     cfg.freeze()
@@ -240,6 +244,13 @@ def train(
             train_with(cfg, Trainer.requests, output)
         except StopTraining:
             raise SystemExit(EXIT_STOPPED) from None
+
+
+def iterations_done(output: Path) -> int:
+    """The iteration of the checkpoint that training goes on from, 0 where there is none."""
+    last = output / "last_checkpoint"  # detectron2's note of the newest file
+    digits = re.findall(r"\d+", last.read_text()) if last.exists() else []
+    return int(digits[-1]) + 1 if digits else 0
 
 
 def train_with(cfg: CfgNode, requests: StopRequests, output: Path) -> None:

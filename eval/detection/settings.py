@@ -20,7 +20,7 @@ Task = Literal[
     "voc_faster_rcnn_R50_FPN",
     "voc0712_faster_rcnn_R50_C4",
 ]
-# as results/published.yaml names them
+# names of protocols as in results/published.yaml, where it has them
 PROTOCOLS = {
     "coco_mask_rcnn_R50_FPN_1x": "FPN Mask R-CNN 1x",
     "coco_mask_rcnn_R50_FPN_3x": "FPN Mask R-CNN 3x",
@@ -107,6 +107,11 @@ def parse_overrides(text: str, task: str) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 found[name] = float(found[name])  # YAML reads 1e-3 as text
         kind = (int, float) if number else type(known[name])
+        if type(known[name]) is int and isinstance(found[name], float):
+            whole = found[name].is_integer()
+            found[name] = int(found[name]) if whole else None
+        if name == "SOLVER.IMS_PER_BATCH" and found[name] == 0:
+            found[name] = None
         if not isinstance(found[name], kind) or (number and isinstance(found[name], bool)):
             raise UserError(
                 f"--override {word}: {known[name]!r} is in the file, of another type", True

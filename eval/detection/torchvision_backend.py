@@ -55,7 +55,7 @@ def run(job: "Detection") -> dict[str, dict[str, float]]:
     check_arrival(job, model)
     model = job.over_ranks(model)
     optimizer = build_optimizer(model, settings)
-    saved = job.restore() or {"step": 0, "refined": False}
+    saved = job.restore() or {"step": 0}
     if saved["step"]:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

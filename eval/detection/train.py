@@ -126,7 +126,7 @@ class Detection(DenseEvaluation):
             if "MODEL.FPN.NORM" in settings.values
             else [settings["MODEL.RESNETS.NORM"]],
         }
-        assumed = settings.task == "coco_mask_rcnn_R50_FPN_1x"  # norms and rate unstated in SNCLR
+        assumed = settings.task.startswith("coco")  # norms unstated in SNCLR and GSG, see README
         first, rest = rows[0], rows[1:]
         self.write_record(
             first["protocol"],

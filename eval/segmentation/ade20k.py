@@ -41,7 +41,7 @@ class Scenes:
 
     def load(self, number: int) -> tuple[Image.Image, Image.Image]:
         """(RGB image, its labels 0 to 150 as an L image); UserError that names a bad file."""
-        image = load_image(self.images[number])
+        image = load_image(self.images[number], upright=False)  # label maps lie as the pixels do
         try:
             labels = Image.open(self.labels[number])
             labels.load()
