@@ -229,32 +229,32 @@ def summary(published, records) -> str:
         )
     text = ["Linear top-1 on ImageNet, in percent:\n", table(head, cells), ""]
     if apart:
-        head = ("method", "encoder", "trained on", "epochs", "protocol", "ours", "spread")
-        cells = []
-        order = sorted(
-            apart,
-            key=lambda i: (
-                *apart_order(i[1])[:3],
-                tables.protocol_order(i[1]["protocol"]),
-                *apart_order(i[1])[3:],
-            ),
-        )
-        for _, r in order:
-            what = r["pretraining"]
-            cells.append(
-                [
-                    r["method"],
-                    r["arch"],
-                    tables.data_cell(what, "dataset"),
-                    tables.number_cell(what["epochs"]),
-                    tables.protocol_cell(r),
-                    tables.percent(r["value"]),
-                    tables.spread_cell(r),
-                ]
-            )
-        text += ["Our runs so far, beside which no paper has a number:\n", table(head, cells), ""]
+        text += ["Our runs so far, beside which no paper has a number:\n", *side_by_side(apart), ""]
     text.append("All tables, with commits, hours and records: [results/](results/README.md).")
     return "\n".join(text)
+
+
+def side_by_side(apart: list[tuple[str, dict]]) -> list[str]:
+    """One row for each encoder, one column for each protocol that any of them was scored by."""
+    columns: dict[tuple, str] = {}
+    rows: dict[tuple, dict[str, list[str]]] = {}
+    for _, r in sorted(apart, key=lambda item: apart_order(item[1])):
+        what, name = r["pretraining"], r["protocol"]
+        if r["dataset"]["name"] != what["dataset"]:
+            name += f", {r['dataset']['name']}"
+        columns[(tables.protocol_order(r["protocol"]), name)] = name
+        encoder = (
+            r["method"],
+            r["arch"],
+            tables.data_cell(what, "dataset"),
+            tables.number_cell(what["epochs"]),
+        )
+        seeds = len(r["values"])
+        value = tables.percent(r["value"]) + (f" ({seeds} seeds)" if seeds > 1 else "")
+        rows.setdefault(encoder, {}).setdefault(name, []).append(value)
+    names = [columns[key] for key in sorted(columns)]
+    cells = [[*row, *(", ".join(found.get(n, [])) for n in names)] for row, found in rows.items()]
+    return [table(("method", "encoder", "trained on", "epochs", *names), cells)]
 
 
 def in_readme(readme: str, text: str) -> str:
