@@ -17,13 +17,16 @@ number of ranks.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from common.distributed import can_keep_views_apart, views_apart
+
+# in one forward: gradients of weights sum over all of them, in float32 with that much more rounding
+VIEWS_AT_ONCE = 2
 
 
 class Encoded(NamedTuple):
@@ -60,9 +63,13 @@ class Pieces:
         if self.pieces:
             return [self.in_pieces(x) for x in views]
         if self.views_together and len({x.shape for x in views}) == 1:
-            with views_apart(self.encoder, len(views)):
-                return [*self.encoder(torch.cat(views)).chunk(len(views))]
+            pairs = [views[n : n + VIEWS_AT_ONCE] for n in range(0, len(views), VIEWS_AT_ONCE)]
+            return [features for pair in pairs for features in self.together(pair)]
         return [self.encoder(x) for x in views]
+
+    def together(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        with views_apart(self.encoder, len(views)):
+            return self.encoder(torch.cat(views)).chunk(len(views))
 
     def in_pieces(self, images: Tensor) -> Tensor:
         """Features without graph; where gradients are wanted, a leaf where `replay` goes on."""

@@ -413,6 +413,7 @@ class Run:
                 "start the same command again to continue"
             )
             self.wandb.finish()
+            distributed.stop()  # left to the interpreter's exit, gloo may abort and hide code 75
             raise Stopped
 
     def flush(self) -> None:

@@ -318,6 +318,7 @@ class Evaluation:
         self.bar.close()
         name = self.requests.received.name if self.requests.received else "another rank"
         self.say(f"stopped by {name}, {how}; start the same command again to continue")
+        distributed.stop()
         raise Stopped
 
     def save(self, state: dict[str, Any]) -> None:

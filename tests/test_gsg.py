@@ -240,6 +240,8 @@ own = [t.chunk(ranks)[rank].clone().requires_grad_() for t in tensors]
 loss = gsg_loss(*own, pairs)
 loss.backward()
 torch.save((loss.detach(), [t.grad for t in own]), f"{sys.argv[1]}.{rank}")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

@@ -129,6 +129,8 @@ for tensors, form, tile in cases:
     loss.backward()
     results.append((loss.detach(), [t.grad for t in own[:2]]))
 torch.save(results, f"{sys.argv[1]}.{rank}")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
