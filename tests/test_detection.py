@@ -394,6 +394,12 @@ def test_torchvision_is_stopped_and_continues_to_the_same_numbers(finished, mini
     assert 0 < step < 20
     changed = [*arguments[:-2], "--seed", "1", "--backend", "torchvision"]
     assert "seed was 0, is 1" in only_error(run_script(SCRIPT, *changed))
+    saved = (folder / "checkpoint.pt").stat().st_mtime_ns
+    often = [*arguments, "--checkpoint-minutes", "0.0001"]
+    code, output = interrupted(
+        often, lambda: (folder / "checkpoint.pt").stat().st_mtime_ns > saved, signal.SIGKILL
+    )
+    assert code == -signal.SIGKILL, output
     done = run_script(SCRIPT, *arguments)
     assert done.returncode == 0, done.stderr
     whole = metrics.read(finished[0] / "metrics.jsonl")
