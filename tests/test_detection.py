@@ -557,7 +557,8 @@ def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resne
 def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_path):
     """240 pixels, 16 regions of each image: about a second for each iteration on 2 cores."""
     sizes = "INPUT.MIN_SIZE_TRAIN=[240] INPUT.MIN_SIZE_TEST=240 TEST.PRECISE_BN.NUM_ITER=4 "
-    override = SMALL + sizes + "SOLVER.MAX_ITER=40 SOLVER.STEPS=[35]"
+    # a rate that no order of the images makes diverge: where it is stopped decides on the order
+    override = SMALL + sizes + "SOLVER.MAX_ITER=40 SOLVER.STEPS=[35] SOLVER.BASE_LR=0.005"
     folder = tmp_path / "run"
     arguments = flags(miniature, folder, override=override, arch="resnet50")
     arguments += ["--checkpoint-minutes", "0.02"]  # a checkpoint after each iteration, almost
