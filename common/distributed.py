@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common import batch_norm
+
 
 def rank() -> int:
     """This process's number among all ranks, 0 without a process group."""
@@ -250,8 +252,6 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: RankBatchNorm):
-        from common import batch_norm  # here, so that a GPU run does without the compiler
-
         x, threads = channels_last(x), torch.get_num_threads()
         parts = as_rows(x, norm.views)
         found = [batch_norm.moments(part, threads) for part in parts]
@@ -274,8 +274,6 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        from common import batch_norm
-
         (x,), mean, threads = ctx.saved_tensors, ctx.mean, torch.get_num_threads()
         parts, grads = as_rows(x, len(mean)), as_rows(channels_last(grad), len(mean))
         sums = [

@@ -5,7 +5,7 @@ for a number of iterations and continued at any of them.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +55,17 @@ class DenseEvaluation(Evaluation):
     def with_defaults(self, config: Any) -> Any:
         return dataclasses.replace(config, arch=self.facts["arch"])
 
+    def evaluate(self, name: str) -> None:
+        """The whole evaluation in the folder of this name: what `trained` gives goes to
+        `conclude`, which writes the record; both are the subclass's.
+        """
+        self.begin(name)
+        with self.working():
+            if not self.is_written():
+                self.conclude(self.trained())
+        self.say_result()
+        distributed.stop()
+
     def over_ranks(self, model: nn.Module) -> nn.Module:
         """Batch norms with the statistics of all ranks. Images differ in size from rank to rank,
         which only CUDA's SyncBatchNorm counts rightly.
@@ -85,26 +96,32 @@ class DenseEvaluation(Evaluation):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        first: int,
         total: int,
-        batches: Any,
+        batches: Callable[[int, int], Iterable],
         loss_of: Callable[[Any], dict[str, Tensor]],
         rate: Callable[[int], float],
-        before: dict[str, Any],
     ) -> None:
-        """Iterations `first` to `total`, saved where asked to stop and at the end.
+        """The iterations of `total` that the checkpoint, if any, leaves; saved where asked to stop
+        and at the end.
 
-        `loss_of` maps a batch to its losses, `rate` an iteration to the learning rate; `before` is
-        what else to keep in the checkpoint. Everything random in an iteration follows from
+        `batches` gives those of the iterations (first, last), `loss_of` maps one to its losses,
+        `rate` an iteration to the learning rate. Everything random in an iteration follows from
         (seed, iteration, rank), so a continued training is the same one.
         """
+        first = 0
+        if saved := self.restore():
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first = saved["step"]
+        if first == total:
+            return
         self.cut_log(first)
         self.bar = self.progress_bar(total, "training", initial=first)
         begun, last_log = time.monotonic(), (first, time.monotonic())
         say_every = max(1, total // SAY_TIMES)
         said = first // say_every
         model.train()
-        for step, batch in enumerate(batches, first):
+        for step, batch in enumerate(batches(first, total), first):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             torch.manual_seed(step_seed(self.config.seed, step, self.rank))
@@ -137,7 +154,6 @@ class DenseEvaluation(Evaluation):
                     )
             self.after_step(
                 lambda done=done: {
-                    **before,
                     "step": done,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),

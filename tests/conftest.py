@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,24 @@ def run_ranks(ranks: int, script: str, *flags: str, timeout: float = 240) -> Non
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
+
+
+def interrupted(script: str, flags, has_begun, number=signal.SIGTERM) -> tuple[int, str]:
+    """Exit code and output of a script that gets a signal once it `has_begun`."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *flags],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    end = time.monotonic() + 200
+    while not has_begun() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
 
 
 def only_error(process) -> str:

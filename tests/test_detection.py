@@ -4,14 +4,12 @@ import json
 import pickle
 import re
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, interruptible, only_error, run_script
+from conftest import interrupted, only_error, run_script
 from dense_miniatures import COCO_IDS, ELLIPSE, HEIGHT, RECTANGLE, WIDTH, coco, picture, voc
 from torch import nn
 
@@ -339,24 +337,6 @@ def record_of(folder):
     return json.loads((folder / "record.json").read_text())
 
 
-def interrupted(arguments, has_begun, number=signal.SIGTERM):
-    """Exit code and output of the command, stopped by a signal once it `has_begun`."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / SCRIPT), *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=interruptible,
-    )
-    end = time.monotonic() + 200
-    while not has_begun() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=200)
-    return process.returncode, output
-
-
 @pytest.fixture(scope="module")
 def finished(miniature, tmp_path_factory):
     """An uninterrupted training, and its record."""
@@ -387,7 +367,7 @@ def test_torchvision_is_stopped_and_continues_to_the_same_numbers(finished, mini
     folder = tmp_path / "run"
     arguments = flags(miniature, folder, "--backend", "torchvision")
     log = folder / "metrics.jsonl"
-    code, output = interrupted(arguments, lambda: log.exists() and metrics.read(log))
+    code, output = interrupted(SCRIPT, arguments, lambda: log.exists() and metrics.read(log))
     assert code == 75, output
     assert "start the same command again" in output and not (folder / "record.json").exists()
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"]
@@ -397,7 +377,7 @@ def test_torchvision_is_stopped_and_continues_to_the_same_numbers(finished, mini
     saved = (folder / "checkpoint.pt").stat().st_mtime_ns
     often = [*arguments, "--checkpoint-minutes", "0.0001"]
     code, output = interrupted(
-        often, lambda: (folder / "checkpoint.pt").stat().st_mtime_ns > saved, signal.SIGKILL
+        SCRIPT, often, lambda: (folder / "checkpoint.pt").stat().st_mtime_ns > saved, signal.SIGKILL
     )
     assert code == -signal.SIGKILL, output
     done = run_script(SCRIPT, *arguments)
@@ -563,7 +543,7 @@ def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_p
     arguments = flags(miniature, folder, override=override, arch="resnet50")
     arguments += ["--checkpoint-minutes", "0.02"]  # a checkpoint after each iteration, almost
     output = folder / "detectron2"
-    code, said = interrupted(arguments, lambda: [*output.glob("model_*.pth")])
+    code, said = interrupted(SCRIPT, arguments, lambda: [*output.glob("model_*.pth")])
     assert code == 75, said
     assert "Traceback" not in said and "start the same command again" in said
     before = (output / "last_checkpoint").read_text()

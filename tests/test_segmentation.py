@@ -3,15 +3,12 @@
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment, interruptible, only_error, run_script
+from conftest import interrupted, only_error, run_script
 from dense_miniatures import HEIGHT, WIDTH, ade20k
 from PIL import Image
 
@@ -206,21 +203,11 @@ def test_it_learns_more_than_the_constant_answer(finished, miniature):
 def test_stopped_it_continues_to_the_same_numbers(finished, miniature, tmp_path):
     folder = tmp_path / "run"
     flags = [*QUICK, "--data", str(miniature), "--output", str(folder)]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / SCRIPT), *flags],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=interruptible,
+    log = folder / "metrics.jsonl"
+    code, output = interrupted(
+        SCRIPT, flags, lambda: log.exists() and metrics.read(log), signal.SIGUSR1
     )
-    log, end = folder / "metrics.jsonl", time.monotonic() + 100
-    while not (log.exists() and metrics.read(log)) and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 75, output
+    assert code == 75, output
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"]
     assert 0 < step < 11
     assert "lr was 0.02, is 0.1" in only_error(run_script(SCRIPT, *flags, "--lr", "0.1"))

@@ -2,6 +2,7 @@
 detectron2. Schedule, sizes, flips and norms are the task's; README.md says what still differs.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,18 +56,9 @@ def run(job: "Detection") -> dict[str, dict[str, float]]:
     check_arrival(job, model)
     model = job.over_ranks(model)
     optimizer = build_optimizer(model, settings)
-    saved = job.restore() or {"step": 0}
-    if saved["step"]:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    first, total = saved["step"], settings.iterations
-    if first < total:
-        batches = loader(job, first, total)
-        loss_of = losses(job, model)
-        job.train_steps(
-            model, optimizer, first, total, batches, loss_of, settings.learning_rate,
-            {"refined": False},
-        )  # fmt: skip
+    batches = functools.partial(loader, job)
+    loss_of = losses(job, model)
+    job.train_steps(model, optimizer, settings.iterations, batches, loss_of, settings.learning_rate)
     if settings.get("TEST.PRECISE_BN.ENABLED", False):
         refine_norms(job, model)
     return scores.of(job.test, detections(job, model), settings.mask, voc=is_voc(settings))

@@ -47,12 +47,7 @@ class DetectionConfig(DenseConfig):
 
 def main(argv: list[str] | None = None) -> None:
     job = Detection(parse(DetectionConfig, {}, argv))
-    job.begin(f"detection-{job.config.task}-{job.config.backend}")
-    with job.working():
-        if not job.is_written():
-            job.write(job.trained())
-    job.say_result()
-    distributed.stop()
+    job.evaluate(f"detection-{job.config.task}-{job.config.backend}")
 
 
 class Detection(DenseEvaluation):
@@ -106,7 +101,7 @@ class Detection(DenseEvaluation):
 
         return detectron2_backend.run(self)
 
-    def write(self, found: dict[str, dict[str, float]]) -> None:
+    def conclude(self, found: dict[str, dict[str, float]]) -> None:
         """The record: box AP is its value, the other numbers its scores."""
         settings, backend = self.settings, self.config.backend
         protocol = settings.protocol(backend)

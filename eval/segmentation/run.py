@@ -53,13 +53,7 @@ class SegmentationConfig(DenseConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
-    job = Segmentation(parse(SegmentationConfig, {}, argv))
-    job.begin("segmentation-ade20k")
-    with job.working():
-        if not job.is_written():
-            job.score(job.trained())
-    job.say_result()
-    distributed.stop()
+    Segmentation(parse(SegmentationConfig, {}, argv)).evaluate("segmentation-ade20k")
 
 
 class Segmentation(DenseEvaluation):
@@ -114,22 +108,14 @@ class Segmentation(DenseEvaluation):
         net = self.over_ranks(net)
         groups = model.parameter_groups(net, config.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
-        saved = self.restore() or {"step": 0}
-        if saved["step"]:
-            net.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        first, total = saved["step"], config.iterations
-        if first < total:
-            self.train_steps(
-                net,
-                optimizer,
-                first,
-                total,
-                self.batches(first, total),
-                lambda batch: self.losses(net, *raise_errors([batch])[0]),
-                self.learning_rate,
-                {},
-            )
+        self.train_steps(
+            net,
+            optimizer,
+            config.iterations,
+            self.batches,
+            lambda batch: self.losses(net, *raise_errors([batch])[0]),
+            self.learning_rate,
+        )
         return net
 
     def batches(self, first: int, last: int) -> torch.utils.data.DataLoader:
@@ -158,7 +144,7 @@ class Segmentation(DenseEvaluation):
     # -- scoring --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(self, net: model.Segmenter) -> None:
+    def conclude(self, net: model.Segmenter) -> None:
         """mIoU over the validation images; writes picture and, last, the record."""
         net.eval()
         own = per_rank(len(self.test))
