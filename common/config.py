@@ -69,6 +69,11 @@ class RunConfig:
     # how views are computed. exact: compiled, Pillow's values bit for bit; reference: Pillow;
     # fast: colour in one map, large images at half scale (benchmarks/README.md says how far off)
     input: Literal["exact", "reference", "fast"] = later("exact")
+    # train on this many images, equally many of each class, the same for every seed; 0: all
+    train_images: int = later(0)
+    # hold this share of each class's training images out and score k-NN on them instead of the
+    # test images: for choosing values
+    validation_share: float = later(0.0)
     seed: int = 0  # keys initialisation, data order, views, queue start, GSG's pairs
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
@@ -252,7 +257,7 @@ def check_values(config: Any) -> None:
     positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature"}
     positive |= {"output_dim", "projector_hidden", "predictor_hidden", "iterations"}
     not_negative = {"lr", "weight_decay", "warmup_epochs", "seed", "max_steps", "knn_every"}
-    not_negative |= {"lr_batch", "micro_batch"}
+    not_negative |= {"lr_batch", "micro_batch", "train_images"}
     not_negative |= {"neighbours", "neighbour_free_epochs", "checkpoint_minutes", "small_crops"}
     shares = {"momentum", "sgd_momentum", "crop_min"}
     for name, value in dataclasses.asdict(config).items():
@@ -269,6 +274,8 @@ def check_values(config: Any) -> None:
             raise UserError(f"{flag} {value}: must not be negative", every_rank=True)
         if name in shares and not 0 <= value <= 1:
             raise UserError(f"{flag} {value}: must lie between 0 and 1", every_rank=True)
+        if name == "validation_share" and not 0 <= value < 1:
+            raise UserError(f"{flag} {value}: must be 0 or more and below 1", every_rank=True)
     if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
         snapshot_epochs(config)
     if config.workers < -1:

@@ -29,7 +29,7 @@ METHODS = {
 }
 # flags that do not make another experiment: places, speed, and what has its own field in a record
 NOT_SETTINGS = {"recipe", "dataset", "arch", "seed", "epochs", "batch_size", "follow", "gsg"}
-NOT_SETTINGS |= {"precision"}
+NOT_SETTINGS |= {"precision", "train_images", "validation_share"}
 DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"}
 PLACES = {"data", "output", "workers", "download", "wandb", "knn_every", "checkpoint_minutes"}
 PLACES |= {"snapshot_epochs", "resume", "max_steps", "on_bad_image", "config"}
@@ -101,7 +101,7 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
         "pretraining": {
             "dataset": name,
             "copy": copy,
-            "incomplete": None,
+            "incomplete": part_of(config),
             "epochs": round(first["results"]["epoch"], 4),
             "batch": config["batch_size"],
         },
@@ -148,6 +148,16 @@ def facts_of(run: Path) -> dict[str, Any]:
         "results": results,
         "metrics": metrics.read(run / metrics.NAME),
     }
+
+
+def part_of(config: dict[str, Any]) -> str | None:
+    """What a run used of its training set, in words; None for all of it."""
+    share, words = config.get("validation_share", 0.0), []
+    if config.get("train_images", 0):
+        words.append(f"{config['train_images']} images, balanced")
+    if share:
+        words.append(f"without {100 * share:g} % held out")
+    return ", ".join(words) or None
 
 
 def method_of(config: dict[str, Any]) -> str:

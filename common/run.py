@@ -34,6 +34,7 @@ from common.errors import Stopped, UserError, say_error
 from common.knn import knn_of_encoder
 from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
 from common.signals import StopRequests
+from common.splits import parts
 from common.support_set import SupportSet
 
 FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they are read
@@ -110,7 +111,9 @@ class Run:
     # -- set-up ---------------------------------------------------------------------------------
 
     def load_images(self) -> tuple[Images, Images | None]:
-        """The dataset; what is to be downloaded comes first, by rank 0 alone."""
+        """The dataset, or the parts of it that are asked for; what is to be downloaded comes first,
+        by rank 0 alone.
+        """
         config, error = self.config, None
         if config.download and self.rank == 0:
             try:
@@ -119,7 +122,8 @@ class Run:
                 error = str(problem)
         if (error := distributed.from_rank_zero(error)) is not None:
             raise UserError(error, every_rank=True)
-        return load_dataset(config.dataset, config.data)
+        images = load_dataset(config.dataset, config.data)
+        return parts(*images, config.train_images, config.validation_share)
 
     def choose_folder(self) -> Path:
         folder = default_folder(self.recipe, self.config)
@@ -268,6 +272,8 @@ class Run:
             f"batch {config.batch_size} · {config.epochs} epochs of {self.steps_per_epoch} steps · "
             f"{config.precision} · {description['devices']['name']} x {self.ranks}"
         )
+        if config.validation_share:
+            self.say(f"k-NN is scored on {len(self.test):,} held-out training images")
         if self.test is None and config.knn_every:
             self.say("no labelled test images: no k-NN accuracy")
         if self.step and self.step < self.last_step:

@@ -37,6 +37,7 @@ from common.errors import Stopped, UserError
 from common.knn import extract_features, rank_share
 from common.results import in_words
 from common.signals import StopRequests
+from common.splits import split_classes
 from eval.encoders import RANDOM, load_encoder
 
 RECORD = "record.json"
@@ -498,22 +499,6 @@ def held_out(labels: np.ndarray, imagenet: bool, seed: int) -> tuple[np.ndarray,
         kept, held = split_classes(labels, lambda count: share * count, seed)
         words = f"{len(held)} of {len(labels)} training images"
     return kept, held, words
-
-
-def split_classes(
-    labels: np.ndarray, wanted: Callable[[int], float], seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(the rest, those drawn), both in ascending order: of each class round(wanted(its count))
-    samples, at least one and never the last.
-    """
-    rng = np.random.default_rng([seed, 1])
-    drawn = []
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        number = min(len(own) - 1, max(1, round(wanted(len(own)))))
-        drawn.append(rng.permutation(own)[:number])
-    drawn = np.sort(np.concatenate(drawn))
-    return np.setdiff1d(np.arange(len(labels)), drawn), drawn
 
 
 def linear_weights(classes: int, dim: int, init: str, seed: int) -> Tensor:

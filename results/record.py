@@ -23,6 +23,8 @@ from typing import Any
 from common.errors import UserError, command
 from common.record import facts_of, of_runs, problems, read, with_values
 
+HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
+HISTORY += ("images_per_second",)
 RECORDS = Path(__file__).resolve().parent / "records"
 
 
@@ -90,12 +92,34 @@ def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
     if None not in before:
         others["random encoder"] = [round(100 * v, 3) for v in before]
     record |= {
-        "dataset": {"name": what["dataset"], "copy": what["copy"], "incomplete": None},
+        "dataset": {"name": what["dataset"], "copy": what["copy"], "incomplete": scored_on(facts)},
         "protocol": "kNN (k200,t.1)",
         "metric": "top1",
         "others": others,
+        "history": [history(f["metrics"]) for f in facts],
     }
     return with_values(record, [100 * v for v in values])
+
+
+def scored_on(facts: Sequence[dict[str, Any]]) -> str | None:
+    """What the monitor's k-NN had of the data set, in words; None for all of it."""
+    config = facts[0]["config"]
+    if share := config.get("validation_share", 0.0):
+        return f"{100 * share:g} % of the training images, held out"
+    if config.get("train_images", 0):
+        return f"{config['train_images']} labelled images"
+    return None
+
+
+def history(logged: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """What a run's monitors said after each epoch, so that curves can be drawn from records."""
+    epochs = [r for r in logged if r["kind"] == "epoch"]
+    found = {"epoch": [r["epoch"] for r in epochs]}
+    for name in HISTORY:
+        if any(name in r for r in epochs):
+            values = [r.get(name) for r in epochs]
+            found[name] = [None if v is None else float(f"{v:.5g}") for v in values]
+    return found
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -182,9 +182,16 @@ def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
         else:
             flags += [f"--{name}", str(value)]
     if data:
-        flags += ["--data", data]
+        flags += ["--data", shown(data)]
     script = ROOT / "recipes" / f"{piece.run['recipe']}.py"
-    return [sys.executable, str(script), *flags, "--seed", str(piece.seed), "--output", str(folder)]
+    flags += ["--seed", str(piece.seed), "--output", shown(folder)]
+    return [sys.executable, str(script), *flags]
+
+
+def shown(path: Path | str) -> str:
+    """A path as a record shows it: from the repository's root where it is below."""
+    path = Path(path).expanduser().absolute()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def work_on(
@@ -220,8 +227,8 @@ def evaluate(
     script, *flags = EVALUATIONS[evaluation]
     out = folder / "eval" / re.sub("[^a-z0-9]+", "-", PROTOCOLS[evaluation]).strip("-")
     line = [sys.executable, str(ROOT / script), *flags]
-    line += ["--backbone", str(folder), "--output", str(out)]
-    until(line + (["--data", data] if data else []), deadline, clock)
+    line += ["--backbone", shown(folder), "--output", shown(out)]
+    until(line + (["--data", shown(data)] if data else []), deadline, clock)
     print(f"stored {record.add(record.read(out / 'record.json'), dirty, work.records)}")
 
 
@@ -229,7 +236,7 @@ def until(line: list[str], deadline: float, clock: Callable[[], float] = time.mo
     """Runs a command; at the deadline asks it to stop, which it answers with 75: Stopped. Any
     other end but 0 is a UserError.
     """
-    process = subprocess.Popen(line)
+    process = subprocess.Popen(line, cwd=ROOT)
     asked = None
     try:
         while process.poll() is None:

@@ -28,6 +28,7 @@ from common.augment import center_view, to_input
 from common.data import Images, center_batches, load_dataset
 from common.errors import UserError, command
 from common.models import full_precision, momentum_copy
+from common.splits import parts
 from common.support_set import SupportSet
 
 MAX_SIDE = 112  # of a shown image, in pixels
@@ -218,7 +219,9 @@ def main(argv: list[str] | None = None) -> None:
     if min(arguments.queries, arguments.neighbours + 1) < 1:
         raise UserError("--queries and --neighbours must be above 0")
     data = config["data"] if arguments.data is None else arguments.data
-    images, _ = load_dataset(config["dataset"], data)
+    images = load_dataset(config["dataset"], data)
+    chosen = config.get("train_images", 0), config.get("validation_share", 0.0)
+    images, _ = parts(*images, *chosen)  # the queue's ids are numbers of these
     size = config["image_size"]
     queries = choose_queries(images, arguments.queries, arguments.seed)
     paths = [last]

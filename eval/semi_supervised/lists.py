@@ -10,7 +10,7 @@ import numpy as np
 
 from common.data import FolderImages, Images
 from common.errors import UserError
-from eval.evaluation import split_classes
+from common.splits import split_classes
 
 # google-research/simclr, imagenet_subsets/: 12 811 and 128 116 files
 URL = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/{}"

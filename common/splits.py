@@ -1,0 +1,70 @@
+"""Parts of a training set, the same for every run: a small balanced set, a held-out share."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from common.data import Images, subset
+from common.errors import UserError
+
+SEED = 0  # not the run's: seeds of one experiment see the same images
+
+
+def split_classes(
+    labels: np.ndarray, wanted: Callable[[int], float], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the rest, those drawn), both in ascending order: of each class round(wanted(its count))
+    samples, at least one and never the last.
+    """
+    rng = np.random.default_rng([seed, 1])
+    drawn = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        number = min(len(own) - 1, max(1, round(wanted(len(own)))))
+        drawn.append(rng.permutation(own)[:number])
+    drawn = np.sort(np.concatenate(drawn))
+    return np.setdiff1d(np.arange(len(labels)), drawn), drawn
+
+
+def parts(
+    train: Images, test: Images | None, train_images: int, validation_share: float
+) -> tuple[Images, Images | None]:
+    """(images to train on, images that k-NN is scored on), as --train-images and
+    --validation-share ask; 0 leaves them as they are. What is held out is never trained on.
+
+    UserError where there are not that many images, or no labels to hold out by.
+    """
+    if validation_share:
+        if train.labels is None:
+            raise UserError("--validation-share needs class folders: k-NN needs labels", True)
+        kept, held = split_classes(train.labels, lambda count: validation_share * count, SEED)
+        train, test = subset(train, kept), subset(train, held)
+    if train_images:
+        train = subset(train, balanced(train, train_images))
+    return train, test
+
+
+def balanced(images: Images, number: int) -> np.ndarray:
+    """`number` of the images, equally many of each class; without labels, any."""
+    if number > len(images):
+        raise UserError(f"--train-images {number}: there are {len(images)} to choose from", True)
+    rng = np.random.default_rng([SEED, 2])
+    if images.labels is None:
+        return np.sort(rng.permutation(len(images))[:number])
+    classes, counts = np.unique(images.labels, return_counts=True)
+    if number % len(classes):
+        raise UserError(
+            f"--train-images {number} is not the same number of each of {len(classes)} classes: "
+            f"take {max(number // len(classes), 1) * len(classes)}",
+            every_rank=True,
+        )
+    each = number // len(classes)
+    if each > counts.min():
+        least = images.classes[classes[counts.argmin()]]
+        raise UserError(
+            f"--train-images {number} is {each} of each class, but {least} has {counts.min()}: "
+            f"take {counts.min() * len(classes)} or fewer",
+            every_rank=True,
+        )
+    own = [rng.permutation(np.flatnonzero(images.labels == c))[:each] for c in classes]
+    return np.sort(np.concatenate(own))
