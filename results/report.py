@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError, command
-from results import compare, page, record, tables
+from results import claims, compare, page, record, tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -28,7 +28,8 @@ HEAD = """# Results
 
 Made by `python results/report.py` from [published.yaml](published.yaml) and the files in
 [records/](records/): change those, not this page. [index.html](index.html) has the same tables,
-sortable and filterable, with all published numbers and the figures.
+sortable and filterable, with all published numbers and the figures. Whether the papers' claims hold
+at equal budget: [cifar10.md](cifar10.md).
 
 Numbers are percentages after the **last** epoch. *Difference* is ours minus published, in points,
 and is given only where data, epochs, batch, encoder and protocol are the same. *Spread* is the
@@ -64,8 +65,11 @@ def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, 
     published = tables.load_published(folder / "published.yaml")
     records = [(path.name, r) for path, r in record.load_all(folder / "records")]
     figures = load_figures(folder / "figures")
+    of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
+    others = [figure for figure in figures if figure not in of_claims]
     pages = {
-        folder / "README.md": markdown(published, records, figures),
+        folder / "README.md": markdown(published, records, others),
+        folder / "cifar10.md": claims.markdown(published, records, of_claims),
         folder / "index.html": page.html(published, records, figures, folder / "figures"),
     }
     if readme.exists():
@@ -74,7 +78,9 @@ def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, 
 
 
 def load_figures(folder: Path) -> list[dict[str, str]]:
-    """figures.yaml: file, caption and command of each picture; UserError for a missing one."""
+    """figures.yaml: file, caption, command of each picture, and its page where that is not
+    README.md; UserError for a missing one.
+    """
     listed = folder / "figures.yaml"
     if not listed.exists():
         return []

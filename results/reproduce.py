@@ -122,9 +122,11 @@ class Work:
 
 
 def is_of(one: dict[str, Any], piece: Piece) -> bool:
-    """Whether a record, perhaps of another machine, is of this piece: by the name that its
-    training command gave the run folder.
+    """Whether a record, perhaps of another machine, is of this piece: by recipe, seed,
+    and the name that its training command gave the run folder.
     """
+    if one["recipe"] != piece.run["recipe"] or one["seeds"] != [piece.seed]:
+        return False
     folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
     return piece.name in {Path(folder).name for folder in folders}
 

@@ -1,0 +1,391 @@
+"""The papers' claims at equal budget: cifar10.md, made of claims.yaml, plan.yaml and records.
+
+python results/report.py                                  # writes the page with the others
+python results/claims.py photos --output curves.png       # a tier's curves, from its records
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError, command
+from results import record, tables
+from results.reproduce import PROTOCOLS, Piece, is_of, load_plan
+
+HERE = Path(__file__).resolve().parent
+CLAIMS = HERE / "claims.yaml"
+SIDES = ("better", "worse")
+SHOWN = {"knn": "k-NN", "linear": "linear", "semi 1%": "1 %", "semi 10%": "10 %"}
+# a plan's run -> protocol -> seed -> (file name, record)
+Runs = dict[str, dict[str, dict[int, tuple[str, dict[str, Any]]]]]
+
+HEAD = """# The papers' claims at equal budget
+
+Made by `python results/report.py` from [claims.yaml](claims.yaml), [plan.yaml](plan.yaml) and
+[records/](records/): change those, not this page.
+
+Do the claims hold at the scale of GSG's own CIFAR-10 experiment, or as near to it as there is a
+machine for? Both runs of a claim have the same images, encoder, batch, rate, schedule and number
+of epochs; an epoch with guided stop-gradient takes four views of an image instead of two, as the
+paper compares. All numbers are percentages of the test images after the last epoch (k-NN with
+k = 200 and tau = 0.1), *±* the standard deviation over seeds. CIFAR-10 is everywhere a **JPEG
+copy** of it.
+
+A claim **holds** where the means differ its way by more than the spread of a difference of two
+runs, √(s₁² + s₂²); it **does not hold** where they differ the other way by more than that; else
+the difference is **within the spread**. One seed has no spread: its difference is shown and
+nothing judged. `photos` is 5 400 small patches of 18 photographs, labelled by photograph: it shows
+that a recipe learns, and is a weak witness for or against a claim about CIFAR-10 or ImageNet.
+"""
+
+
+def load(path: Path = CLAIMS) -> dict[str, Any]:
+    """claims.yaml; UserError where it names a run that plan.yaml has not."""
+    what = yaml.safe_load(path.read_text())
+    planned = {run["name"] for run in load_plan()}
+    unknown = [
+        n for n in what["runs"] if not any(t["prefix"] + n in planned for t in what["tiers"])
+    ]
+    unknown += [n for s in what["scans"] for n in s["runs"].values() if n not in planned]
+    unknown += [c[n] for c in what["claims"] for n in SIDES if c[n] not in what["runs"]]
+    if unknown:
+        raise UserError(f"{path} names {unknown[0]}, which is no run of plan.yaml")
+    return what
+
+
+def recorded(records: Sequence[tuple[str, dict[str, Any]]]) -> Runs:
+    """The records of the plan's runs, by their run folders' names."""
+    found: Runs = {}
+    for run in load_plan():
+        for seed in run["seeds"]:
+            for name, one in records:
+                if is_of(one, Piece(run, seed)):
+                    of_run = found.setdefault(run["name"], {})
+                    of_run.setdefault(one["protocol"], {})[seed] = name, one
+    return found
+
+
+def values(runs: Runs, name: str, protocol: str) -> list[float]:
+    """A run's numbers by one protocol, in percent, in the order of its seeds."""
+    by_seed = runs.get(name, {}).get(protocol, {})
+    return [by_seed[seed][1]["value"] for seed in sorted(by_seed)]
+
+
+# -- verdicts -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """holds, does not hold, within the spread; or one seed, which judges nothing."""
+
+    word: str
+    difference: float  # points, better minus worse as the claim has them
+
+
+def judge(better: Sequence[float], worse: Sequence[float]) -> Verdict:
+    """Two lists of numbers over seeds: the spread of a difference is the root of the sum of their
+    squared standard deviations (n - 1).
+    """
+    difference = statistics.fmean(better) - statistics.fmean(worse)
+    if min(len(better), len(worse)) < 2:
+        return Verdict("one seed", difference)
+    spread = math.hypot(statistics.stdev(better), statistics.stdev(worse))
+    if abs(difference) <= spread:
+        return Verdict("within the spread", difference)
+    return Verdict("holds" if difference > 0 else "does not hold", difference)
+
+
+def sentence(claim: dict[str, Any], what: dict[str, Any], runs: Runs) -> str:
+    """What the tiers say of a claim, in one sentence."""
+    said = []
+    for tier in what["tiers"]:
+        names = [tier["prefix"] + claim[side] for side in SIDES]
+        for evaluation, label in SHOWN.items():
+            protocol = PROTOCOLS[evaluation]
+            pair = [values(runs, name, protocol) for name in names]
+            if not all(pair):
+                continue
+            found = judge(*pair)
+            numbers = f"{label} {mean_cell(pair[0])} against {mean_cell(pair[1])}"
+            word = "one seed, not judged" if found.word == "one seed" else f"**{found.word}**"
+            said.append(f"{tier['short']}: {word} ({numbers}, {found.difference:+.2f})")
+    text = f"**{claim['claim'][0].upper()}{claim['claim'][1:]}.** {'; '.join(said) or 'Not run'}. "
+    text += f"Claimed: {claim['source']}."
+    return text + (f" {claim['tried'].strip()}" if claim["tried"] else "")
+
+
+def mean_cell(numbers: Sequence[float]) -> str:
+    """58.21 ± 0.45; of one seed the number alone."""
+    if not numbers:
+        return ""
+    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.2f}{spread}"
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def markdown(published, records, figures: Sequence[dict[str, str]]) -> str:
+    """The text of cifar10.md; figures are those of figures.yaml that belong to it."""
+    what, runs = load(), recorded(records)
+    text = [HEAD, "## The claims\n"]
+    text += [f"{n}. {sentence(claim, what, runs)}" for n, claim in enumerate(what["claims"], 1)]
+    for tier in what["tiers"]:
+        text += ["", f"## {tier['title']}\n", *tier_table(tier, what, runs)]
+    text += ["", "## Values that the papers leave open\n", *scan_tables(what, runs)]
+    text += ["", "## What the look-ups retrieve\n", PURITY, *purity_tables(what, runs)]
+    if figures:
+        text += ["", "## Figures"]
+    for figure in figures:
+        text += [f"\n![{figure['caption']}](figures/{figure['file']})\n"]
+        text += [f"{figure['caption']} `{figure['command']}`"]
+    text += ["", "## Published, under other settings\n", CONTEXT, context_table(published)]
+    return "\n".join(text) + "\n"
+
+
+def tier_table(tier: dict[str, str], what: dict[str, Any], runs: Runs) -> list[str]:
+    """The tier's numbers, a row for each run that it plans; what is missing is named below."""
+    plan = {run["name"]: run for run in load_plan()}
+    planned = [n for n in what["runs"] if tier["prefix"] + n in plan]
+    asked = dict.fromkeys(e for n in planned for e in plan[tier["prefix"] + n]["evaluations"])
+    rows, missing = [], []
+    for name in planned:
+        run = tier["prefix"] + name
+        scores = [values(runs, run, PROTOCOLS[e]) for e in asked]
+        lacking = [s for s in plan[run]["seeds"] if s not in seeds_of(runs, run)]
+        missing += [f"{run} (seed {', '.join(map(str, lacking))})"] if lacking else []
+        if not any(scores):
+            continue
+        _, one = next(iter(runs[run].values()))[seeds_of(runs, run)[0]]
+        row = [what["runs"][name], f"{one['pretraining']['epochs']:g}", len(seeds_of(runs, run))]
+        row += [mean_cell(random_encoder(runs, run)), *map(mean_cell, scores)]
+        rows.append([*map(str, row), cost(runs, run), links(runs, run)])
+    head = ["method", "epochs", "seeds", "random encoder, k-NN", *(SHOWN[e] for e in asked)]
+    text = [table([*head, "training", "records"], rows)] if rows else []
+    if missing:
+        how = f"`python results/reproduce.py --next --only {missing[0].split()[0]}"
+        data = " --cifar10 PATH" if not tier["prefix"].startswith("photos") else ""
+        text += ["", f"**Missing**: {', '.join(missing)}. {how}{data}` runs the first of them."]
+    return text
+
+
+def seeds_of(runs: Runs, run: str) -> list[int]:
+    return sorted({seed for by_seed in runs.get(run, {}).values() for seed in by_seed})
+
+
+def random_encoder(runs: Runs, run: str) -> list[float]:
+    of_knn = runs[run].get(PROTOCOLS["knn"], {})
+    found = [one.get("others", {}).get("random encoder") for _, one in of_knn.values()]
+    return [value for numbers in found if numbers for value in numbers]
+
+
+def cost(runs: Runs, run: str) -> str:
+    """Mean time of training, and on what."""
+    ones = {seed: one for by_seed in runs[run].values() for seed, (_, one) in by_seed.items()}
+    hours = [one["hours"] for one in ones.values() if one["hours"] is not None]
+    one = next(iter(ones.values()))
+    time = tables.hours_cell({"hours": statistics.fmean(hours)}) if hours else ""
+    return f"{time}, {one['hardware']}"
+
+
+def links(runs: Runs, run: str) -> str:
+    files = dict.fromkeys(runs[run][p][s][0] for p in runs[run] for s in sorted(runs[run][p]))
+    return ", ".join(f"[{n}](records/{name})" for n, name in enumerate(files, 1))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def scan_tables(what: dict[str, Any], runs: Runs) -> list[str]:
+    text = [SCANS]
+    for scan in what["scans"]:
+        scores = {v: values(runs, name, PROTOCOLS["knn"]) for v, name in scan["runs"].items()}
+        scores = {value: numbers for value, numbers in scores.items() if numbers}
+        text += ["", f"{scan['what']}{' (' + scan['unit'] + ')' if scan['unit'] else ''}:", ""]
+        if not scores:
+            text.append("not run")
+            continue
+        rows = [
+            (
+                f"{value:g}{' (ours)' if value == scan['ours'] else ''}",
+                mean_cell(numbers),
+                str(len(numbers)),
+                links(runs, scan["runs"][value]),
+            )
+            for value, numbers in scores.items()
+        ]
+        text.append(table(("value", "k-NN on held-out images", "seeds", "records"), rows))
+        text += ["", conclusion(scan, scores)]
+    return text
+
+
+def conclusion(scan: dict[str, Any], scores: dict[float, list[float]]) -> str:
+    """Whether another value is better than ours by more than the spread."""
+    best = max(scores, key=lambda value: statistics.fmean(scores[value]))
+    if scan["ours"] not in scores:
+        return f"Best: {best:g}."
+    if best == scan["ours"]:
+        return f"Ours, {best:g}, is the best of them."
+    found = judge(scores[best], scores[scan["ours"]])
+    word = {"holds": "more than the spread"}.get(found.word, found.word)
+    return f"Best: {best:g}, {found.difference:+.2f} points from ours ({word})."
+
+
+def purity_tables(what: dict[str, Any], runs: Runs) -> list[str]:
+    """Purity of the retrieved neighbours over training, a table for each tier."""
+    text = []
+    for tier in what["tiers"]:
+        rows, columns = [], []
+        for name, method in what["runs"].items():
+            curves = histories(runs, tier["prefix"] + name)
+            if not curves or "neighbour_purity" not in curves[0]:
+                continue
+            epochs = [e for e in curves[0]["epoch"] if e > 0]
+            columns = columns or spread_out(epochs, 6)
+            at = [average(curves, "neighbour_purity", e) for e in columns]
+            own = average(curves, "self_matches", epochs[-1])
+            rows.append([method, *(percent(v) for v in at), percent(own)])
+        if rows:
+            head = ("method", *(f"epoch {e}" for e in columns), "own image, last epoch")
+            text += ["", f"{tier['title']}:", "", table(head, rows)]
+    return text or ["", "Not run."]
+
+
+def histories(runs: Runs, run: str) -> list[dict[str, list[float | None]]]:
+    """What the monitors of each seed said over its epochs."""
+    of_knn = runs.get(run, {}).get(PROTOCOLS["knn"], {})
+    return [curve for seed in sorted(of_knn) for curve in of_knn[seed][1].get("history", [])]
+
+
+def average(curves: Sequence[dict[str, list]], metric: str, epoch: int) -> float | None:
+    """A metric's mean over seeds at an epoch; None where it was not taken."""
+    found = [
+        c[metric][c["epoch"].index(epoch)] for c in curves if metric in c and epoch in c["epoch"]
+    ]
+    found = [value for value in found if value is not None]
+    return statistics.fmean(found) if found else None
+
+
+def spread_out(epochs: Sequence[int], number: int) -> list[int]:
+    """At most `number` of the epochs, the first and the last among them."""
+    if len(epochs) <= number:
+        return [*epochs]
+    step = (len(epochs) - 1) / (number - 1)
+    return [epochs[round(i * step)] for i in range(number)]
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def context_table(published: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            r["method"],
+            r["arch"],
+            tables.number_cell(r["epochs"]),
+            tables.number_cell(r["batch"]),
+            r["protocol"],
+            tables.published_cell(r),
+            r["source"],
+        )
+        for r in published
+        if (r["pretraining"], r["dataset"]) == ("CIFAR-10", "CIFAR-10")
+    ]
+    head = ("method", "encoder", "epochs", "batch", "protocol", "published", "source")
+    return table(head, sorted(rows, key=lambda row: tables.method_order(row[0])))
+
+
+SCANS = """Three values each, on `photos` with a fifth of its training images held out, 3 epochs
+for NNSiam and 5 for SNCLR; the test images were not looked at. Patches of one photograph overlap,
+so held-out ones are easier than the test images, which come from another part of the photograph.
+No value was changed after the scan: the runs above have the recipes' own."""
+
+PURITY = """Share of the retrieved entries that have the query's label, in percent, means over each
+epoch and over seeds; entries of the queue's random start do not count. Labels are read for this
+alone. NNCLR and NNSiam retrieve one neighbour, SNCLR 30. *Own image* is the share that is an older
+view of the query itself, which has its label: SNCLR's paper leaves it out, its code does not. Where
+a queue holds a large part of the data set, the purity of single neighbours is in part these."""
+
+CONTEXT = """No number of ours stands in this table, and none of it may be compared with the tables
+above: they differ in epochs, batch, images or encoder. GSG's setting is CIFAR ResNet-18, projector
+512-2048-2048, predictor 2048-512-2048, no blur (appendix B.2 and C.2), following lightly's
+benchmark; the numbers of its CIFAR-10 table are not at hand. lightly's table is of that benchmark,
+without GSG; batch and epochs are as given there."""
+
+
+# -- curves ---------------------------------------------------------------------------------------
+
+PANELS = {"knn": "k-NN accuracy", "neighbour_purity": "retrieved with the query's label"}
+PANELS |= {"effective_rank": "effective rank"}
+
+
+def draw(path: Path, tier: dict[str, str], what: dict[str, Any], runs: Runs) -> None:
+    """k-NN, purity and effective rank over the epochs: a line for each run, the mean over seeds,
+    with the seeds in pale.
+    """
+    from common import pictures
+
+    plt = pictures.headless_pyplot()
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(4.3 * len(PANELS), 3.9))
+    for number, (name, method) in enumerate(what["runs"].items()):
+        curves = histories(runs, tier["prefix"] + name)
+        for axis, metric in zip(axes, PANELS, strict=True):
+            points = [points_of(curve, metric) for curve in curves]
+            for xs, ys in points:
+                axis.plot(xs, ys, color=f"C{number}", alpha=0.3, lw=0.8)
+            epochs = (
+                [e for e in points[0][0] if average(curves, metric, e) is not None]
+                if points
+                else []
+            )
+            if epochs:
+                means = [average(curves, metric, e) for e in epochs]
+                axis.plot(epochs, means, color=f"C{number}", marker="o", ms=3, label=method)
+    for axis, label in zip(axes, PANELS.values(), strict=True):
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="lower center", ncols=5, fontsize=8, frameon=False)
+    figure.suptitle(tier["title"].replace("`", ""), fontsize=11)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    pictures.save(figure, path, plt)
+
+
+def points_of(curve: dict[str, list], metric: str) -> tuple[list[int], list[float]]:
+    """The epochs at which a metric was taken, and its values."""
+    pairs = zip(curve["epoch"], curve.get(metric, []), strict=False)
+    pairs = [(epoch, value) for epoch, value in pairs if value is not None]
+    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+
+def main(argv: list[str] | None = None) -> None:
+    what = load()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = {tier["prefix"].rstrip("-") or "cifar10": tier for tier in what["tiers"]}
+    parser.add_argument("tier", choices=names, help="whose curves")
+    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    arguments = parser.parse_args(argv)
+    tier = names[arguments.tier]
+    runs = recorded([(path.name, one) for path, one in record.load_all()])
+    if not any(histories(runs, tier["prefix"] + name) for name in what["runs"]):
+        raise UserError(f"{arguments.tier}: no record of these runs has a history to draw")
+    draw(arguments.output, tier, what, runs)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,247 @@
+"""Verdicts on the papers' claims, and the page that is made of records."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT, run_script
+from test_record import good
+
+from common.errors import UserError
+from results import claims, record, reproduce, tables
+
+WHAT = claims.load()
+
+
+def of_run(run, seed, value, protocol="kNN (k200,t.1)", **changes):
+    """A record of one seed of a planned run, known by its folder."""
+    plan = {r["name"]: r for r in reproduce.load_plan()}
+    line = f"{plan[run]['recipe']}.py --seed {seed} --output runs/plan/{run}-{seed}"
+    one = good(
+        protocol=protocol, value=value, values=[value], seeds=[seed], spread=None, command=[line]
+    )
+    one |= {
+        "recipe": plan[run]["recipe"],
+        "backbone_sha256": ["c" * 64],
+        "others": {"random encoder": [11.0]},
+    }
+    one |= {"hours": 0.02, "hardware": "CPU x 1"}
+    return f"{run}-{seed}-{protocol[:3]}.json", one | changes
+
+
+def pair(better, worse, prefix="photos-"):
+    """Records of SimSiam-GSG and SimSiam, a value for each seed."""
+    records = [of_run(f"{prefix}simsiam-gsg", s, v) for s, v in enumerate(better)]
+    return records + [of_run(f"{prefix}simsiam", s, v) for s, v in enumerate(worse)]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "word"),
+    [
+        ([60.0, 62.0], [50.0, 52.0], "holds"),
+        ([50.0, 52.0], [60.0, 62.0], "does not hold"),
+        # both standard deviations are sqrt(2): the spread of a difference is exactly 2
+        ([52.1, 54.1], [50.0, 52.0], "holds"),
+        ([51.9, 53.9], [50.0, 52.0], "within the spread"),
+        ([48.1, 50.1], [50.0, 52.0], "within the spread"),
+        ([47.9, 49.9], [50.0, 52.0], "does not hold"),
+        ([60.0], [50.0, 52.0], "one seed"),
+        ([60.0, 61.0], [50.0], "one seed"),
+    ],
+)
+def test_a_verdict_asks_whether_the_difference_exceeds_its_spread(better, worse, word):
+    found = claims.judge(better, worse)
+    assert found.word == word
+    assert found.difference == pytest.approx(sum(better) / len(better) - sum(worse) / len(worse))
+
+
+def claim_of(better, worse):
+    return next(c for c in WHAT["claims"] if (c["better"], c["worse"]) == (better, worse))
+
+
+def test_the_sentence_names_the_tier_the_numbers_and_the_verdict():
+    claim = claim_of("simsiam-gsg", "simsiam")
+    runs = claims.recorded(pair([60.0, 62.0], [50.0, 53.0]) + pair([40.0], [41.0], "cifar5k-"))
+    text = claims.sentence(claim, WHAT, runs)
+    assert "photos: **holds** (k-NN 61.00 ± 1.41 against 51.50 ± 2.12, +9.50)" in text
+    assert "(JPEG copy): one seed, not judged (k-NN 40.00 against 41.00, -1.00)" in text
+    assert "not run" in claims.sentence(claim, WHAT, {}).lower()
+
+
+def test_every_protocol_of_a_tier_is_judged_by_itself():
+    records = pair([60.0, 61.0], [50.0, 51.0], "")
+    records += [of_run("simsiam-gsg", s, 70.0 + s, "linear") for s in (0, 1)]
+    records += [of_run("simsiam", s, 80.0 + s, "linear") for s in (0, 1)]
+    text = claims.sentence(claim_of("simsiam-gsg", "simsiam"), WHAT, claims.recorded(records))
+    assert "**holds** (k-NN 60.50" in text and "**does not hold** (linear 70.50" in text
+
+
+def test_seeds_and_runs_are_told_apart_by_the_whole_name_of_the_folder():
+    records = [of_run("photos-snclr", 1, 50.0), of_run("photos-snclr-official", 1, 60.0)]
+    runs = claims.recorded(records)
+    assert claims.values(runs, "photos-snclr", "kNN (k200,t.1)") == [50.0]
+    assert claims.values(runs, "photos-snclr-official", "kNN (k200,t.1)") == [60.0]
+    other = of_run("photos-snclr", 0, 70.0)
+    other[1]["command"] = ["snclr.py --output runs/mine/snclr-photos-0"]
+    assert claims.recorded([other]) == {}
+    name, namesake = of_run("photos-snclr", 0, 70.0)
+    assert claims.recorded([(name, namesake | {"recipe": "nnclr"})]) == {}
+    assert claims.recorded([(name, namesake | {"seeds": [5]})]) == {}
+
+
+def page(records, figures=()):
+    return claims.markdown(tables.load_published(), records, figures)
+
+
+def part(text, title):
+    return text.split(f"## {title}")[1].split("\n## ")[0]
+
+
+def test_the_page_has_a_row_for_each_run_and_names_what_is_missing():
+    text = part(page(pair([60.0, 61.0, 62.0], [50.0])), "photos")
+    row = next(line for line in text.splitlines() if line.startswith("| SimSiam-GSG "))
+    assert "| 3 | 11.00 ± 0.00 | 61.00 ± 1.00 | 1.2 min, CPU x 1 |" in row
+    assert row.count("](records/photos-simsiam-gsg-") == 3
+    missing = text.split("**Missing**: ")[1]
+    assert "photos-simsiam (seed 1, 2)" in missing and "photos-simsiam-gsg" not in missing
+    assert "photos-byol (seed 0, 1, 2)" in missing
+
+
+def test_a_published_number_never_stands_in_a_table_of_ours():
+    text = page(pair([60.0], [50.0]))
+    ours, published = text.split("## Published")
+    assert "81.9" in published and "lightly" in published and "90.51" in published
+    assert "not at hand" in published
+    assert not any(" lightly " in line for line in ours.splitlines() if line.startswith("|"))
+    assert "60.00" not in published
+
+
+SCAN = next(s for s in WHAT["scans"] if s["what"] == "NNSiam's queue")
+
+
+@pytest.mark.parametrize(
+    ("small", "ours", "says"),
+    [
+        ([50.0, 52.0], [60.0, 62.0], "Ours, 2048, is the best of them."),
+        ([70.0, 72.0], [60.0, 62.0], "Best: 128, +10.00 points from ours (more than the spread)."),
+        ([61.0, 63.0], [60.0, 62.0], "Best: 128, +1.00 points from ours (within the spread)."),
+        ([70.0], [60.0], "Best: 128, +10.00 points from ours (one seed)."),
+    ],
+)
+def test_a_scan_says_whether_another_value_is_better_than_ours(small, ours, says):
+    records = [of_run(SCAN["runs"][128], s, v) for s, v in enumerate(small)]
+    records += [of_run(SCAN["runs"][2048], s, v) for s, v in enumerate(ours)]
+    text = part(page(records), "Values that the papers leave open")
+    assert says in text
+    assert "| 2048 (ours) |" in text and text.count("not run") == 2
+
+
+def with_history(run, seed, purity):
+    history = {"epoch": [0, 1, 2], "knn": [0.2, None, 0.5], "self_matches": [None, 0.5, 0.25]}
+    history["neighbour_purity"] = [None, purity, purity + 0.1]
+    return of_run(run, seed, 50.0, history=[history])
+
+
+def test_purity_is_shown_over_the_epochs_as_a_mean_over_seeds():
+    records = [with_history("photos-nnclr", 0, 0.3), with_history("photos-nnclr", 1, 0.5)]
+    text = part(page(records), "What the look-ups retrieve")
+    assert "| method | epoch 1 | epoch 2 | own image, last epoch |" in text
+    assert "| NNCLR | 40.0 | 50.0 | 25.0 |" in text
+    assert "| SimSiam |" not in text
+
+
+def test_of_many_epochs_a_few_are_shown_the_last_among_them():
+    assert claims.spread_out([*range(1, 25)], 6) == [1, 6, 10, 15, 19, 24]
+    assert claims.spread_out([1, 2, 3], 6) == [1, 2, 3]
+
+
+def test_curves_are_drawn_from_records(tmp_path):
+    tier = next(t for t in WHAT["tiers"] if t["prefix"] == "photos-")
+    runs = claims.recorded([with_history("photos-nnclr", 0, 0.3), *pair([60.0], [50.0])])
+    claims.draw(tmp_path / "a.png", tier, WHAT, runs)
+    more = claims.recorded(
+        [with_history("photos-nnclr", 0, 0.3), with_history("photos-snclr", 0, 0.6)]
+    )
+    claims.draw(tmp_path / "b.png", tier, WHAT, more)
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert first.startswith(b"\x89PNG") and first != second
+
+
+def test_curves_of_a_tier_without_records_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "load_all", list)
+    with pytest.raises(UserError, match="photos: no record"):
+        claims.main(["photos", "--output", str(tmp_path / "x.png")])
+
+
+def test_curves_are_of_a_tier_that_there_is():
+    done = run_script("results/claims.py", "mars", "--output", "x")
+    assert done.returncode == 2 and "invalid choice: 'mars'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("worse: simsiam-double", "worse: simclr"),
+        ("128: scan-nnsiam-queue-128", "128: scan-nnsiam-queue-64"),
+        ("  byol: BYOL (SimSiam heads)", "  moco: MoCo"),
+    ],
+)
+def test_a_claim_about_a_run_that_is_not_planned_is_refused(old, new, tmp_path):
+    text = claims.CLAIMS.read_text()
+    assert old in text
+    (tmp_path / "claims.yaml").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match="which is no run of"):
+        claims.load(tmp_path / "claims.yaml")
+
+
+def test_the_two_runs_of_a_claim_differ_in_what_it_claims_only():
+    """Equal images, encoder, batch, rate and epochs, whatever the tier (-double: the epochs)."""
+    import importlib
+
+    from common.config import parse
+
+    plan = {run["name"]: run for run in reproduce.load_plan()}
+    shared = ("dataset", "arch", "epochs", "batch_size", "lr", "lr_batch", "optimizer")
+    shared += ("weight_decay", "image_size", "train_images", "queue_size", "crop_min")
+    compared = 0
+    for tier in WHAT["tiers"]:
+        for claim in WHAT["claims"]:
+            names = [tier["prefix"] + claim[side] for side in claims.SIDES]
+            if not set(names) <= set(plan):
+                continue
+            configs = []
+            for name in names:
+                module = importlib.import_module(f"recipes.{plan[name]['recipe']}")
+                line = reproduce.training_command(reproduce.Piece(plan[name], 0), ROOT / "x", "d")
+                resolve = getattr(module, "resolve", None) or module.check
+                configs.append(vars(parse(module.Config, module.PRESETS, line[2:], resolve)))
+            for flag in shared:
+                if flag == "epochs" and claim["worse"] == "simsiam-double":
+                    assert configs[1][flag] == 2 * configs[0][flag]
+                elif flag in configs[0] and flag in configs[1]:
+                    if flag == "lr_batch":  # 0 is: not scaled
+                        rates = [
+                            c["lr"] * c["batch_size"] / (c[flag] or c["batch_size"])
+                            for c in configs
+                        ]
+                        assert rates[0] == rates[1], names
+                    else:
+                        assert configs[0][flag] == configs[1][flag], (names, flag)
+            compared += 1
+    assert compared > 15
+
+
+def test_the_recipes_pages_link_to_the_claims_and_their_numbers():
+    for page in (ROOT / "recipes").glob("*.md"):
+        links = re.findall(r"\]\((\.\./results/[^)#]+)", page.read_text())
+        assert "../results/cifar10.md" in links, page
+        assert all((page.parent / link).exists() for link in links), page
+
+
+def test_records_of_the_plan_name_no_folder_outside_the_repository():
+    folder, data = reproduce.ROOT / "runs/plan/photos-nnclr-0", reproduce.ROOT / "data/cifar10"
+    plan = {run["name"]: run for run in reproduce.load_plan()}
+    line = reproduce.training_command(reproduce.Piece(plan["nnclr"], 0), folder, str(data))
+    assert line[line.index("--data") + 1] == "data/cifar10"
+    assert line[line.index("--output") + 1] == "runs/plan/photos-nnclr-0"
+    assert json.dumps(line[2:]).count(str(reproduce.ROOT)) == 0
