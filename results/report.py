@@ -234,10 +234,19 @@ def summary(published, records) -> str:
             ]
         )
     text = ["Linear top-1 on ImageNet, in percent:\n", table(head, cells), ""]
-    if apart:
-        text += ["Our runs so far, beside which no paper has a number:\n", *side_by_side(apart), ""]
+    whole = [(name, r) for name, r in apart if is_whole(r["pretraining"])]
+    if whole:
+        text += ["Our runs so far, beside which no paper has a number:\n", *side_by_side(whole), ""]
+    text.append(
+        "Do the papers' claims hold at equal budget? [results/cifar10.md](results/cifar10.md)."
+    )
     text.append("All tables, with commits, hours and records: [results/](results/README.md).")
     return "\n".join(text)
+
+
+def is_whole(pretraining: dict[str, Any]) -> bool:
+    """Whether a run saw a whole data set: photos and subsets have pages of their own."""
+    return pretraining["dataset"] != "photos" and pretraining["incomplete"] is None
 
 
 def side_by_side(apart: list[tuple[str, dict]]) -> list[str]:
