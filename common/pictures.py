@@ -136,6 +136,6 @@ def save(figure, path: Path, plt) -> None:
     figure.savefig(beside, dpi=110)
     plt.close(figure)
     with Image.open(beside) as picture:
-        few = picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+        few = picture.convert("RGB").quantize(256)
     few.save(beside, optimize=True)
     beside.replace(path)

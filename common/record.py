@@ -154,9 +154,9 @@ def part_of(config: dict[str, Any]) -> str | None:
     """What a run used of its training set, in words; None for all of it."""
     share, words = config.get("validation_share", 0.0), []
     if config.get("train_images", 0):
-        words.append(f"{config['train_images']} images, balanced")
+        words.append(f"{config['train_images']} images of it")
     if share:
-        words.append(f"without {100 * share:g} % held out")
+        words.append(f"without the {100 * share:g} % held out")
     return ", ".join(words) or None
 
 

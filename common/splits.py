@@ -38,6 +38,12 @@ def parts(
         if train.labels is None:
             raise UserError("--validation-share needs class folders: k-NN needs labels", True)
         kept, held = split_classes(train.labels, lambda count: validation_share * count, SEED)
+        if not len(held):
+            raise UserError(
+                f"--validation-share {validation_share:g}: every class has one image, so none can "
+                "be held out",
+                every_rank=True,
+            )
         train, test = subset(train, kept), subset(train, held)
     if train_images:
         train = subset(train, balanced(train, train_images))

@@ -103,12 +103,12 @@ def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
 
 def scored_on(facts: Sequence[dict[str, Any]]) -> str | None:
     """What the monitor's k-NN had of the data set, in words; None for all of it."""
-    config = facts[0]["config"]
+    config, words = facts[0]["config"], []
     if share := config.get("validation_share", 0.0):
-        return f"{100 * share:g} % of the training images, held out"
+        words.append(f"{100 * share:g} % of the training images, held out")
     if config.get("train_images", 0):
-        return f"{config['train_images']} labelled images"
-    return None
+        words.append(f"votes of {config['train_images']} images")
+    return ", ".join(words) or None
 
 
 def history(logged: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:

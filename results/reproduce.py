@@ -4,8 +4,9 @@
     python results/reproduce.py --next --budget 9m --cifar10 PATH    # goes on with it
     python results/reproduce.py --next --only photos-nnclr           # this run and no other
 
---next continues an unfinished run first, else starts the first missing one whose data is given; it
-trains, evaluates and stores the records. When the budget is spent it stops the run, which saves,
+--next continues an unfinished run first, else starts the first missing one whose data is given and
+which is planned for such a machine (with a GPU, or on a CPU; --only runs any); it trains, evaluates
+and stores the records. When the budget is spent it stops the run, which saves,
 and exits with 75; the same command continues. Nothing left to do: exit code 0.
 """
 
@@ -24,7 +25,9 @@ from typing import Any
 
 import yaml
 
+from common.config import gpu_is_there
 from common.errors import EXIT_STOPPED, Stopped, UserError, command, nearest_name
+from common.record import NOT_SETTINGS, PLACES
 from results import record
 
 HERE = Path(__file__).resolve().parent
@@ -123,9 +126,17 @@ class Work:
 
 def is_of(one: dict[str, Any], piece: Piece) -> bool:
     """Whether a record, perhaps of another machine, is of this piece: by recipe, seed,
-    and the name that its training command gave the run folder.
+    flags, and the name that its training command gave the run folder.
     """
+    flags = {name.replace("-", "_"): value for name, value in piece.run["flags"].items()}
     if one["recipe"] != piece.run["recipe"] or one["seeds"] != [piece.seed]:
+        return False
+    if one["pretraining"]["epochs"] != flags.get("epochs", one["pretraining"]["epochs"]):
+        return False
+    if "stopped after" in one.get("note", ""):
+        return False
+    asked = {n: v for n, v in flags.items() if n not in NOT_SETTINGS | PLACES}
+    if one.get("settings", {}) != asked:
         return False
     folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
     return piece.name in {Path(folder).name for folder in folders}
@@ -174,6 +185,26 @@ def choose(plan: list[dict[str, Any]], work: Work, has_data: Callable[[str], boo
             if states[piece.name] == wanted:
                 return piece
     return None
+
+
+def is_for_here(run: dict[str, Any]) -> bool:
+    """Whether the plan has this run on such a machine: with a GPU, or on a CPU."""
+    return ("CPU" in run["device"]) != gpu_is_there()
+
+
+def nothing_left(plan: list[dict[str, Any]], here: list[dict[str, Any]], work: Work) -> str:
+    """That there is nothing to do, and what is missing of what is planned here and elsewhere."""
+    missing = [p for p in pieces(plan) if work.state(p) != "recorded"]
+    sets = {p.dataset for p in missing if p.run in here} - {"photos"}
+    devices = {p.run["device"] for p in missing if p.run not in here}
+    text = ["nothing left to do here"]
+    if sets:
+        text.append(f"what is missing needs {' and '.join(f'--{n} PATH' for n in sorted(sets))}")
+    if devices:
+        text.append(
+            f"the rest is planned for {' and '.join(sorted(devices))} (--only NAME runs it)"
+        )
+    return "; ".join(text)
 
 
 def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
@@ -315,11 +346,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     data = {"imagenet": arguments.imagenet, "cifar10": arguments.cifar10, "photos": ""}
     deadline = time.monotonic() + arguments.budget
-    piece = choose(plan, work, lambda name: name == "photos" or bool(data.get(name)))
+    here = [run for run in plan if arguments.only or is_for_here(run)]
+    piece = choose(here, work, lambda name: name == "photos" or bool(data.get(name)))
     if piece is None:
-        waiting = {p.dataset for p in pieces(plan) if work.state(p) != "recorded"}
-        needs = " and ".join(f"--{name} PATH" for name in sorted(waiting - {"photos"}))
-        print(f"nothing left to do here{f'; what is missing needs {needs}' if needs else ''}")
+        print(nothing_left(plan, here, work))
         return
     print(
         f"{piece.name}: {work.state(piece)}, {piece.run['hours']:g} h {piece.run['basis']} "

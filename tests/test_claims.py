@@ -8,6 +8,7 @@ from conftest import ROOT, run_script
 from test_record import good
 
 from common.errors import UserError
+from common.record import NOT_SETTINGS, PLACES
 from results import claims, record, reproduce, tables
 
 WHAT = claims.load()
@@ -17,15 +18,23 @@ def of_run(run, seed, value, protocol="kNN (k200,t.1)", **changes):
     """A record of one seed of a planned run, known by its folder."""
     plan = {r["name"]: r for r in reproduce.load_plan()}
     line = f"{plan[run]['recipe']}.py --seed {seed} --output runs/plan/{run}-{seed}"
+    flags = {n.replace("-", "_"): v for n, v in plan[run]["flags"].items()}
     one = good(
-        protocol=protocol, value=value, values=[value], seeds=[seed], spread=None, command=[line]
+        recipe=plan[run]["recipe"],
+        protocol=protocol,
+        value=value,
+        values=[value],
+        seeds=[seed],
+        spread=None,
+        command=[line],
+        settings={n: v for n, v in flags.items() if n not in NOT_SETTINGS | PLACES},
+        backbone_sha256=["c" * 64],
+        hours=0.02,
+        hardware="CPU x 1",
+        others={"random encoder": [11.0]},
     )
-    one |= {
-        "recipe": plan[run]["recipe"],
-        "backbone_sha256": ["c" * 64],
-        "others": {"random encoder": [11.0]},
-    }
-    one |= {"hours": 0.02, "hardware": "CPU x 1"}
+    what = {"dataset": "CIFAR-10", "copy": "JPEG copy", "incomplete": None, "batch": 64}
+    one["pretraining"] = what | {"epochs": flags.get("epochs", 200)}
     return f"{run}-{seed}-{protocol[:3]}.json", one | changes
 
 
@@ -72,8 +81,17 @@ def test_every_protocol_of_a_tier_is_judged_by_itself():
     records = pair([60.0, 61.0], [50.0, 51.0], "")
     records += [of_run("simsiam-gsg", s, 70.0 + s, "linear") for s in (0, 1)]
     records += [of_run("simsiam", s, 80.0 + s, "linear") for s in (0, 1)]
-    text = claims.sentence(claim_of("simsiam-gsg", "simsiam"), WHAT, claims.recorded(records))
+    claim = claim_of("simsiam-gsg", "simsiam") | {"tried": "Nothing."}
+    text = claims.sentence(claim, WHAT, claims.recorded(records))
     assert "**holds** (k-NN 60.50" in text and "**does not hold** (linear 70.50" in text
+
+
+def test_a_claim_that_does_not_hold_must_say_what_was_tried():
+    runs = claims.recorded(pair([50.0, 51.0], [60.0, 61.0]))
+    claim = claim_of("simsiam-gsg", "simsiam")
+    with pytest.raises(UserError, match="say under tried"):
+        claims.sentence(claim | {"tried": ""}, WHAT, runs)
+    assert claims.sentence(claim | {"tried": "The rate."}, WHAT, runs).endswith("The rate.")
 
 
 def test_seeds_and_runs_are_told_apart_by_the_whole_name_of_the_folder():
@@ -86,7 +104,18 @@ def test_seeds_and_runs_are_told_apart_by_the_whole_name_of_the_folder():
     assert claims.recorded([other]) == {}
     name, namesake = of_run("photos-snclr", 0, 70.0)
     assert claims.recorded([(name, namesake | {"recipe": "nnclr"})]) == {}
+    assert claims.recorded([(name, namesake)]) != {}
     assert claims.recorded([(name, namesake | {"seeds": [5]})]) == {}
+    assert claims.recorded([(name, namesake | {"settings": {"temperature": 0.5}})]) == {}
+    assert claims.recorded([(name, namesake | {"note": "stopped after 1 of 5 epochs"})]) == {}
+    longer = namesake["pretraining"] | {"epochs": 50}
+    assert claims.recorded([(name, namesake | {"pretraining": longer})]) == {}
+
+
+def test_two_records_of_the_same_thing_are_refused():
+    name, one = of_run("photos-snclr", 0, 70.0)
+    with pytest.raises(UserError, match="of photos-snclr, seed 0: remove one"):
+        claims.recorded([(name, one), ("again.json", one | {"value": 10.0, "values": [10.0]})])
 
 
 def page(records, figures=()):
@@ -100,11 +129,20 @@ def part(text, title):
 def test_the_page_has_a_row_for_each_run_and_names_what_is_missing():
     text = part(page(pair([60.0, 61.0, 62.0], [50.0])), "photos")
     row = next(line for line in text.splitlines() if line.startswith("| SimSiam-GSG "))
-    assert "| 3 | 11.00 ± 0.00 | 61.00 ± 1.00 | 1.2 min, CPU x 1 |" in row
+    assert (
+        "| CIFAR-10 (JPEG copy) | 3 | 3 | 11.00 ± 0.00 | 61.00 ± 1.00 | 1.2 min, CPU x 1 |" in row
+    )
     assert row.count("](records/photos-simsiam-gsg-") == 3
     missing = text.split("**Missing**: ")[1]
     assert "photos-simsiam (seed 1, 2)" in missing and "photos-simsiam-gsg" not in missing
     assert "photos-byol (seed 0, 1, 2)" in missing
+
+
+def test_a_trained_run_that_lacks_an_evaluation_is_named():
+    text = part(page(pair([60.0], [50.0], "")), "CIFAR-10 (JPEG copy), CIFAR")
+    missing = text.split("**Missing**: ")[1]
+    assert "simsiam (seed 1)" in missing and "simsiam (linear of seed 0)" in missing
+    assert "simsiam (k-NN" not in missing
 
 
 def test_a_published_number_never_stands_in_a_table_of_ours():
@@ -136,9 +174,10 @@ def test_a_scan_says_whether_another_value_is_better_than_ours(small, ours, says
     assert "| 2048 (ours) |" in text and text.count("not run") == 2
 
 
-def with_history(run, seed, purity):
+def with_history(run, seed, purity, epochs=2):
     history = {"epoch": [0, 1, 2], "knn": [0.2, None, 0.5], "self_matches": [None, 0.5, 0.25]}
     history["neighbour_purity"] = [None, purity, purity + 0.1]
+    history = {name: values[: epochs + 1] for name, values in history.items()}
     return of_run(run, seed, 50.0, history=[history])
 
 
@@ -148,6 +187,15 @@ def test_purity_is_shown_over_the_epochs_as_a_mean_over_seeds():
     assert "| method | epoch 1 | epoch 2 | own image, last epoch |" in text
     assert "| NNCLR | 40.0 | 50.0 | 25.0 |" in text
     assert "| SimSiam |" not in text
+
+
+def test_a_shorter_run_leaves_the_later_epochs_empty():
+    records = [
+        with_history("photos-nnsiam", 0, 0.2, epochs=1),
+        with_history("photos-snclr", 0, 0.6),
+    ]
+    text = part(page(records), "What the look-ups retrieve")
+    assert "| NNSiam | 20.0 |  | 50.0 |" in text and "| SNCLR | 60.0 | 70.0 | 25.0 |" in text
 
 
 def test_of_many_epochs_a_few_are_shown_the_last_among_them():
@@ -195,14 +243,18 @@ def test_a_claim_about_a_run_that_is_not_planned_is_refused(old, new, tmp_path):
 
 
 def test_the_two_runs_of_a_claim_differ_in_what_it_claims_only():
-    """Equal images, encoder, batch, rate and epochs, whatever the tier (-double: the epochs)."""
+    """Runs of one recipe differ in its flag alone; runs of two, not in what they share."""
     import importlib
 
     from common.config import parse
 
     plan = {run["name"]: run for run in reproduce.load_plan()}
-    shared = ("dataset", "arch", "epochs", "batch_size", "lr", "lr_batch", "optimizer")
-    shared += ("weight_decay", "image_size", "train_images", "queue_size", "crop_min")
+    shared = {"dataset", "arch", "epochs", "batch_size", "lr", "optimizer", "sgd_momentum"}
+    shared |= {"weight_decay", "image_size", "train_images", "queue_size", "crop_min", "views"}
+    shared |= {"crop_interpolation", "output_affine", "fixed_predictor_lr", "zero_init_residual"}
+    shared |= {"projector_hidden", "predictor_hidden", "output_dim", "precision"}
+    flags = {"simsiam-gsg": {"gsg"}, "byol-gsg": {"gsg"}, "nnclr-momentum": {"momentum_encoder"}}
+    flags |= {"snclr": {"neighbours"}, "snclr-official": {"neighbours"}}
     compared = 0
     for tier in WHAT["tiers"]:
         for claim in WHAT["claims"]:
@@ -215,20 +267,20 @@ def test_the_two_runs_of_a_claim_differ_in_what_it_claims_only():
                 line = reproduce.training_command(reproduce.Piece(plan[name], 0), ROOT / "x", "d")
                 resolve = getattr(module, "resolve", None) or module.check
                 configs.append(vars(parse(module.Config, module.PRESETS, line[2:], resolve)))
-            for flag in shared:
-                if flag == "epochs" and claim["worse"] == "simsiam-double":
-                    assert configs[1][flag] == 2 * configs[0][flag]
-                elif flag in configs[0] and flag in configs[1]:
-                    if flag == "lr_batch":  # 0 is: not scaled
-                        rates = [
-                            c["lr"] * c["batch_size"] / (c[flag] or c["batch_size"])
-                            for c in configs
-                        ]
-                        assert rates[0] == rates[1], names
-                    else:
-                        assert configs[0][flag] == configs[1][flag], (names, flag)
+            better, worse = configs
+            batch = better["batch_size"]  # lr_batch 0 is: not scaled
+            assert len({c["lr"] * batch / (c["lr_batch"] or batch) for c in configs}) == 1, names
+            differing = {n for n in better.keys() & worse.keys() if better[n] != worse[n]}
+            differing -= {"knn_every", "snapshot_epochs", "output"}
+            if claim["worse"] == "simsiam-double":
+                assert worse["epochs"] == 2 * better["epochs"]
+                differing -= {"epochs"}
+            if plan[names[0]]["recipe"] == plan[names[1]]["recipe"]:
+                assert differing == flags[claim["better"]], names
+            else:
+                assert not differing & shared and claim["differs"], names
             compared += 1
-    assert compared > 15
+    assert compared > 20
 
 
 def test_the_recipes_pages_link_to_the_claims_and_their_numbers():

@@ -75,6 +75,11 @@ def test_what_cannot_be_drawn_is_said(wanted, share, labelled, says):
     assert says in str(caught.value)
 
 
+def test_a_share_of_classes_of_one_image_is_refused():
+    with pytest.raises(UserError, match="every class has one image"):
+        parts(images([1, 1, 1]), None, 0, 0.5)
+
+
 def test_nothing_asked_leaves_the_images_as_they_are():
     train, test = load_dataset("photos", "")
     assert all(a is b for a, b in zip(parts(train, test, 0, 0.0), (train, test), strict=True))
@@ -97,8 +102,10 @@ def test_a_run_trains_on_the_subset_and_its_record_says_so(run):
     environment = json.loads((run / "environment.json").read_text())
     assert environment["steps"]["per_epoch"] == 864 // config["batch_size"]
     one = record.knn_record([run])
-    assert one["pretraining"]["incomplete"] == "864 images, balanced, without 20 % held out"
-    assert one["dataset"]["incomplete"] == "20 % of the training images, held out"
+    assert one["pretraining"]["incomplete"] == "864 images of it, without the 20 % held out"
+    assert one["dataset"]["incomplete"] == (
+        "20 % of the training images, held out, votes of 864 images"
+    )
 
 
 def test_a_record_keeps_what_the_monitors_said_after_each_epoch(run):
