@@ -43,10 +43,11 @@ everywhere a **JPEG copy** of it.
 On a tier a claim **holds** where the means differ its way by more than the spread of a difference
 of two runs, √(s₁² + s₂²); it **does not hold** where they differ the other way by more than that;
 else the difference is **within the spread**. That is a description, no test of significance: of two
-methods that are equal, three seeds leave the spread in one comparison of six. One seed has no
-spread: its difference is shown and nothing judged. `photos` is 5 400 small patches of 18
-photographs, labelled by photograph, and its runs are short: it shows that a recipe learns, and is
-a weak witness for or against a claim about CIFAR-10 or ImageNet.
+methods that are equal, three seeds leave the spread in one comparison of six. A seed is the same
+initial encoder and the same order of images in both runs, so the differences by seed are given too.
+One seed has no spread: its difference is shown and nothing judged. `photos` is 5 400 small patches
+of 18 photographs, labelled by photograph, and its runs are short: it shows that a recipe learns,
+and is a weak witness for or against a claim about CIFAR-10 or ImageNet.
 """
 
 
@@ -128,11 +129,20 @@ def sentence(claim: dict[str, Any], what: dict[str, Any], runs: Runs) -> str:
                 )
             numbers = f"{label} {mean_cell(pair[0])} against {mean_cell(pair[1])}"
             word = "one seed, not judged" if found.word == "one seed" else f"**{found.word}**"
-            said.append(f"{tier['short']}: {word} ({numbers}, {found.difference:+.2f})")
+            numbers += f", {found.difference:+.2f}{seed_by_seed(runs, *names, protocol)}"
+            said.append(f"{tier['short']}: {word} ({numbers})")
     text = f"**{claim['claim'][0].upper()}{claim['claim'][1:]}.** {'; '.join(said) or 'Not run'}. "
     text += f"Source: {claim['source'].strip()}."
     more = [claim[name].strip() for name in ("differs", "tried") if claim.get(name)]
     return " ".join([text, *more])
+
+
+def seed_by_seed(runs: Runs, better: str, worse: str, protocol: str) -> str:
+    """The differences of the seeds that both runs have, as "; by seed +0.50, -0.20"."""
+    a, b = runs[better][protocol], runs[worse][protocol]
+    seeds = sorted(a.keys() & b.keys())
+    differences = [f"{a[seed][1]['value'] - b[seed][1]['value']:+.2f}" for seed in seeds]
+    return f"; by seed {', '.join(differences)}" if len(seeds) > 1 else ""
 
 
 def mean_cell(numbers: Sequence[float]) -> str:

@@ -70,9 +70,13 @@ def claim_of(better, worse):
 
 def test_the_sentence_names_the_tier_the_numbers_and_the_verdict():
     claim = claim_of("simsiam-gsg", "simsiam")
-    runs = claims.recorded(pair([60.0, 62.0], [50.0, 53.0]) + pair([40.0], [41.0], "cifar5k-"))
+    one_seed = pair([40.0], [41.0], "cifar5k-")
+    runs = claims.recorded(pair([60.0, 62.0], [50.0, 53.0]) + one_seed)
     text = claims.sentence(claim, WHAT, runs)
-    assert "photos: **holds** (k-NN 61.00 ± 1.41 against 51.50 ± 2.12, +9.50)" in text
+    assert (
+        "photos: **holds** (k-NN 61.00 ± 1.41 against 51.50 ± 2.12, +9.50; by seed +10.00, +9.00)"
+        in text
+    )
     assert "(JPEG copy): one seed, not judged (k-NN 40.00 against 41.00, -1.00)" in text
     assert "not run" in claims.sentence(claim, WHAT, {}).lower()
 
