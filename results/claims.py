@@ -6,6 +6,7 @@ python results/claims.py photos --output curves.png       # a tier's curves, fro
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -134,7 +135,19 @@ def sentence(claim: dict[str, Any], what: dict[str, Any], runs: Runs) -> str:
     text = f"**{claim['claim'][0].upper()}{claim['claim'][1:]}.** {'; '.join(said) or 'Not run'}. "
     text += f"Source: {claim['source'].strip()}."
     more = [claim[name].strip() for name in ("differs", "tried") if claim.get(name)]
-    return " ".join([text, *more])
+    return filled(" ".join([text, *more]), runs)
+
+
+def filled(text: str, runs: Runs) -> str:
+    """The text with each {run of the plan} replaced by its k-NN, or by "not run"."""
+    planned = {run["name"] for run in load_plan()}
+
+    def number(name: re.Match) -> str:
+        if name[1] not in planned:
+            raise UserError(f"{CLAIMS.name} quotes {name[1]}, which is no run of plan.yaml")
+        return mean_cell(values(runs, name[1], PROTOCOLS["knn"])) or "not run"
+
+    return re.sub(r"\{([a-z0-9.-]+)\}", number, text)
 
 
 def seed_by_seed(runs: Runs, better: str, worse: str, protocol: str) -> str:

@@ -81,6 +81,14 @@ def test_the_sentence_names_the_tier_the_numbers_and_the_verdict():
     assert "not run" in claims.sentence(claim, WHAT, {}).lower()
 
 
+def test_a_note_quotes_runs_by_name_and_never_types_their_numbers():
+    runs = claims.recorded(pair([60.0, 62.0], [50.0, 53.0]))
+    text = "GSG {photos-simsiam-gsg}, BYOL {photos-byol}"
+    assert claims.filled(text, runs) == "GSG 61.00 ± 1.41, BYOL not run"
+    with pytest.raises(UserError, match="quotes photos-moco"):
+        claims.filled("{photos-moco}", runs)
+
+
 def test_every_protocol_of_a_tier_is_judged_by_itself():
     records = pair([60.0, 61.0], [50.0, 51.0], "")
     records += [of_run("simsiam-gsg", s, 70.0 + s, "linear") for s in (0, 1)]
