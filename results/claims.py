@@ -39,7 +39,8 @@ epochs; what else differs between two recipes is said with the claim. An epoch w
 stop-gradient takes four views of an image instead of two, so one comparison is at equal views too.
 The tables hold percentages of the test images after the last epoch, *±* the standard deviation
 over seeds; k-NN has k = 200, tau = 0.1 and votes of the images that were trained on. CIFAR-10 is
-everywhere a **JPEG copy** of it.
+everywhere a **JPEG copy** of it. Training times on CPUs are of a machine that other work shared:
+no comparison.
 
 On a tier a claim **holds** where the means differ its way by more than the spread of a difference
 of two runs, √(s₁² + s₂²); it **does not hold** where they differ the other way by more than that;
@@ -91,9 +92,12 @@ def values(runs: Runs, name: str, protocol: str) -> list[float]:
 # -- verdicts -------------------------------------------------------------------------------------
 
 
+WORDS = ("holds", "does not hold", "within the spread", "one seed", "not run")
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """holds, does not hold, within the spread; or one seed, which judges nothing."""
+    """One of the first four WORDS; one seed judges nothing."""
 
     word: str
     difference: float  # points, better minus worse as the claim has them
@@ -150,6 +154,19 @@ def filled(text: str, runs: Runs) -> str:
     return re.sub(r"\{([a-z0-9.-]+)\}", number, text)
 
 
+def in_short(what: dict[str, Any], runs: Runs) -> str:
+    """How many claims hold, on each tier, by k-NN."""
+    protocol, said = PROTOCOLS["knn"], []
+    for tier in what["tiers"]:
+        words = []
+        for claim in what["claims"]:
+            pair = [values(runs, tier["prefix"] + claim[side], protocol) for side in SIDES]
+            words.append(judge(*pair).word if all(pair) else "not run")
+        counts = [f"{words.count(word)} {word}" for word in WORDS if word in words]
+        said.append(f"{tier['short']}: {', '.join(counts)}")
+    return f"In short, of {len(what['claims'])} claims, by k-NN. {'; '.join(said)}."
+
+
 def seed_by_seed(runs: Runs, better: str, worse: str, protocol: str) -> str:
     """The differences of the seeds that both runs have, as "; by seed +0.50, -0.20"."""
     a, b = runs[better][protocol], runs[worse][protocol]
@@ -172,7 +189,7 @@ def mean_cell(numbers: Sequence[float]) -> str:
 def markdown(published, records, figures: Sequence[dict[str, str]]) -> str:
     """The text of cifar10.md; figures are those of figures.yaml that belong to it."""
     what, runs = load(), recorded(records)
-    text = [HEAD, "## The claims\n"]
+    text = [HEAD, "## The claims\n", in_short(what, runs), ""]
     text += [f"{n}. {sentence(claim, what, runs)}" for n, claim in enumerate(what["claims"], 1)]
     for tier in what["tiers"]:
         text += ["", f"## {tier['title']}\n", *tier_table(tier, what, runs)]

@@ -89,6 +89,15 @@ def test_a_note_quotes_runs_by_name_and_never_types_their_numbers():
         claims.filled("{photos-moco}", runs)
 
 
+def test_the_summary_counts_the_verdicts_of_each_tier():
+    records = pair([60.0, 62.0], [50.0, 53.0]) + pair([40.0], [41.0], "cifar5k-")
+    text = claims.in_short(WHAT, claims.recorded(records))
+    number = len(WHAT["claims"])
+    assert f"CIFAR-10 (JPEG copy): {number} not run;" in text
+    assert f"5 000 images of CIFAR-10 (JPEG copy): 1 one seed, {number - 1} not run" in text
+    assert f"photos: 1 holds, {number - 1} not run." in text
+
+
 def test_every_protocol_of_a_tier_is_judged_by_itself():
     records = pair([60.0, 61.0], [50.0, 51.0], "")
     records += [of_run("simsiam-gsg", s, 70.0 + s, "linear") for s in (0, 1)]
