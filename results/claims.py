@@ -426,6 +426,7 @@ def draw(path: Path, tier: dict[str, str], what: dict[str, Any], runs: Runs) -> 
     for axis, label in zip(axes, PANELS.values(), strict=True):
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("epoch", fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     lines, labels = axes[0].get_legend_handles_labels()

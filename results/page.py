@@ -85,7 +85,8 @@ def html(published, records, figures: list[dict[str, str]], folder: Path) -> str
         f"<title>Results</title><style>{STYLE}</style></head><body><h1>Results</h1>",
         "<p>Made by <code>python results/report.py</code> from the records and published.yaml. "
         "Percentages after the last epoch; a difference is given only where data, epochs, batch, "
-        "encoder and protocol are the same. Click a column to sort by it.</p>",
+        "encoder and protocol are the same. Click a column to sort by it. Whether the papers' "
+        'claims hold at equal budget: <a href="cifar10.md">cifar10.md</a>.</p>',
         section("compared", "Published numbers, and ours beside them", *compared(rows)),
         section(
             "apart",

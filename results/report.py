@@ -70,7 +70,7 @@ def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, 
     pages = {
         folder / "README.md": markdown(published, records, others),
         folder / "cifar10.md": claims.markdown(published, records, of_claims),
-        folder / "index.html": page.html(published, records, figures, folder / "figures"),
+        folder / "index.html": page.html(published, records, others, folder / "figures"),
     }
     if readme.exists():
         pages[readme] = in_readme(readme.read_text(), summary(published, records))
@@ -78,8 +78,8 @@ def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, 
 
 
 def load_figures(folder: Path) -> list[dict[str, str]]:
-    """figures.yaml: file, caption, command of each picture, and its page where that is not
-    README.md; UserError for a missing one.
+    """figures.yaml: file, caption, command of each picture, and its page where that is neither
+    README.md nor index.html; UserError for a missing one.
     """
     listed = folder / "figures.yaml"
     if not listed.exists():
