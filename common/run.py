@@ -34,6 +34,7 @@ from common.errors import Stopped, UserError, say_error
 from common.knn import knn_of_encoder
 from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
 from common.signals import StopRequests
+from common.small_maps import small_map_convolutions
 from common.splits import parts
 from common.support_set import SupportSet
 
@@ -144,9 +145,12 @@ class Run:
             torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions is True
 
     def place(self, module: nn.Module) -> nn.Module:
-        """The module on this run's device, in its precision, with batch norms over all ranks."""
+        """The module on this run's device, in its precision, with batch norms over all ranks and,
+        on CPU, convolutions that know small maps.
+        """
         module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         module = distributed.rank_batch_norm(module, self.device)
+        module = small_map_convolutions(module, self.device)
         distributed.same_on_all_ranks(module)
         return module
 
