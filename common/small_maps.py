@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# pixels of the largest output that is computed here; benchmarks/small_maps.py shows who wins where
+# where it wins (benchmarks/small_maps.py): pixels of the output, channels on both sides
 LARGEST_OUTPUT = 4
+FEWEST_CHANNELS = 128
 
 
 class Row(NamedTuple):
@@ -65,14 +66,15 @@ def small_map_convolutions(module: nn.Module, device: torch.device) -> nn.Module
 
 def fits(layer: nn.Module) -> bool:
     """Whether it is a plain convolution of an odd square kernel with padding to the same size, one
-    stride, one group and no dilation.
+    stride, one group, no dilation and channels enough.
     """
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros":
         return False
     side, (stride, other) = layer.kernel_size[0], layer.stride
     square = layer.kernel_size == (side, side) and side % 2 == 1 and stride == other
     padded = layer.padding == (side // 2, side // 2) and layer.dilation == (1, 1)
-    return square and padded and layer.groups == 1
+    wide = min(layer.in_channels, layer.out_channels) >= FEWEST_CHANNELS
+    return square and padded and layer.groups == 1 and wide
 
 
 def convolve_small_map(x: Tensor, weight: Tensor, stride: int) -> Tensor:
