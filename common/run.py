@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import checkpoint, distributed, environment, metrics, results
+from common.allocator import keep_freed_memory
 from common.augment import View, to_input
 from common.config import changed_fields, gpu_is_there, snapshot_epochs
 from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
@@ -79,6 +80,8 @@ class Run:
     def __init__(self, recipe: str, config: Any):
         self.recipe, self.config = recipe, config
         self.device = distributed.start()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         if config.augment_device == "cuda" and not gpu_is_there():
             text = "--augment-device cuda: no GPU is visible here; use cpu"
