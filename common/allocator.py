@@ -23,7 +23,8 @@ def keep_freed_memory() -> bool:
     """Makes this process keep freed blocks of up to 1 GiB for its own next step. Whether it does:
     not without glibc, nor where the environment sets the allocator already.
 
-    The process then holds what it once needed at most, and no more.
+    The process then keeps its peak, which the blocks' lying apart may raise by some percent
+    (benchmarks/README.md); it does not grow from step to step.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in VARIABLES):
         return False
