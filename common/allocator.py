@@ -11,7 +11,7 @@ import platform
 # mallopt's numbers, glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 2**30  # bytes: larger blocks still go back at once
-VARIABLES = (
+VARIABLES = (  # settings of the user
     "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_TOP_PAD_",

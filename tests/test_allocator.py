@@ -19,7 +19,7 @@ from common.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def resident(): return next(int(l.split()[1]) for l in open("/proc/self/status") if "VmRSS" in l)
-sizes = np.random.default_rng(0).integers(1, 48, (30, 12)) * 2**20
+sizes = np.random.default_rng(0).integers(1, 48, (18, 8)) * 2**20
 counts, held = [], []
 for round in sizes:
     before = faults()
@@ -27,7 +27,7 @@ for round in sizes:
     del blocks
     counts.append(faults() - before)
     held.append(resident() // 1024)
-print(json.dumps({"kept": kept, "faults": sum(counts[10:]), "held": [max(held[:10]), held[-1]]}))
+print(json.dumps({"kept": kept, "faults": sum(counts[6:]), "held": [max(held[:6]), held[-1]]}))
 """
 
 
