@@ -4,38 +4,54 @@
     python benchmarks/step.py                          # ResNet-18, 32 pixels, batch 64, queue 4096
     python benchmarks/step.py --queue-sizes 4096,16384,98304 --json step.json
 
-Three steps over the same batches, in turn within one process:
+Three steps over the same batches, in turn:
 
 ours     the body of recipes/nnclr.py's own loop, as `main()` runs it: input, forward, look-up,
          loss, backward, optimizer, monitors, queue, metrics; decoding and views are left out
 needed   forward and backward of encoders and heads, and the optimizer, of the same modules, called
          in the same way: what no implementation can do without
-lightly  its NNCLR example built of its own modules: memory bank, heads, NTXentLoss, SGD
+lightly  its NNCLR example built of its own modules: memory bank, heads, NTXentLoss, SGD; on float
+         batches, normalised and contiguous as its loader gives them
 
-All three have the sizes of lightly's example: heads 512-512-512-128 and 128-512-128, SGD. Medians
-of the step times, and medians over turns of the ratios.
+All three have the sizes of lightly's example: heads 512-512-512-128 and 128-512-128, SGD. They are
+measured twice. Apart: each is a process of its own, asleep while it is another's turn; what users
+of each get, with what a run sets for its process (on CPU common/allocator.py). Together: all three
+within one process of the recipe, so that what it sets serves all; what the code alone gives.
+Medians of the step times, and medians over turns of the ratios.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
+import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from common import run
+from common.augment import to_input
+from common.config import parse
+from common.data import Images, RankBatches, load_dataset, view_loader
 from common.environment import describe
 from common.micro_batch import Pieces
 from recipes import nnclr
 
 WARM_UP = 4  # turns that are not counted: allocation, the first kernels
+BATCHES = 4  # different ones, again and again
+PAUSE = 0.005  # seconds between turns of processes: OpenMP's threads spin on for a while
+PEERS = ("ours", "needed", "lightly")
 
 
 def main() -> None:
@@ -45,13 +61,19 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet18", help="ours; lightly's is resnet18 always")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--queue-sizes", default="4096", help="one table row each, with commas")
-    parser.add_argument("--turns", type=int, default=30, help="turns counted per queue size")
+    parser.add_argument("--queue-sizes", default="4096", help="two table rows each, with commas")
+    parser.add_argument("--turns", type=int, default=30, help="turns counted per row")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", default="", help="file for the figures")
     arguments, flags = parser.parse_known_args()
+    if importlib.util.find_spec("lightly") is None:
+        sys.exit("error: lightly is not installed: pip install lightly==1.6.0")
     torch.set_num_threads(arguments.threads)
-    rows = [measure(arguments, int(size), flags) for size in arguments.queue_sizes.split(",")]
+    rows = []
+    for size in map(int, arguments.queue_sizes.split(",")):
+        for processes, groups in (("apart", [(p,) for p in PEERS]), ("together", [PEERS])):
+            figures = measure(arguments, size, flags, groups)
+            rows.append({"queue_size": size, "processes": processes} | figures)
     print(table(arguments, rows))
     if arguments.json:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,82 +83,146 @@ def main() -> None:
             json.dump(figures, file, indent=1, default=str)
 
 
-def measure(arguments: argparse.Namespace, queue_size: int, flags: list[str]) -> dict:
-    """Median seconds of each step at one queue length, and the ratios."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = f"--dataset photos --arch {arguments.arch} --image-size {arguments.image_size} "
-        command += f"--batch-size {arguments.batch_size} --queue-size {queue_size} "
-        command += "--projector-hidden 512 --predictor-hidden 512 --output-dim 128 --knn-every 0 "
-        command += f"--max-steps {arguments.turns + WARM_UP} --epochs 1000 --workers 0 "
-        turns = Turns(arguments, queue_size)
-        loop = run.Run.batches
-        run.Run.batches = turns.batches(loop)
-        try:
-            nnclr.main([*command.split(), "--output", folder, *flags])
-        finally:
-            run.Run.batches = loop
-    return {"queue_size": queue_size} | turns.figures()
+def measure(
+    arguments: argparse.Namespace, queue_size: int, flags: list[str], groups: list[tuple[str, ...]]
+) -> dict:
+    """Median seconds of each peer's step, the ratios, and peak memory of each group's process."""
+    seconds: dict[str, list[float]] = {name: [] for name in PEERS}
+    pipes = [start(arguments, queue_size, flags, group) for group in groups]
+    for pipe in pipes:
+        pipe.recv()  # ready
+    for _ in range(arguments.turns + WARM_UP):
+        for pipe in pipes:
+            time.sleep(PAUSE)
+            pipe.send("go")
+            for name, value in pipe.recv().items():
+                seconds[name].append(value)
+    counted = {name: values[WARM_UP:] for name, values in seconds.items()}
+    figures = {name: statistics.median(values) for name, values in counted.items()}
+    for name in ("needed", "lightly"):
+        ratios = (a / b for a, b in zip(counted["ours"], counted[name], strict=True))
+        figures[f"ours / {name}"] = statistics.median(ratios)
+    memory = {"+".join(group): pipe.recv() for group, pipe in zip(groups, pipes, strict=True)}
+    return figures | {"peak memory, MB": memory}
 
 
-class Turns:
-    """Ours, needed, lightly, again and again, driven from within the recipe's own loop."""
-
-    def __init__(self, arguments: argparse.Namespace, queue_size: int):
-        self.arguments, self.queue_size = arguments, queue_size
-        self.seconds: dict[str, list[float]] = {"ours": [], "needed": [], "lightly": []}
-
-    def batches(self, loop: Callable) -> Callable[..., Iterator]:
-        def timed(this: run.Run, views):
-            peers = {
-                "needed": needed_step(this),
-                "lightly": lightly_step(self.queue_size, this),
-            }
-            # views once, before: the loader is not what is measured
-            batches = [*prepare(this, views, 4)]
-            steps = this.last_step - this.step
-            original, run.view_loader = run.view_loader, lambda *_, **__: repeat(batches, steps)
-            this.config = dataclasses.replace(this.config, augment_device="cpu")
-            try:
-                source = iter(loop(this, views))
-                while True:
-                    started = now(this.device)
-                    try:
-                        item = next(source)  # the last step's metrics, this step's input
-                    except StopIteration:
-                        return
-                    before = now(this.device) - started
-                    started = now(this.device)
-                    yield item
-                    self.seconds["ours"].append(before + now(this.device) - started)
-                    for name, step in peers.items():
-                        started = now(this.device)
-                        step(*item[1])
-                        self.seconds[name].append(now(this.device) - started)
-            finally:
-                run.view_loader = original
-
-        return timed
-
-    def figures(self) -> dict:
-        counted = {name: values[WARM_UP:] for name, values in self.seconds.items()}
-        ratios = {
-            f"ours / {name}": statistics.median(
-                a / b for a, b in zip(counted["ours"], counted[name], strict=True)
-            )
-            for name in ("needed", "lightly")
-        }
-        return {name: statistics.median(values) for name, values in counted.items()} | ratios
+def table(arguments: argparse.Namespace, rows: list[dict]) -> str:
+    lines = [
+        f"NNCLR, {arguments.arch}, {arguments.image_size} pixels, batch {arguments.batch_size}, "
+        f"{arguments.threads} threads, torch {torch.__version__}",
+        "",
+        "| queue | processes | ours, ms | needed, ms | lightly, ms | ours / needed "
+        "| ours / lightly |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = " | ".join(f"{1e3 * row[name]:.1f}" for name in PEERS)
+        ratios = " | ".join(f"{row[f'ours / {name}']:.3f}" for name in ("needed", "lightly"))
+        lines.append(f"| {row['queue_size']} | {row['processes']} | {times} | {ratios} |")
+    return "\n".join(lines)
 
 
-def prepare(this: run.Run, views, count: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-    order = run.RankBatches(len(this.train), this.config.batch_size, 0, 0, count, 0, 1)
-    for pixels, ids, _, _ in run.view_loader(this.train, views, order, 0):
-        yield pixels, ids
+# -- a process and its turns ----------------------------------------------------------------------
 
 
-def repeat(batches: list, steps: int) -> Iterator:
-    for pixels, ids in itertools.islice(itertools.cycle(batches), steps):
+def start(*what) -> Connection:
+    """The pipe to a new process: it says when it is ready, takes a turn for each message and
+    answers with the seconds of each of its peers, and says its peak memory in MB in the end.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=take_turns, args=(there, *what), daemon=True).start()
+    there.close()  # so that a process that fails is noticed here
+    return here
+
+
+def take_turns(
+    pipe: Connection,
+    arguments: argparse.Namespace,
+    queue_size: int,
+    flags: list[str],
+    peers: tuple[str, ...],
+) -> None:
+    torch.set_num_threads(arguments.threads)
+    turns = arguments.turns + WARM_UP
+    command = f"--dataset photos --arch {arguments.arch} --image-size {arguments.image_size} "
+    command += f"--batch-size {arguments.batch_size} --queue-size {queue_size} "
+    command += "--projector-hidden 512 --predictor-hidden 512 --output-dim 128 --knn-every 0 "
+    command += f"--max-steps {turns} --epochs 1000 --workers 0"
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))  # the words of three runs
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        command = [*command.split(), "--output", folder, *flags]
+        if "ours" in peers:
+            others = [name for name in peers if name != "ours"]
+            run.Run.batches = in_turn(run.Run.batches, pipe, others)
+            nnclr.main(command)
+        else:
+            take_turns_alone(pipe, command, turns, *peers)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+def in_turn(loop: Callable, pipe: Connection, others: list[str]) -> Callable[..., Iterator]:
+    """Run.batches, which waits for each turn, and after each step gives the others theirs."""
+
+    def batches(this: run.Run, views):
+        steps = {name: STEPS[name](this.config, this.device, this) for name in others}
+        # views once, before: the loader is not what is measured
+        prepared = [*prepare(this.config, this.train)]
+        inputs = [inputs_of(pixels, this.device, this.dtype) for pixels, *_ in prepared]
+        run.view_loader = lambda *_, **__: repeat(prepared, this.last_step)
+        this.config = dataclasses.replace(this.config, augment_device="cpu")
+        source = iter(loop(this, views))
+        pipe.send("ready")
+        for batch in repeat(inputs, this.last_step):
+            pipe.recv()
+            started = now(this.device)
+            item = next(source)  # the last step's metrics, this step's input
+            yield item
+            seconds = {"ours": now(this.device) - started}
+            for name, step in steps.items():
+                started = now(this.device)
+                step(*batch)
+                seconds[name] = now(this.device) - started
+            pipe.send(seconds)
+        yield from source  # the end of the last step; no further one
+
+    return batches
+
+
+def take_turns_alone(pipe: Connection, command: list[str], turns: int, name: str) -> None:
+    """Needed or lightly, in a process without the recipe's loop; lightly's without a run either."""
+    config = parse(nnclr.Config, nnclr.PRESETS, command, nnclr.check)
+    if name == "needed":
+        this = run.Run("nnclr", config)
+        device, dtype, images = this.device, this.dtype, this.train
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        this, dtype, (images, _) = None, torch.float32, load_dataset(config.dataset, config.data)
+    step = STEPS[name](config, device, this)
+    inputs = [inputs_of(pixels, device, dtype) for pixels, *_ in prepare(config, images)]
+    pipe.send("ready")
+    for batch in repeat(inputs, turns):
+        pipe.recv()
+        started = now(device)
+        step(*batch)
+        pipe.send({name: now(device) - started})
+
+
+def prepare(config: nnclr.Config, images: Images) -> Iterator[tuple]:
+    """What the loader gives for a few steps: pixels of each view, ids, no problems."""
+    order = RankBatches(len(images), config.batch_size, 0, 0, BATCHES, 0, 1)
+    for pixels, ids, *_ in view_loader(images, nnclr.views_of(config), order, 0):
         yield pixels, ids, [], False
+
+
+def inputs_of(pixels: list[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [to_input(view, device, dtype).contiguous() for view in pixels]
+
+
+def repeat(items: list, times: int) -> Iterator:
+    return itertools.islice(itertools.cycle(items), times)
 
 
 def now(device: torch.device) -> float:
@@ -145,13 +231,19 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def needed_step(this: run.Run) -> Callable[[Tensor, Tensor], None]:
+# -- the peers' steps -----------------------------------------------------------------------------
+
+
+def needed_step(
+    config: nnclr.Config, device: torch.device, this: run.Run
+) -> Callable[[Tensor, Tensor], None]:
     """The same modules without look-up, loss, queue and monitors: a mean costs next to nothing."""
-    model = this.place(nnclr.NNCLR(this.config))
-    encode, projector = Pieces(model.f[0], this.config), model.f[1]
+    model = this.place(nnclr.NNCLR(config))
+    encode, projector = Pieces(model.f[0], config), model.f[1]
     optimizer = nnclr.build_optimizer("sgd", model.parameters(), 0.01, 0.9, 5e-4)
 
     def step(x1: Tensor, x2: Tensor) -> None:
+        x1, x2 = (x.to(memory_format=torch.channels_last) for x in (x1, x2))  # as a run's input is
         with this.autocast():
             z1, z2 = map(projector, encode(x1, x2))
             p1, p2 = model.g(z1), model.g(z2)
@@ -163,9 +255,11 @@ def needed_step(this: run.Run) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def lightly_step(queue_size: int, this: run.Run) -> Callable[[Tensor, Tensor], None]:
-    """One step of lightly's NNCLR as its example has it (examples/pytorch/nnclr.py), in this run's
-    precision.
+def lightly_step(
+    config: nnclr.Config, device: torch.device, _: run.Run | None
+) -> Callable[[Tensor, Tensor], None]:
+    """One step of lightly's NNCLR as its example has it (examples/pytorch/nnclr.py), in the
+    recipe's precision.
     """
     from lightly.loss import NTXentLoss
     from lightly.models.modules import NNMemoryBankModule
@@ -174,13 +268,14 @@ def lightly_step(queue_size: int, this: run.Run) -> Callable[[Tensor, Tensor], N
     backbone = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
     projector = NNCLRProjectionHead(512, 512, 128)
     predictor = NNCLRPredictionHead(128, 512, 128)
-    model = nn.ModuleList([backbone, projector, predictor]).to(this.device)
-    bank = NNMemoryBankModule(size=(queue_size, 128)).to(this.device)
+    model = nn.ModuleList([backbone, projector, predictor]).to(device)
+    bank = NNMemoryBankModule(size=(config.queue_size, 128)).to(device)
     criterion = NTXentLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    bf16 = config.precision == "bf16"
 
     def step(x1: Tensor, x2: Tensor) -> None:
-        with this.autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             z0, z1 = projector(backbone(x1)), projector(backbone(x2))
             p0, p1 = predictor(z0), predictor(z1)
         z0, z1, p0, p1 = z0.float(), z1.float(), p0.float(), p1.float()
@@ -193,20 +288,7 @@ def lightly_step(queue_size: int, this: run.Run) -> Callable[[Tensor, Tensor], N
     return step
 
 
-def table(arguments: argparse.Namespace, rows: list[dict]) -> str:
-    lines = [
-        f"NNCLR, {arguments.arch}, {arguments.image_size} pixels, batch {arguments.batch_size}, "
-        f"{arguments.threads} threads, torch {torch.__version__}",
-        "",
-        "| queue | ours, ms | needed, ms | lightly, ms | ours / needed | ours / lightly |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        times = " | ".join(f"{1e3 * row[name]:.1f}" for name in ("ours", "needed", "lightly"))
-        ratios = " | ".join(f"{row[f'ours / {name}']:.3f}" for name in ("needed", "lightly"))
-        lines.append(f"| {row['queue_size']} | {times} | {ratios} |")
-    return "\n".join(lines)
-
+STEPS = {"needed": needed_step, "lightly": lightly_step}
 
 if __name__ == "__main__":
     main()

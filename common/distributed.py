@@ -217,7 +217,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         if not self.track_running_stats:
             return
-        self.num_batches_tracked += len(mean)
+        self.num_batches_tracked.add_(len(mean))
         unbiased = var * (count / max(1, count - 1))
         for buffer, values in ((self.running_mean, mean), (self.running_var, unbiased)):
             running = buffer.detach().numpy()
@@ -254,8 +254,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: RankBatchNorm):
         x, threads = channels_last(x), torch.get_num_threads()
         parts = as_rows(x, norm.views)
-        found = [batch_norm.moments(part, threads) for part in parts]
-        own, squares = (np.stack(column) for column in zip(*found, strict=True))
+        own, squares = batch_norm.moments(parts, threads)
         rows = parts.shape[1]
         ctx.count = rows * world_size()  # ranks hold equally many images
         mean = sum_over_ranks(own) / world_size()
@@ -266,8 +265,8 @@ class _BatchNorm(torch.autograd.Function):
         ctx.scale = ctx.scale.astype(parts.dtype)
         shift = np.zeros_like(ctx.mean[0]) if bias is None else bias.numpy()
         y = torch.empty_like(x)
-        for v, out in enumerate(as_rows(y, norm.views)):
-            batch_norm.normalise(parts[v], ctx.mean[v], ctx.scale[v], shift, out, threads)
+        out = as_rows(y, norm.views)
+        batch_norm.normalise(parts, ctx.mean, ctx.scale, shift, out, threads)
         ctx.save_for_backward(x)
         ctx.affine = weight is not None
         return y
@@ -276,18 +275,13 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x,), mean, threads = ctx.saved_tensors, ctx.mean, torch.get_num_threads()
         parts, grads = as_rows(x, len(mean)), as_rows(channels_last(grad), len(mean))
-        sums = [
-            batch_norm.gradient_sums(g, part, m, threads)
-            for g, part, m in zip(grads, parts, mean, strict=True)
-        ]
-        grad_bias, products = (np.stack(column) for column in zip(*sums, strict=True))
+        grad_bias, products = batch_norm.gradient_sums(grads, parts, mean, threads)
         grad_weight = products * ctx.inverse_std
         offset, slope = sum_over_ranks(np.stack([grad_bias, grad_weight])) / ctx.count
         columns = [c.astype(parts.dtype) for c in (offset, slope * ctx.inverse_std)]
         grad_x = torch.empty_like(x)
-        for v, out in enumerate(as_rows(grad_x, len(mean))):
-            statistics = mean[v], *(column[v] for column in columns), ctx.scale[v]
-            batch_norm.input_gradient(grads[v], parts[v], *statistics, out, threads)
+        out = as_rows(grad_x, len(mean))
+        batch_norm.input_gradient(grads, parts, mean, *columns, ctx.scale, out, threads)
         if not ctx.affine:
             return grad_x, None, None, None
         totals = (torch.from_numpy(g.sum(axis=0)).to(x.dtype) for g in (grad_weight, grad_bias))

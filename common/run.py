@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import checkpoint, distributed, environment, metrics, results
+from common.allocator import keep_freed_memory
 from common.augment import View, to_input
 from common.config import changed_fields, gpu_is_there, snapshot_epochs
 from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
@@ -34,6 +35,7 @@ from common.errors import Stopped, UserError, say_error
 from common.knn import knn_of_encoder
 from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
 from common.signals import StopRequests
+from common.small_maps import small_map_convolutions
 from common.splits import parts
 from common.support_set import SupportSet
 
@@ -78,6 +80,8 @@ class Run:
     def __init__(self, recipe: str, config: Any):
         self.recipe, self.config = recipe, config
         self.device = distributed.start()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         if config.augment_device == "cuda" and not gpu_is_there():
             text = "--augment-device cuda: no GPU is visible here; use cpu"
@@ -144,9 +148,12 @@ class Run:
             torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions is True
 
     def place(self, module: nn.Module) -> nn.Module:
-        """The module on this run's device, in its precision, with batch norms over all ranks."""
+        """The module on this run's device, in its precision, with batch norms over all ranks and,
+        on CPU, convolutions that know small maps.
+        """
         module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         module = distributed.rank_batch_norm(module, self.device)
+        module = small_map_convolutions(module, self.device)
         distributed.same_on_all_ranks(module)
         return module
 
