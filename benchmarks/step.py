@@ -33,7 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 import torch
@@ -170,12 +170,12 @@ def in_turn(loop: Callable, pipe: Connection, others: list[str]) -> Callable[...
         steps = {name: STEPS[name](this.config, this.device, this) for name in others}
         # views once, before: the loader is not what is measured
         prepared = [*prepare(this.config, this.train)]
-        inputs = [inputs_of(pixels, this.device, this.dtype) for pixels, *_ in prepared]
+        inputs = {n: inputs_of(n, prepared, this.device, this.dtype) for n in others}
         run.view_loader = lambda *_, **__: repeat(prepared, this.last_step)
         this.config = dataclasses.replace(this.config, augment_device="cpu")
         source = iter(loop(this, views))
         pipe.send("ready")
-        for batch in repeat(inputs, this.last_step):
+        for number in repeat(range(BATCHES), this.last_step):
             pipe.recv()
             started = now(this.device)
             item = next(source)  # the last step's metrics, this step's input
@@ -183,7 +183,7 @@ def in_turn(loop: Callable, pipe: Connection, others: list[str]) -> Callable[...
             seconds = {"ours": now(this.device) - started}
             for name, step in steps.items():
                 started = now(this.device)
-                step(*batch)
+                step(*inputs[name][number])
                 seconds[name] = now(this.device) - started
             pipe.send(seconds)
         yield from source  # the end of the last step; no further one
@@ -201,7 +201,7 @@ def take_turns_alone(pipe: Connection, command: list[str], turns: int, name: str
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         this, dtype, (images, _) = None, torch.float32, load_dataset(config.dataset, config.data)
     step = STEPS[name](config, device, this)
-    inputs = [inputs_of(pixels, device, dtype) for pixels, *_ in prepare(config, images)]
+    inputs = inputs_of(name, prepare(config, images), device, dtype)
     pipe.send("ready")
     for batch in repeat(inputs, turns):
         pipe.recv()
@@ -217,11 +217,15 @@ def prepare(config: nnclr.Config, images: Images) -> Iterator[tuple]:
         yield pixels, ids, [], False
 
 
-def inputs_of(pixels: list[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    return [to_input(view, device, dtype).contiguous() for view in pixels]
+def inputs_of(
+    name: str, batches: Iterable, device: torch.device, dtype: torch.dtype
+) -> list[list[Tensor]]:
+    """A peer's normalised views of each batch: channels last for needed, as a run has them."""
+    views = [[to_input(view, device, dtype) for view in pixels] for pixels, *_ in batches]
+    return views if name == "needed" else [[x.contiguous() for x in batch] for batch in views]
 
 
-def repeat(items: list, times: int) -> Iterator:
+def repeat(items: Sequence, times: int) -> Iterator:
     return itertools.islice(itertools.cycle(items), times)
 
 
@@ -243,7 +247,6 @@ def needed_step(
     optimizer = nnclr.build_optimizer("sgd", model.parameters(), 0.01, 0.9, 5e-4)
 
     def step(x1: Tensor, x2: Tensor) -> None:
-        x1, x2 = (x.to(memory_format=torch.channels_last) for x in (x1, x2))  # as a run's input is
         with this.autocast():
             z1, z2 = map(projector, encode(x1, x2))
             p1, p2 = model.g(z1), model.g(z2)
