@@ -192,7 +192,8 @@ def markdown(published, records, figures: Sequence[dict[str, str]]) -> str:
     text = [HEAD, "## The claims\n", in_short(what, runs), ""]
     text += [f"{n}. {sentence(claim, what, runs)}" for n, claim in enumerate(what["claims"], 1)]
     for tier in what["tiers"]:
-        text += ["", f"## {tier['title']}\n", *tier_table(tier, what, runs)]
+        text += ["", f"## {tier['title']}\n", tier["note"].strip(), ""]
+        text += tier_table(tier, what, runs)
     text += ["", "## Values that the papers leave open\n", *scan_tables(what, runs)]
     text += ["", "## What the look-ups retrieve\n", RETRIEVED, *purity_tables(what, runs)]
     if figures:
@@ -216,18 +217,18 @@ def tier_table(tier: dict[str, str], what: dict[str, Any], runs: Runs) -> list[s
         missing += lacking(runs, plan[run])
         if not any(scores):
             continue
-        _, one = next(iter(runs[run].values()))[seeds_of(runs, run)[0]]
+        one = next(one for by_seed in runs[run].values() for _, one in by_seed.values())
         trained_on = tables.data_cell(one["pretraining"], "dataset")
         row = [what["runs"][name], trained_on, f"{one['pretraining']['epochs']:g}"]
         row += [str(len(seeds_of(runs, run))), mean_cell(random_encoder(runs, run))]
         rows.append([*row, *map(mean_cell, scores), cost(runs, run), links(runs, run)])
     head = ["method", "trained on", "epochs", "seeds", "random encoder, k-NN"]
     head += [SHOWN[e] for e in asked]
-    text = [table([*head, "training", "records"], rows)] if rows else []
+    text = [table([*head, "training", "records"], rows), ""] if rows else []
     if missing:
         how = f"`python results/reproduce.py --next --only {missing[0].split()[0]}"
         data = " --cifar10 PATH" if not tier["prefix"].startswith("photos") else ""
-        text += ["", f"**Missing**: {', '.join(missing)}. {how}{data}` runs the first of them."]
+        text += [f"**Missing**: {', '.join(missing)}. {how}{data}` runs the first of them."]
     return text
 
 

@@ -166,6 +166,13 @@ def test_a_trained_run_that_lacks_an_evaluation_is_named():
     assert "simsiam (k-NN" not in missing
 
 
+def test_protocols_of_different_seeds_stand_in_one_row():
+    records = [of_run("simsiam", 1, 50.0), of_run("simsiam", 0, 70.0, "linear")]
+    text = part(page(records), "CIFAR-10 (JPEG copy), CIFAR")
+    assert "| 200 | 2 | 11.00 | 50.00 | 70.00 |" in text
+    assert "simsiam (k-NN of seed 0), simsiam (linear of seed 1)" in text
+
+
 def test_a_published_number_never_stands_in_a_table_of_ours():
     text = page(pair([60.0], [50.0]))
     ours, published = text.split("## Published")
