@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 from conftest import ROOT, only_error, run_script
+from test_claims import of_run
 from test_record import good
 
 from common.errors import UserError
@@ -122,7 +123,7 @@ def golden(folder):
     ):
         record.add(each, allow_dirty=True, folder=folder / "records")
     (folder / "figures").mkdir()
-    (folder / "ROOT.md").write_text(f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n")
+    (folder / "ROOT.md").write_text(f"# Title\n{report.BEGIN}\nan old table\n{report.END}\nrest\n")
     return folder
 
 
@@ -140,7 +141,7 @@ def test_pages_of_golden_records(tmp_path):
     assert "1 seed" in apart and "JPEG copy, nothing published" in apart
     assert "published, not at hand" in compared
     root = pages[tmp_path / "ROOT.md"]
-    assert root.startswith("# Title\n") and root.endswith("\nrest\n") and "old" not in root
+    assert root.startswith("# Title\n") and root.endswith("\nrest\n") and "an old table" not in root
     assert "| SNCLR | vit_small | 300 | 4096 | 73.38 | 73.00 |" in root
     for path, page in pages.items():
         path.write_text(page)
@@ -168,7 +169,11 @@ def test_a_changed_record_makes_the_pages_stale(tmp_path):
     before = report.build(tmp_path, tmp_path / "ROOT.md")
     record.add(good(value=70.0, values=[70.0], seeds=[0], spread=None), folder=tmp_path / "records")
     after = report.build(tmp_path, tmp_path / "ROOT.md")
-    assert all(before[path] != after[path] for path in before)
+    claims_page = tmp_path / "cifar10.md"  # of the plan's runs alone
+    assert {path for path in before if before[path] == after[path]} == {claims_page}
+    _, planned = of_run("photos-nnclr", 0, 50.0)
+    record.add(planned, folder=tmp_path / "records")
+    assert report.build(tmp_path, tmp_path / "ROOT.md")[claims_page] != after[claims_page]
 
 
 def test_a_readme_without_its_place_and_a_missing_figure_are_mistakes(tmp_path):
