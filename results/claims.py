@@ -5,6 +5,7 @@ python results/claims.py photos --output curves.png       # a tier's curves, fro
 """
 
 import argparse
+import functools
 import math
 import re
 import statistics
@@ -53,14 +54,17 @@ and is a weak witness for or against a claim about CIFAR-10 or ImageNet.
 """
 
 
+@functools.cache
+def plan() -> dict[str, dict[str, Any]]:
+    """The runs of plan.yaml by their names."""
+    return {run["name"]: run for run in load_plan()}
+
+
 def load(path: Path = CLAIMS) -> dict[str, Any]:
     """claims.yaml; UserError where it names a run that plan.yaml has not."""
     what = yaml.safe_load(path.read_text())
-    planned = {run["name"] for run in load_plan()}
-    unknown = [
-        n for n in what["runs"] if not any(t["prefix"] + n in planned for t in what["tiers"])
-    ]
-    unknown += [n for s in what["scans"] for n in s["runs"].values() if n not in planned]
+    unknown = [n for n in what["runs"] if not any(t["prefix"] + n in plan() for t in what["tiers"])]
+    unknown += [n for s in what["scans"] for n in s["runs"].values() if n not in plan()]
     unknown += [c[n] for c in what["claims"] for n in SIDES if c[n] not in what["runs"]]
     if unknown:
         raise UserError(f"{path} names {unknown[0]}, which is no run of plan.yaml")
@@ -70,7 +74,7 @@ def load(path: Path = CLAIMS) -> dict[str, Any]:
 def recorded(records: Sequence[tuple[str, dict[str, Any]]]) -> Runs:
     """The records of the plan's runs, by their run folders' names."""
     found: Runs = {}
-    for run in load_plan():
+    for run in plan().values():
         for seed in run["seeds"]:
             for name, one in records:
                 if not is_of(one, Piece(run, seed)):
@@ -144,10 +148,9 @@ def sentence(claim: dict[str, Any], what: dict[str, Any], runs: Runs) -> str:
 
 def filled(text: str, runs: Runs) -> str:
     """The text with each {run of the plan} replaced by its k-NN, or by "not run"."""
-    planned = {run["name"] for run in load_plan()}
 
     def number(name: re.Match) -> str:
-        if name[1] not in planned:
+        if name[1] not in plan():
             raise UserError(f"{CLAIMS.name} quotes {name[1]}, which is no run of plan.yaml")
         return mean_cell(values(runs, name[1], PROTOCOLS["knn"])) or "not run"
 
@@ -207,14 +210,13 @@ def markdown(published, records, figures: Sequence[dict[str, str]]) -> str:
 
 def tier_table(tier: dict[str, str], what: dict[str, Any], runs: Runs) -> list[str]:
     """The tier's numbers, a row for each run that it plans; what is missing is named below."""
-    plan = {run["name"]: run for run in load_plan()}
-    planned = [n for n in what["runs"] if tier["prefix"] + n in plan]
-    asked = dict.fromkeys(e for n in planned for e in plan[tier["prefix"] + n]["evaluations"])
+    planned = [n for n in what["runs"] if tier["prefix"] + n in plan()]
+    asked = dict.fromkeys(e for n in planned for e in plan()[tier["prefix"] + n]["evaluations"])
     rows, missing = [], []
     for name in planned:
         run = tier["prefix"] + name
         scores = [values(runs, run, PROTOCOLS[e]) for e in asked]
-        missing += lacking(runs, plan[run])
+        missing += lacking(runs, plan()[run])
         if not any(scores):
             continue
         one = next(one for by_seed in runs[run].values() for _, one in by_seed.values())
@@ -224,7 +226,7 @@ def tier_table(tier: dict[str, str], what: dict[str, Any], runs: Runs) -> list[s
         rows.append([*row, *map(mean_cell, scores), cost(runs, run), links(runs, run)])
     head = ["method", "trained on", "epochs", "seeds", "random encoder, k-NN"]
     head += [SHOWN[e] for e in asked]
-    text = [table([*head, "training", "records"], rows), ""] if rows else []
+    text = [tables.table([*head, "training", "records"], rows), ""] if rows else []
     if missing:
         how = f"`python results/reproduce.py --next --only {missing[0].split()[0]}"
         data = " --cifar10 PATH" if not tier["prefix"].startswith("photos") else ""
@@ -269,11 +271,6 @@ def links(runs: Runs, run: str) -> str:
     return ", ".join(f"[{n}](records/{name})" for n, name in enumerate(files, 1))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def scan_tables(what: dict[str, Any], runs: Runs) -> list[str]:
     text = [SCANS]
     for scan in what["scans"]:
@@ -292,7 +289,7 @@ def scan_tables(what: dict[str, Any], runs: Runs) -> list[str]:
             )
             for value, numbers in scores.items()
         ]
-        text.append(table(("value", "k-NN on held-out images", "seeds", "records"), rows))
+        text.append(tables.table(("value", "k-NN on held-out images", "seeds", "records"), rows))
         text += ["", conclusion(scan, scores)]
     return text
 
@@ -325,7 +322,7 @@ def purity_tables(what: dict[str, Any], runs: Runs) -> list[str]:
             rows.append([method, *(percent(v) for v in at), percent(own)])
         if rows:
             head = ("method", *(f"epoch {e}" for e in columns), "own image, last epoch")
-            text += ["", f"{tier['title']}:", "", table(head, rows)]
+            text += ["", f"{tier['title']}:", "", tables.table(head, rows)]
     return text or ["", "Not run."]
 
 
@@ -371,7 +368,7 @@ def context_table(published: Sequence[dict[str, Any]]) -> str:
         if (r["pretraining"], r["dataset"]) == ("CIFAR-10", "CIFAR-10")
     ]
     head = ("method", "encoder", "epochs", "batch", "protocol", "published", "source")
-    return table(head, sorted(rows, key=lambda row: tables.method_order(row[0])))
+    return tables.table(head, sorted(rows, key=lambda row: tables.method_order(row[0])))
 
 
 SCANS = """Three values each, on `photos` with a fifth of its training images held out, 3 epochs

@@ -112,7 +112,7 @@ def markdown(published, records, figures) -> str:
             if (r.published["protocol"], r.published["dataset"]) == (protocol, dataset)
         ]
         of.sort(key=lambda r: (*tables.method_order(r.published["method"]), r.published["arch"]))
-        text += [f"### {protocol}, {dataset}\n", table(COMPARED, compared_cells(of)), ""]
+        text += [f"### {protocol}, {dataset}\n", tables.table(COMPARED, compared_cells(of)), ""]
     text.append("## Ours under other settings, beside no paper's number\n")
     if not apart:
         text.append("None so far.\n")
@@ -120,7 +120,7 @@ def markdown(published, records, figures) -> str:
         of = [(n, r) for n, r in apart if r["protocol"] == protocol]
         of.sort(key=lambda item: apart_order(item[1]))
         cells = (apart_cells(n, r, published) for n, r in of)
-        text += [f"### {protocol}\n", table(APART, cells), ""]
+        text += [f"### {protocol}\n", tables.table(APART, cells), ""]
     if figures:
         text.append("## Figures\n")
     for figure in figures:
@@ -198,11 +198,6 @@ def links(names: str) -> str:
     )
 
 
-def table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(tuple(head))}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 # -- the root README ------------------------------------------------------------------------------
 
 
@@ -233,7 +228,7 @@ def summary(published, records) -> str:
                 ours,
             ]
         )
-    text = ["Linear top-1 on ImageNet, in percent:\n", table(head, cells), ""]
+    text = ["Linear top-1 on ImageNet, in percent:\n", tables.table(head, cells), ""]
     whole = [(name, r) for name, r in apart if is_whole(r["pretraining"])]
     if whole:
         text += ["Our runs so far, beside which no paper has a number:\n", *side_by_side(whole), ""]
@@ -269,7 +264,7 @@ def side_by_side(apart: list[tuple[str, dict]]) -> list[str]:
         rows.setdefault(encoder, {}).setdefault(name, []).append(value)
     names = [columns[key] for key in sorted(columns)]
     cells = [[*row, *(", ".join(found.get(n, [])) for n in names)] for row, found in rows.items()]
-    return [table(("method", "encoder", "trained on", "epochs", *names), cells)]
+    return [tables.table(("method", "encoder", "trained on", "epochs", *names), cells)]
 
 
 def in_readme(readme: str, text: str) -> str:

@@ -7,6 +7,7 @@ copy. Everything else is shown apart, with what sets it apart, and without a dif
 
 import json
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,12 @@ def method_order(method: str) -> tuple[int, str]:
         if method == name or (method.startswith(name + " ") and "(as" not in method):
             return number, method
     return len(OURS), method
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 # -- words for cells ------------------------------------------------------------------------------
