@@ -129,7 +129,10 @@ def is_of(one: dict[str, Any], piece: Piece) -> bool:
     flags, and the name that its training command gave the run folder.
     """
     flags = {name.replace("-", "_"): value for name, value in piece.run["flags"].items()}
-    if one["recipe"] != piece.run["recipe"] or one["seeds"] != [piece.seed]:
+    seeds = one["seeds"]
+    if one.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
+        seeds = one["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
+    if one["recipe"] != piece.run["recipe"] or seeds != [piece.seed]:
         return False
     if one["pretraining"]["epochs"] != flags.get("epochs", one["pretraining"]["epochs"]):
         return False

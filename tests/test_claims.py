@@ -133,6 +133,14 @@ def test_seeds_and_runs_are_told_apart_by_the_whole_name_of_the_folder():
     assert claims.recorded([(name, namesake | {"pretraining": longer})]) == {}
 
 
+def test_several_seeds_of_a_probe_are_of_the_one_encoder_that_they_probe():
+    name, one = of_run("simsiam", 1, 60.0, "linear")
+    one |= {"seeds": [0, 1, 2], "values": [59.0, 60.0, 61.0], "spread": 1.0}
+    one |= {"seeds_of": "evaluation"}
+    one |= {"hyperparameters": {"evaluation": {"pretraining_seeds": [1]}}}
+    assert claims.recorded([(name, one)])["simsiam"]["linear"] == {1: (name, one)}
+
+
 def test_two_records_of_the_same_thing_are_refused():
     name, one = of_run("photos-snclr", 0, 70.0)
     with pytest.raises(UserError, match="of photos-snclr, seed 0: remove one"):
