@@ -443,6 +443,18 @@ def blur_columns(source, out, radius, inside, beyond):
 # -- a whole view -------------------------------------------------------------------------------
 
 
+@kernel
+def look_up(planes: np.ndarray, levels: np.ndarray, out: np.ndarray) -> None:
+    """out (N,H,W,3) = levels (3,256) at the values of planes, uint8 (N,3,H,W)."""
+    for n in range(len(planes)):
+        red, green, blue = planes[n]
+        for y in range(red.shape[0]):
+            for x in range(red.shape[1]):
+                out[n, y, x, 0] = levels[0, red[y, x]]
+                out[n, y, x, 1] = levels[1, green[y, x]]
+                out[n, y, x, 2] = levels[2, blue[y, x]]
+
+
 def render(image: np.ndarray, size: int, cubic: bool, draw, fused: bool = False) -> np.ndarray:
     """uint8 (H,W,4) and what was drawn (`augment.Draw`) -> uint8 (3,size,size), as `View.apply`.
     `fused`: colour and grey as one affine map, clipped once.

@@ -433,6 +433,16 @@ def test_input_is_plain_normalisation(patch, dtype):
     assert torch.equal(views, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_input_by_look_up_is_what_a_gpu_computes(dtype):
+    views = torch.arange(2 * 3 * 256, dtype=torch.uint8).view(2, 3, 32, 8).flip(2)[:, :, :, 1:]
+    out = augment.to_input(views, torch.device("cpu"), dtype)
+    mean, std = augment.mean_and_std(torch.device("cpu"), dtype)
+    assert torch.equal(out, views.to(dtype).div_(255).sub_(mean).div_(std))  # the same operations
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert augment.to_input(views[:0], torch.device("cpu"), dtype).shape == (0, 3, 32, 7)
+
+
 @pytest.mark.parametrize(("photo", "size"), [("coffee", 224), ("clock_motion", 224), ("text", 32)])
 def test_evaluation_view_is_resize_and_center_crop(photo, size):
     image = read_photo(photo)
