@@ -95,7 +95,7 @@ class View:
         if draw.blur is not None:
             image = image.filter(ImageFilter.GaussianBlur(draw.blur))
         if draw.solarize:
-            image = ImageOps.solarize(image, threshold=128)  # 0.5, BYOL Table 6
+            image = ImageOps.solarize(image, threshold=128)  # 0.5, BYOL App. B
         if draw.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
@@ -138,7 +138,7 @@ COLOUR_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.a
 def byol_views(
     size: int, crop_min: float = 0.08, interpolation: str = "bicubic"
 ) -> tuple[View, View]:
-    """BYOL's T and T' (its Table 6; PAPER_FACTS 1.6): asymmetric blur and solarize."""
+    """BYOL's T and T' (its App. B and Table 6): asymmetric blur and solarize."""
     common = {
         "size": size,
         "scale": (crop_min, 1.0),

@@ -209,7 +209,7 @@ def box_filter(x: Tensor, radius: int, full: Tensor, edge: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, values: Tensor) -> Tensor:
-    return torch.where(x < 128, x, 255 - x)  # 0.5, BYOL Table 6
+    return torch.where(x < 128, x, 255 - x)  # 0.5, BYOL App. B
 
 
 def flip(x: Tensor, values: Tensor) -> Tensor:

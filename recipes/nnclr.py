@@ -9,8 +9,9 @@ view to match it against the predictions of all other images of the batch (suppl
     python recipes/nnclr.py --data /path/to/imagenet                 # 1000 epochs, ResNet-50
     torchrun --nproc_per_node 8 recipes/nnclr.py --data /path/to/imagenet
 
-Aims at 75.6 % linear top-1 on ImageNet (abstract; believed to be with multi-crop). Costs about
-1000 epochs at batch 4096; see recipes/nnclr.md, also for where papers and code leave things open.
+Aims at 75.6 % linear top-1 on ImageNet (abstract, which does not say whether small crops were
+used: --multi-crop). Costs about 1000 epochs at batch 4096; see recipes/nnclr.md, also for where
+papers and code leave things open.
 """
 
 import sys
@@ -47,8 +48,8 @@ class Config(RunConfig):
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # secondary
     sgd_momentum: float = 0.9  # momentum of LARS or SGD; secondary
     weight_decay: float = 1e-6  # secondary; LARS leaves out biases and norms
-    warmup_epochs: float = 10  # linear from 0; secondary
-    queue_size: int = 98304  # secondary (VISSL fork: 24 x 4096 is best)
+    warmup_epochs: float = 10  # secondary; from 0: unstated, see nnclr.md
+    queue_size: int = 98304  # secondary (VISSL fork: 24 x 4096)
     temperature: float = 0.1  # suppl. Algorithm 1
     # add the term normalised over neighbours: a secondary reading of Sec. 3.2
     symmetric_loss: bool = False
@@ -60,15 +61,16 @@ class Config(RunConfig):
     predictor_hidden: int = 4096  # secondary (quote)
     output_dim: int = 256  # secondary (quote)
     views: Literal["byol", "cifar"] = "byol"  # secondary: "BYOL scheme"; cifar: GSG App. B.2
-    crop_min: float = 0.08  # smallest share of the area; BYOL Table 6
-    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # BYOL Table 6
+    crop_min: float = 0.08  # smallest share of the area; BYOL App. B
+    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # BYOL App. B
     multi_crop: bool = False  # add small crops; no source at hand states how, see SwAV's values
     small_crops: int = 6  # with --multi-crop; SwAV's code
     small_crop_size: int = 96  # with --multi-crop, pixels; SwAV's code
-    multi_crop_scale: float = 0.14  # with --multi-crop: area that parts small from large; SwAV
+    # with --multi-crop: the area that parts small from large crops, instead of --crop-min; SwAV
+    multi_crop_scale: float = 0.14
 
 
-# unstated: no paper has NNCLR on CIFAR-10; GSG's App. B.2 and C.2 and lightly's set-up
+# unstated: no paper has NNCLR on CIFAR-10. Views and budget of GSG's App. B.2 and C.2, ours else
 SMALL_IMAGES = {
     "image_size": 32,
     "epochs": 200,

@@ -59,7 +59,7 @@ class Config(RunConfig):
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # SimSiam's code
 
 
-# unstated: no paper has NNSiam on CIFAR-10; GSG's App. B.2 and C.2 and lightly's set-up
+# unstated: no paper has NNSiam on CIFAR-10. GSG's App. B.2 and C.2 and lightly's; the queue ours
 SMALL_IMAGES = {
     "image_size": 32,
     "epochs": 200,

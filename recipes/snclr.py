@@ -82,10 +82,10 @@ class Config(RunConfig):
     predictor_hidden: int = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
     output_dim: int = 256  # Table 6 (128 000 x 256); BYOL Sec. 3.3; code
     views: Literal["byol", "cifar"] = "byol"  # App. A "follow BYOL"; cifar: GSG App. B.2
-    crop_min: float = 0.08  # smallest share of the area; BYOL Table 6; code
+    crop_min: float = 0.08  # smallest share of the area; BYOL App. B; code
 
 
-# unstated: no paper has SNCLR on CIFAR-10; GSG's App. B.2 and C.2 and lightly's set-up
+# unstated: no paper has SNCLR on CIFAR-10. Views and budget of GSG's App. B.2 and C.2, ours else
 SMALL_IMAGES = {
     "image_size": 32,
     "epochs": 200,
@@ -102,7 +102,7 @@ SMALL_IMAGES = {
     "crop_interpolation": "bilinear",
 }
 PRESETS = {
-    "official": {  # the released code: snclr/builder.py, main_log.py, start.sh at b95c7e5
+    "official": {  # the released code at b95c7e5: builder_snclr_factor.py, main_log.py, start.sh
         "loss": "official",
         "heads": "official",
         "momentum_schedule": "cosine",

@@ -116,7 +116,9 @@ def compared(rows: list[tables.Row]) -> tuple[list[str], list[list[Cell]], tuple
         p = row.published
         settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
         left: list[Cell] = [p["method"] + settings, p["arch"], p["protocol"], p["dataset"]]
-        left += [p["metric"], number(p["epochs"], "unstated"), number(p["batch"], "unstated")]
+        left.append(p["metric"])
+        for name, text in zip(tables.BUDGET, tables.budget_cells(p), strict=True):
+            left.append((text, number(p[name])[1]))
         left.append(("not at hand", None) if p["value"] is None else (tables.exact(p), p["value"]))
         origin: list[Cell] = [p["grade"], p["source"]]
         for name, r in row.records or [("", None)]:

@@ -34,7 +34,8 @@ at equal budget: [cifar10.md](cifar10.md).
 Numbers are percentages after the **last** epoch. *Difference* is ours minus published, in points,
 and is given only where data, epochs, batch, encoder and protocol are the same. *Spread* is the
 standard deviation over seeds. "Published, not at hand": the paper has this number in a table that
-no source at hand holds. (OCR): read by a machine from slides; (secondary): quoted by another work.
+no source at hand holds. (OCR): read by a machine from slides; (secondary): quoted by another work;
+(assumed): the source does not state it, our command takes it.
 """
 
 
@@ -148,8 +149,8 @@ def compared_cells(rows: Iterable[tables.Row]) -> Iterable[list[str]]:
         p = row.published
         metric = "" if p["metric"] == "top1" else f" ({p['metric']})"
         settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
-        left = [p["method"] + settings, p["arch"], tables.number_cell(p["epochs"])]
-        left += [tables.number_cell(p["batch"]), tables.published_cell(p) + metric, p["source"]]
+        left = [p["method"] + settings, p["arch"], *tables.budget_cells(p)]
+        left += [tables.published_cell(p) + metric, p["source"]]
         if not row.records:
             yield [*left, "", "", "", "", "", ""]
         for name, r in row.records:
@@ -222,8 +223,7 @@ def summary(published, records) -> str:
             [
                 p["method"] + settings,
                 p["arch"],
-                tables.number_cell(p["epochs"]),
-                tables.number_cell(p["batch"]),
+                *tables.budget_cells(p),
                 tables.published_cell(p),
                 ours,
             ]

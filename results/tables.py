@@ -19,6 +19,7 @@ from common.record import with_values
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.yaml"
+BUDGET = ("epochs", "batch")  # a source may leave them out; our command still has them
 GRADES = ("source", "ocr", "secondary", "not at hand")
 # the methods that this repository has recipes for, in the order of its tables
 OURS = ("SimSiam", "SimSiam-GSG", "BYOL (SimSiam heads)", "BYOL-GSG", "NNSiam", "NNCLR", "SNCLR")
@@ -45,6 +46,8 @@ def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
             raise UserError(f"{path}: row {number} has no {', '.join(sorted(missing))}")
         if row["grade"] not in GRADES or (row["value"] is None) != (row["grade"] == GRADES[-1]):
             raise UserError(f"{path}: row {number} ({row['method']}): grade and value do not fit")
+        if wrong := [n for n in row.get("assumed", []) if n not in BUDGET or row[n] is None]:
+            raise UserError(f"{path}: row {number} assumes {', '.join(wrong)}, has none")
     return rows
 
 
@@ -219,6 +222,12 @@ def commit_cell(record: Record) -> str:
 
 def number_cell(value: float | None) -> str:
     return "unstated" if value is None else f"{value:g}"
+
+
+def budget_cells(row: dict[str, Any]) -> list[str]:
+    """Epochs and batch of a published number, marked where its source does not state them."""
+    assumed = row.get("assumed", [])
+    return [number_cell(row[n]) + (" (assumed)" if n in assumed else "") for n in BUDGET]
 
 
 def hours_cell(record: Record) -> str:

@@ -31,6 +31,16 @@ def test_published_rows_are_whole_and_unique():
     assert any(row["value"] is None and row["method"] == "SNCLR" for row in PUBLISHED)
 
 
+def test_a_budget_that_the_source_does_not_state_is_marked(tmp_path):
+    row = next(r for r in PUBLISHED if r["method"] == "NNSiam")
+    assert tables.budget_cells(row) == ["800 (assumed)", "4096"]
+    assert tables.budget_cells(row | {"assumed": [], "batch": None}) == ["800", "unstated"]
+    for wrong in ({"assumed": ["lr"]}, {"assumed": ["batch"], "batch": None}):
+        (tmp_path / "published.yaml").write_text(yaml.safe_dump([row | wrong]))
+        with pytest.raises(UserError, match="row 1 assumes"):
+            tables.load_published(tmp_path / "published.yaml")
+
+
 @pytest.mark.parametrize(
     ("method", "arch", "epochs", "protocol", "value"),
     [  # read again in the papers' texts
