@@ -192,7 +192,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "RankBatchNorm":
         """The same layer, sharing the parameters and buffers of `norm`."""
-        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         new.weight, new.bias = norm.weight, norm.bias
         new.running_mean, new.running_var = norm.running_mean, norm.running_var
         new.num_batches_tracked, new.training = norm.num_batches_tracked, norm.training
@@ -204,9 +204,11 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.compiler.disable  # numpy arrays are no part of a graph
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
         self._check_input_dim(x)
+        if not self.training and self.running_mean is not None:
+            return super().forward(x)
+        if x.numel() // (self.views * x.shape[1]) < 2 and world_size() == 1:
+            raise ValueError(f"batch norm over one value of each channel: (N,C,…) is {(*x.shape,)}")
         if x.dtype in (torch.bfloat16, torch.float16):  # autocast: statistics in full precision
             x = x.float()
         return _BatchNorm.apply(x, self.weight, self.bias, self)
@@ -215,14 +217,16 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Moves the running statistics by the views' mean and variance (views, C), over `count`
         values each, in the views' order, as one forward after another does.
         """
-        if not self.track_running_stats:
+        if not self.track_running_stats or self.running_mean is None or not self.training:
             return
-        self.num_batches_tracked.add_(len(mean))
         unbiased = var * (count / max(1, count - 1))
-        for buffer, values in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running = buffer.detach().numpy()
-            for value in values:
-                running += self.momentum * (value - running)
+        running = [buffer.detach().numpy() for buffer in (self.running_mean, self.running_var)]
+        for values in zip(mean, unbiased, strict=True):
+            self.num_batches_tracked.add_(1)
+            share = self.momentum  # None: the mean of all batches
+            share = 1 / int(self.num_batches_tracked) if share is None else share
+            for average, value in zip(running, values, strict=True):
+                average += share * (value - average)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from common.distributed import can_keep_views_apart, views_apart
 from common.models import has_batch_norm
@@ -29,6 +30,7 @@ from common.models import has_batch_norm
 # in one forward of an encoder with batch norms: gradients of weights sum over all of them in
 # float32, with more rounding the more there are (two keep the bound of 1e-5 over ranks, four not)
 VIEWS_AT_ONCE = 2
+RANDOM = nn.modules.dropout._DropoutNd, StochasticDepth  # with a probability p
 
 
 class Encoded(NamedTuple):
@@ -93,6 +95,8 @@ class Pieces:
         """
         with statistics_kept(self.encoder):
             for images, features, autocast in self.encoded:
+                if features.grad is None:  # a view that the loss does not use
+                    continue
                 grads = self.parts(features.grad)
                 for part, grad in zip(self.parts(images), grads, strict=True):
                     with torch.autocast(**autocast):
@@ -104,8 +108,10 @@ class Pieces:
 def random_layer(module: nn.Module) -> str:
     """The name of the first layer that drops values or paths at random; "" where there is none."""
     for name, child in module.named_modules():
-        dropout = isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
-        if dropout or getattr(child, "drop_prob", 0):  # timm's DropPath and DropBlock
+        dropout = isinstance(child, RANDOM) and child.p > 0
+        dropout |= isinstance(child, nn.MultiheadAttention | nn.RNNBase) and child.dropout > 0
+        # drop_prob: timm's DropPath and DropBlock; prob: its PatchDropout
+        if dropout or getattr(child, "drop_prob", 0) or getattr(child, "prob", 0):
             return f"{name} ({type(child).__name__})"
     return ""
 

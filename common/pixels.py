@@ -53,7 +53,7 @@ def decode_jpeg(data: bytes, halve: Callable[[int, int], bool] | None = None) ->
             least = (height + 1) // 2, (width + 1) // 2
             return simplejpeg.decode_jpeg(data, "RGBX", False, False, *least, 2.0)
         return simplejpeg.decode_jpeg(data, "RGBX")
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError, KeyError):  # KeyError: a subsampling without a name
         return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common import distributed
 from common.errors import UserError
 
-SEARCH_BLOCK = 2**27  # similarities held at once in a search: 512 MB in float32
+SEARCH_BLOCK = 2**25  # similarities held at once in a search: 128 MB in float32
 
 
 class TooFewNeighboursError(UserError, ValueError):

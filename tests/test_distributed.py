@@ -37,6 +37,25 @@ def test_batch_norm_is_pytorchs_in_value_gradient_and_running_statistics(shape, 
     torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
 
 
+@pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}])
+def test_batch_norm_with_other_running_statistics(options):
+    torch.manual_seed(0)
+    plain = nn.BatchNorm1d(5, **options)
+    ours = RankBatchNorm.of(copy.deepcopy(plain))
+    for x in torch.randn(3, 8, 5) * 3 + 2:
+        torch.testing.assert_close(ours(x), plain(x))
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+
+
+def test_batch_norm_over_one_value_is_refused():
+    with pytest.raises(ValueError, match="one value"):
+        RankBatchNorm(5)(torch.randn(1, 5))
+    RankBatchNorm(5).eval()(torch.randn(1, 5))
+
+
 def test_batch_norm_gradient():
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, dtype=torch.float64, requires_grad=True)

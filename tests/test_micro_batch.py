@@ -198,6 +198,21 @@ def test_without_gradient_nothing_is_kept_for_a_replay():
     assert not encode.encoded and not features[0].requires_grad
 
 
+def test_a_view_that_the_loss_leaves_out_has_no_gradient():
+    encoder, head = encoder_and_head("vit", torch.float64)
+    x1, x2 = views_of(torch.float64)
+    encode = in_pieces(encoder, 4)
+    features, _ = encode(x1, x2)
+    head(features).square().mean().backward()
+    encode.replay()
+    ours = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+    head(encoder(x1)).square().mean().backward()
+    for mine, p in zip(ours, encoder.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad)
+    assert not encode.encoded
+
+
 def test_no_more_than_one_piece_has_a_graph():
     """Bytes of activations that autograd saves for the backward pass at one time."""
     encoder, head = encoder_and_head("vit", torch.float32)
@@ -230,17 +245,24 @@ def test_no_more_than_one_piece_has_a_graph():
     assert saved[2] < 0.35 * saved[12]
 
 
-@pytest.mark.parametrize("layer", ["dropout", "drop path"])
+@pytest.mark.parametrize("layer", ["dropout", "drop path", "depth", "patches", "attention"])
 def test_an_encoder_that_draws_at_random_is_refused(layer):
-    from timm.layers import DropPath
+    from timm.layers import DropPath, PatchDropout
+    from torchvision.ops import StochasticDepth
 
     encoder, _ = encoder_and_head("vit", torch.float32)
     in_pieces(encoder, 4)
     for arch in ("vit_small", "vit_small_mocov3", "vit_base", "resnet18", "tiny"):
         in_pieces(build_encoder(arch, 32) if arch != "vit_base" else encoder, 4)  # none of ours
-    encoder.blocks[1].drop_path1 = DropPath(0.1) if layer == "drop path" else nn.Dropout(0.1)
+    encoder.blocks[1].drop_path1 = {
+        "dropout": nn.Dropout(0.1),
+        "drop path": DropPath(0.1),
+        "depth": StochasticDepth(0.1, "row"),
+        "patches": PatchDropout(0.1),
+        "attention": nn.MultiheadAttention(8, 2, dropout=0.1),
+    }[layer]
     Pieces(encoder)  # whole, it may
-    with pytest.raises(ValueError, match=r"blocks.1.drop_path1 \(Drop\w+\) draws at random"):
+    with pytest.raises(ValueError, match=r"blocks.1.drop_path1 \(\w+\) draws at random"):
         in_pieces(encoder, 4)
 
 
