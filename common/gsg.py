@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import gather, rank, world_size
+from common.models import in_full_precision
 
 Pairing = Literal["global", "local", "derangement"]
 CHOICES = ("11_21", "11_22", "12_21", "12_22")  # columns of the distances, in Algorithm 1's order
@@ -47,6 +48,7 @@ def draw_pairs(pairing: Pairing, batch: int, ranks: int, seed: int, step: int) -
     return torch.from_numpy(pairs)
 
 
+@in_full_precision
 def guiding_distances(
     z11: Tensor, z12: Tensor, z21: Tensor, z22: Tensor, pairs: Tensor | None = None
 ) -> Tensor:
@@ -61,6 +63,7 @@ def guiding_distances(
     return torch.stack([torch.linalg.vector_norm(a - b, dim=1) for a, b in ends], dim=1)
 
 
+@in_full_precision
 def gsg_loss(
     p11: Tensor,
     p12: Tensor,
@@ -94,6 +97,7 @@ def gsg_loss(
     return (0.5 * (of_x1 + of_x2)).mean()
 
 
+@in_full_precision
 def symmetric_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     """The baselines' loss without GSG: D(p1, z2)/2 + D(p2, z1)/2, the mean over images.
 
@@ -133,9 +137,15 @@ def rows_of_owners(x1: Tensor, pairs: Tensor | None) -> Tensor:
 
 
 def own_part(pairs: Tensor, local: int) -> Tensor:
-    """This rank's rows of the global `pairs`; ValueError where its length is not the batch's."""
+    """This rank's rows of the global `pairs`; ValueError where its length is not the batch's, or,
+    on CPU, where it is no permutation (asking would make the host wait for a GPU).
+    """
     if pairs.shape != (world_size() * local,):
         raise ValueError(
             f"pairs {(*pairs.shape,)} for {world_size()} x {local} images: one number for each"
         )
+    if pairs.device.type == "cpu" and not torch.equal(
+        pairs.sort().values, torch.arange(len(pairs))
+    ):
+        raise ValueError("pairs is no permutation of the batch")
     return pairs[rank() * local : (rank() + 1) * local]

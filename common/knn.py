@@ -33,6 +33,8 @@ def knn_accuracy(
         raise ValueError("k-NN needs at least one training and one test row")
     if k < 1 or temperature <= 0:
         raise ValueError(f"k-NN needs k >= 1 and temperature > 0, got {k}, {temperature}")
+    if min(train_y.min(), test_y.min()) < 0:
+        raise ValueError("k-NN needs labels from 0")
     similarity, labels = nearest_labels(train_x, train_y, test_x, k)
     classes = int(max(train_y.max(), test_y.max())) + 1
     return vote(similarity, labels, test_y, classes, temperature)
@@ -43,8 +45,10 @@ def nearest_labels(
 ) -> tuple[Tensor, Tensor]:
     """Cosines (N,k) and labels (N,k) of the nearest training rows, best first."""
     train_x, test_x = full_precision(train_x, test_x)
+    kind = torch.promote_types(train_x.dtype, test_x.dtype)
+    train_x, test_x = train_x.to(kind), test_x.to(kind)
     train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
-    train_y = train_y.to(train_x.device)
+    train_y = train_y.to(train_x.device, torch.long)
     similarity, labels = [], []
     for block in test_x.split(QUERY_BLOCK):
         best = (block @ train_x.T).topk(min(k, len(train_x)), dim=1)

@@ -3,8 +3,9 @@ momentum copy.
 """
 
 import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -174,3 +175,19 @@ def has_batch_norm(module: nn.Module) -> bool:
 def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     """bf16 outputs as float32, others as they are: similarities and losses are never in bf16."""
     return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+
+
+def in_full_precision(function: Callable) -> Callable:
+    """The function with its bf16 and fp16 tensors as float32 and without autocast: similarities,
+    softmax and losses are never computed in less.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args, **named):
+        tensors = [v for v in (*args, *named.values()) if isinstance(v, Tensor)]
+        args = [full_precision(v)[0] if isinstance(v, Tensor) else v for v in args]
+        named = {n: full_precision(v)[0] if isinstance(v, Tensor) else v for n, v in named.items()}
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*args, **named)
+
+    return wrapped

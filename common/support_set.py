@@ -51,12 +51,14 @@ class SupportSet(nn.Module):
 
         z (N,D) of any scale -> neighbours (N,k,D), l2-normalised and without gradient (the
         implicit stop-gradient of a hard look-up), and their positions in the queue (N,k).
-        `exclude_ids` (N,): entries whose id equals that row's are skipped (-1 skips nothing).
+        `exclude_ids` (N,): entries whose id equals that row's are skipped (negative: nothing is).
         Raises TooFewNeighboursError, a ValueError, where fewer than k entries remain; on a GPU
         the next `check` does.
         """
         if not 1 <= k <= self.size:
             raise TooFewNeighboursError(f"{k} neighbours asked of a queue of {self.size}", True)
+        if exclude_ids is not None and exclude_ids.shape != z.shape[:1]:
+            raise ValueError(f"exclude_ids {(*exclude_ids.shape,)} for {len(z)} rows: one for each")
         with torch.autocast(z.device.type, enabled=False):  # the search stays in full precision
             z = F.normalize(z.detach().to(self.embeddings.dtype), dim=1)
             # the queue's own lengths, so that no normalised copy of it is made
@@ -98,13 +100,13 @@ class SupportSet(nn.Module):
     @torch.no_grad()
     def enqueue(self, z: Tensor, ids: Tensor | None = None) -> None:
         """Writes the rows of z (N,D) over the oldest entries, in order; of a batch longer than
-        the queue the last Q rows stay. `ids` (N,) are the images' numbers, -1 where not given.
-        With `shared`, every rank must call it with as many rows as the others.
+        the queue the last Q rows stay. `ids` (N,) are the images' numbers, of any integer type, -1
+        where not given. With `shared`, every rank must call it with as many rows as the others.
         """
         z = z.detach().to(self.embeddings.dtype)
         if ids is None:
             ids = torch.full((len(z),), -1, dtype=torch.long, device=z.device)
-        ids = ids.to(z.device)
+        ids = ids.to(z.device, torch.long)
         if z.ndim != 2 or z.shape[1] != self.dim or ids.shape != z.shape[:1]:
             raise ValueError(
                 f"enqueue takes (N,{self.dim}) and (N,) ids, got {(*z.shape,)}, {(*ids.shape,)}"

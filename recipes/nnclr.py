@@ -27,7 +27,14 @@ from common.config import RunConfig, parse
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
 from common.micro_batch import Pieces
-from common.models import build_encoder, full_precision, mlp, momentum_copy, update_momentum
+from common.models import (
+    build_encoder,
+    full_precision,
+    in_full_precision,
+    mlp,
+    momentum_copy,
+    update_momentum,
+)
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
@@ -117,6 +124,7 @@ class NNCLR(nn.Module):
         self.g = mlp(sizes, output_bias=True)
 
 
+@in_full_precision
 def nnclr_loss(neighbours: Tensor, predictions: Tensor, temperature: float = 0.1) -> Tensor:
     """L(nn, p) of Algorithm 1, one direction: cross-entropy of row i with column i.
 
@@ -129,6 +137,7 @@ def nnclr_loss(neighbours: Tensor, predictions: Tensor, temperature: float = 0.1
     return F.cross_entropy(logits, labels)
 
 
+@in_full_precision
 def nnclr_transposed_loss(
     neighbours: Tensor, predictions: Tensor, temperature: float = 0.1
 ) -> Tensor:

@@ -24,7 +24,7 @@ from common.config import RunConfig, parse
 from common.distributed import average_gradients
 from common.errors import UserError, command
 from common.micro_batch import Pieces
-from common.models import build_encoder, full_precision, mlp
+from common.models import build_encoder, full_precision, in_full_precision, mlp
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
 from common.run import Run
 from common.support_set import SupportSet
@@ -108,6 +108,7 @@ class NNSiam(nn.Module):
         self.h = mlp(sizes, output_bias=True)
 
 
+@in_full_precision
 def nnsiam_loss(p1: Tensor, p2: Tensor, nn1: Tensor, nn2: Tensor) -> Tensor:
     """D(p1, nn2)/2 + D(p2, nn1)/2, D the negative cosine; all (N,D) -> scalar.
 

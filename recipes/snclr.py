@@ -32,6 +32,7 @@ from common.models import (
     build_encoder,
     freeze_patch_embedding,
     full_precision,
+    in_full_precision,
     mlp,
     momentum_copy,
     update_momentum,
@@ -158,6 +159,7 @@ class SNCLR(nn.Module):
         self.branch = nn.Sequential(encoder, projector)
 
 
+@in_full_precision
 def positiveness(projections: Tensor, neighbours: Tensor) -> Tensor:
     """w_i of Eq. 4 with identity f1 and f2, no scale: y1 (N,D), NN(y2) (N,K,D) -> (N,K).
 
@@ -167,6 +169,7 @@ def positiveness(projections: Tensor, neighbours: Tensor) -> Tensor:
     return cosines(F.normalize(projections, dim=1), neighbours).softmax(dim=1)
 
 
+@in_full_precision
 def snclr_loss(
     predictions: Tensor,
     projections: Tensor,
@@ -185,6 +188,8 @@ def snclr_loss(
     weights as soft labels, times 2 * temperature. K = 0 gives Eq. 1. Gradient flows through z1
     and, by the positiveness, through y1.
     """
+    if form not in ("paper", "official"):
+        raise ValueError(f"unknown form {form} of SNCLR's loss: paper or official")
     keys, neighbours = keys.detach(), neighbours.detach()  # NN(y2)_0 = y2, NN(y2)_1..K
     weights = positiveness_scale * positiveness(projections, neighbours)
     if detach_positiveness:

@@ -143,6 +143,12 @@ def test_pairs_of_another_length_are_refused(length):
         gsg_loss(*views(4, 3), torch.arange(length))
 
 
+@pytest.mark.parametrize("pairs", [[0, 0, 1], [1, 2, 3]])
+def test_pairs_that_are_no_permutation_are_refused(pairs):
+    with pytest.raises(ValueError, match="no permutation"):
+        gsg_loss(*torch.randn(8, 3, 5), pairs=torch.tensor(pairs))
+
+
 def test_symmetric_loss_of_the_baselines():
     p1, p2, z1, z2 = (t.requires_grad_() for t in views(6, 4)[:4])
     lists = [t.tolist() for t in (p1, p2, z1, z2)]

@@ -95,6 +95,21 @@ def test_knn_of_narrow_features_is_searched_in_float32(clusters, dtype):
     assert knn_accuracy(*narrow, k=20) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_and_features_of_two_kinds(clusters, kind):
+    train_x, train_y, test_x, test_y = clusters
+    expected = knn_accuracy(train_x, train_y, test_x, test_y, k=5)
+    assert expected == knn_accuracy(
+        train_x.double(), train_y.to(kind), test_x.float(), test_y.to(kind), k=5
+    )
+
+
+def test_a_negative_label_is_refused(clusters):
+    train_x, train_y, test_x, test_y = clusters
+    with pytest.raises(ValueError, match="from 0"):
+        knn_accuracy(train_x, train_y - 1, test_x, test_y)
+
+
 def test_a_close_neighbour_wins_at_a_low_temperature():
     # exp(1/0.005) is beyond float32: the sums must not both become infinite
     train_x = torch.tensor([[0.9, math.sqrt(1 - 0.81)], [1.0, 0.0]])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.gsg import gsg_loss, guiding_distances, symmetric_loss
 from recipes.nnclr import nnclr_loss, nnclr_transposed_loss
 from recipes.nnsiam import nnsiam_loss
 from recipes.snclr import positiveness, snclr_loss
@@ -330,3 +331,39 @@ def test_snclr_keys_and_neighbours_get_no_gradient(form):
     snclr_loss(*tensors, 0.3, form).backward()
     assert z1.grad.norm() > 1e-3 and y1.grad.norm() > 1e-4
     assert keys.grad is None and neighbours.grad is None
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+PAIRS = torch.tensor([2, 0, 4, 1, 3])
+IN_HALF = {  # what each takes: "d" (N,D), "k" (N,K,D)
+    "nnclr": (nnclr_loss, "dd"),
+    "nnclr transposed": (nnclr_transposed_loss, "dd"),
+    "nnsiam": (nnsiam_loss, "dddd"),
+    "positiveness": (positiveness, "dk"),
+    "snclr": (lambda *x: snclr_loss(*x, 0.2, form="paper"), "dddk"),
+    "snclr official": (lambda *x: snclr_loss(*x, 0.2, form="official"), "dddk"),
+    "distances": (lambda *x: guiding_distances(*x, PAIRS), "dddd"),
+    "gsg": (lambda *x: gsg_loss(*x, pairs=PAIRS), "dddddddd"),
+    "symmetric": (symmetric_loss, "dddd"),
+}
+
+
+@pytest.mark.parametrize("name", IN_HALF)
+def test_no_loss_is_computed_in_less_than_float32(name):
+    loss, kinds = IN_HALF[name]
+    shapes = {"d": (5, 7), "k": (5, 3, 7)}
+    wide = [draw(i, *shapes[kind], spread=0.5).bfloat16() for i, kind in enumerate(kinds)]
+    expected = loss(*(x.float() for x in wide))
+    for given in (wide, [x.float() for x in wide]):
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = loss(*given)
+        for value in (loss(*given), under_autocast):
+            assert value.dtype == torch.float32
+            assert torch.equal(value, expected)
+
+
+def test_an_unknown_form_is_refused():
+    x = draw(0, 3, 4)
+    with pytest.raises(ValueError, match="papre"):
+        snclr_loss(x, x, x, x[:, None], 0.2, form="papre")

@@ -217,6 +217,21 @@ def test_exclude_ids_takes_the_nearest_away():
     assert not (queue.ids[queue.nearest(z, 1, exclude_ids=ids)[1][:, 0]] == ids).any()
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type(kind):
+    queue = SupportSet(5, 3)
+    z = torch.randn(3, 3)
+    queue.enqueue(z, torch.tensor([1, 2, 3], dtype=kind))
+    assert queue.ids.tolist() == [1, 2, 3, -1, -1]
+    _, found = queue.nearest(z, 1, exclude_ids=torch.tensor([1, 2, 9], dtype=kind))
+    assert found[2] == 2 and found[0] != 0 and found[1] != 1
+
+
+def test_exclude_ids_must_be_one_for_each_row():
+    with pytest.raises(ValueError, match="one for each"):
+        SupportSet(5, 3).nearest(torch.randn(2, 3), exclude_ids=torch.tensor([1]))
+
+
 def test_an_unknown_image_excludes_nothing():
     """-1 is no id: a query without one must not lose the random rows of the start."""
     queue, z = filled(10, 4, ids=IDS), draw(16, 3, 4)
