@@ -5,11 +5,12 @@
 
 Runs both recipes as a user would, with and without --no-gsg in turn, and takes the median time of
 a step from their metrics, waiting for data left out (four views instead of two also cost the
-loaders twice). On a GPU kernels are launched one by one, so that a step's time is its own. Flags
-that are not of this script go to the recipes.
+loaders twice). Prints a table and stores every step's time. On a GPU kernels are launched one by
+one, so that a step's time is its own. Flags that are not of this script go to the recipes.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -17,11 +18,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import yaml
 
 from common import metrics
+from common.environment import describe
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP = 3  # steps that are not counted: allocation, the first kernels
 
 
@@ -31,20 +35,25 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=20, help="steps counted per run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
+    default = RESULTS / "gsg_step.json"
+    parser.add_argument("--output", type=Path, default=default, help="JSON (%(default)s)")
     arguments, flags = parser.parse_known_args()
     if "--dataset" not in flags:
         flags = ["--dataset", "photos", *flags]
+    rows = []
+    print("| recipe | with GSG, ms | without, ms | ratio |\n|---|---|---|---|")
     for recipe in ("simsiam_gsg", "byol_gsg"):
         seconds: dict[str, list[float]] = {"--gsg": [], "--no-gsg": []}
         for _ in range(arguments.repeats):
             for choice in seconds:
                 seconds[choice] += step_seconds(recipe, [choice, *flags], arguments.steps)
         gsg, plain = (statistics.median(seconds[choice]) for choice in seconds)
-        print(
-            f"{recipe}: {1e3 * gsg:.1f} ms per step with GSG, {1e3 * plain:.1f} ms without, "
-            f"ratio {gsg / plain:.3f} (medians of {len(seconds['--gsg'])} steps each)",
-            flush=True,
-        )
+        rows.append({"recipe": recipe, "ratio": gsg / plain, "seconds": seconds})
+        cells = (recipe, f"{1e3 * gsg:.1f}", f"{1e3 * plain:.1f}", f"{gsg / plain:.3f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {"flags": flags, "load": os.getloadavg()[0], **describe(device, 1)}
+    arguments.output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 def step_seconds(recipe: str, flags: list[str], steps: int) -> list[float]:

@@ -1,9 +1,10 @@
-"""Images per second and core, from JPEG files to two views of 224 as uint8 tensors.
+"""Images per second and core, from JPEG files to two views as uint8 tensors.
 
     python benchmarks/input.py --images imagenet_sample_200.tar      # or a folder of JPEG files
     python benchmarks/input.py                                       # photographs of scikit-image
+    python benchmarks/input.py --patches --limit 1000        # the views of photos, 32 pixels
 
-BYOL's augmentations (its Table 6). Every pipeline takes the same files, read into memory before, in
+BYOL's augmentations (App. B). Every pipeline takes the same files, read into memory before, in
 one thread; they take turns, a round of all images each, and the ratios are medians over rounds of
 the time beside torchvision's PIL pipeline in the same round. torchvision's PIL pipeline is composed
 as moco-v3 composes it, with PILToTensor at its end; torchvision v2 has the same list on tensors;
@@ -17,11 +18,10 @@ import glob
 import io
 import json
 import os
-import platform
 import statistics
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,11 @@ from torchvision.transforms import v2
 
 from common import pixels
 from common.augment import byol_views
-from common.data import FolderImages, ViewDataset, as_bytes
+from common.data import ArrayImages, FolderImages, Images, ViewDataset, as_bytes
+from common.environment import describe
+from common.photos import PHOTOS, SIDE, patches, read_photo
 
-SIZE = 224
+RESULTS = Path(__file__).resolve().parent / "results"
 PEER = "torchvision, PIL, as moco-v3"
 
 
@@ -55,8 +57,6 @@ class Files(FolderImages):
 def read_files(where: str | None, limit: int) -> list[bytes]:
     """JPEG files of a folder or tar file, else of scikit-image's photographs at 500 pixels."""
     if where is None:
-        from common.photos import PHOTOS, read_photo
-
         photos = [read_photo(name) for name in PHOTOS]
         data = []
         for number in range(limit):
@@ -84,13 +84,13 @@ class MocoBlur:
         return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
-def torchvision_pil() -> list[Callable]:
+def torchvision_pil(size: int) -> list[Callable]:
     """moco-v3's two lists (its BYOL augmentations), to uint8 instead of normalised floats."""
     t = torchvision.transforms
 
     def compose(blur: float, solarize: float) -> Callable:
         steps = [
-            t.RandomResizedCrop(SIZE, (0.08, 1.0), interpolation=t.InterpolationMode.BICUBIC),
+            t.RandomResizedCrop(size, (0.08, 1.0), interpolation=t.InterpolationMode.BICUBIC),
             t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             t.RandomGrayscale(p=0.2),
             t.RandomApply([MocoBlur()], p=blur),
@@ -102,12 +102,12 @@ def torchvision_pil() -> list[Callable]:
     return [compose(1.0, 0.0), compose(0.1, 0.2)]
 
 
-def torchvision_tensors() -> list[Callable]:
+def torchvision_tensors(size: int) -> list[Callable]:
     def compose(blur: float, solarize: float) -> Callable:
         bicubic = v2.InterpolationMode.BICUBIC
         return v2.Compose(
             [
-                v2.RandomResizedCrop(SIZE, (0.08, 1.0), interpolation=bicubic, antialias=True),
+                v2.RandomResizedCrop(size, (0.08, 1.0), interpolation=bicubic, antialias=True),
                 v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
                 v2.RandomGrayscale(p=0.2),
                 v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], p=blur),
@@ -119,47 +119,64 @@ def torchvision_tensors() -> list[Callable]:
     return [compose(1.0, 0.0), compose(0.1, 0.2)]
 
 
-def lightly() -> Callable | None:
+def lightly(size: int) -> Callable | None:
     """lightly's BYOLTransform, PIL image -> two tensors; None where it is not installed."""
     try:
         from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     except ImportError:
         return None
-    settings = {"input_size": SIZE, "normalize": None}
+    settings = {"input_size": size, "normalize": None}
     return BYOLTransform(BYOLView1Transform(**settings), BYOLView2Transform(**settings))
 
 
-def pil(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
+Picture = bytes | np.ndarray  # a JPEG file, or a patch (32,32,3) that needs no decoding
 
 
-def pipelines(data: list[bytes]) -> dict[str, Callable[[int, int], object]]:
+def pil(data: Picture) -> Image.Image:
+    if isinstance(data, bytes):
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    return Image.fromarray(data)
+
+
+def tensor(data: Picture) -> torch.Tensor:
+    if isinstance(data, bytes):
+        coded = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        return torchvision.io.decode_jpeg(coded, torchvision.io.ImageReadMode.RGB)
+    return torch.from_numpy(data).permute(2, 0, 1)
+
+
+def images_of(data: Sequence[Picture]) -> Images:
+    if isinstance(data[0], bytes):
+        return Files(data)
+    return ArrayImages(np.stack(data), None, [], "patches")
+
+
+def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, int], object]]:
     """Name -> function of (round, image number)."""
-    as_pil, as_tensors, peer = torchvision_pil(), torchvision_tensors(), lightly()
+    as_pil, as_tensors, peer = torchvision_pil(size), torchvision_tensors(size), lightly(size)
     found = {PEER: lambda epoch, n: [view(image) for image in [pil(data[n])] for view in as_pil]}
 
-    def tensors(epoch: int, n: int) -> list[torch.Tensor]:
-        coded = torch.from_numpy(np.frombuffer(data[n], np.uint8).copy())
-        image = torchvision.io.decode_jpeg(coded, torchvision.io.ImageReadMode.RGB)
-        return [view(image) for view in as_tensors]
-
-    found["torchvision v2, tensors"] = tensors
+    found["torchvision v2, tensors"] = lambda epoch, n: [
+        view(image) for image in [tensor(data[n])] for view in as_tensors
+    ]
     if peer is not None:
         found["lightly, BYOLTransform"] = lambda epoch, n: peer(pil(data[n]))
-    images = Files(data)
+    images = images_of(data)
     for name in ("reference", "exact", "fast"):
-        dataset = ViewDataset(images, byol_views(SIZE), 0, False, name)
+        dataset = ViewDataset(images, byol_views(size), 0, False, name)
         found[f"ours, --input {name}"] = lambda epoch, n, d=dataset: d[epoch, n]
+    if not isinstance(data[0], bytes):
+        return found
     found["decoding alone, Pillow"] = lambda epoch, n: pil(data[n])
     found["decoding alone, ours"] = lambda epoch, n: pixels.decode_jpeg(data[n])
     return found
 
 
-def differences(data: list[bytes]) -> dict[str, dict[str, float]]:
+def differences(data: Sequence[Picture], size: int) -> dict[str, dict[str, float]]:
     """How far the values of exact and fast are from the reference's, in levels of 255."""
-    images, table = Files(data), {}
-    sets = {n: ViewDataset(images, byol_views(SIZE), 0, False, n) for n in ("reference", "exact")}
-    sets["fast"] = ViewDataset(images, byol_views(SIZE), 0, False, "fast")
+    images, views, table = images_of(data), byol_views(size), {}
+    names = ("reference", "exact", "fast")
+    sets = {name: ViewDataset(images, views, 0, False, name) for name in names}
     for name in ("exact", "fast"):
         off = []
         for n in range(min(50, len(data))):
@@ -181,15 +198,18 @@ def main() -> None:
     parser.add_argument("--images", help="folder or tar file of JPEG files")
     parser.add_argument("--limit", type=int, default=100, help="images at most (100)")
     parser.add_argument("--rounds", type=int, default=5)
-    beside = Path(__file__).with_suffix(".json")
-    parser.add_argument("--output", type=Path, default=beside, help="JSON with every time")
+    parser.add_argument("--patches", action="store_true", help="of photos, views of 32 pixels")
+    parser.add_argument("--output", type=Path, help="JSON; default: results/input[-patches].json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = read_files(arguments.images, arguments.limit)
+    data: Sequence[Picture] = [*patches("train")[0][: arguments.limit]]
+    if not arguments.patches:
+        data = read_files(arguments.images, arguments.limit)
     if not data:
         parser.error(f"{arguments.images} holds no JPEG files")
-    runs = pipelines(data)
+    size = SIDE if arguments.patches else 224
+    runs = pipelines(data, size)
     for run in runs.values():  # imports, compiled kernels, caches
         run(0, 0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -199,7 +219,7 @@ def main() -> None:
             for n in range(len(data)):
                 run(epoch, n)
             seconds[name].append(time.perf_counter() - started)
-    off = differences(data)
+    off = differences(data, size)
     rows = []
     print(f"{len(data)} images, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}\n")
     print(f"| {'pipeline':30} | images/s | times {PEER} |\n|---|---|---|")
@@ -211,10 +231,11 @@ def main() -> None:
     print("\nlevels (of 255) from the reference: mean, share within 2, largest")
     for name, row in off.items():
         print(f"{name}: {row['mean']:.3f}, {row['within_2']:.4f}, {row['largest']:.0f}")
-    about: dict[str, object] = {"images": len(data), "python": platform.python_version()}
-    about |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    about = {"images": len(data), "size": size, "load": os.getloadavg()[0]}
+    about |= describe(torch.device("cpu"), 1)
     text = json.dumps({"about": about, "rows": rows, "differences": off}, indent=1)
-    arguments.output.write_text(text + "\n")
+    name = "input-patches.json" if arguments.patches else "input.json"
+    (arguments.output or RESULTS / name).write_text(text + "\n")
 
 
 if __name__ == "__main__":

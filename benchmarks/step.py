@@ -2,7 +2,7 @@
 
     pip install lightly==1.6.0
     python benchmarks/step.py                          # ResNet-18, 32 pixels, batch 64, queue 4096
-    python benchmarks/step.py --queue-sizes 4096,16384,98304 --json step.json
+    python benchmarks/step.py --queue-sizes 4096,16384,98304
 
 Three steps over the same batches, in turn:
 
@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 import torchvision
@@ -52,6 +53,7 @@ WARM_UP = 4  # turns that are not counted: allocation, the first kernels
 BATCHES = 4  # different ones, again and again
 PAUSE = 0.005  # seconds between turns of processes: OpenMP's threads spin on for a while
 PEERS = ("ours", "needed", "lightly")
+RESULT = Path(__file__).resolve().parent / "results" / "step.json"
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--queue-sizes", default="4096", help="two table rows each, with commas")
     parser.add_argument("--turns", type=int, default=30, help="turns counted per row")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", default="", help="file for the figures")
+    parser.add_argument("--json", type=Path, default=RESULT, help="for the figures (%(default)s)")
     arguments, flags = parser.parse_known_args()
     if importlib.util.find_spec("lightly") is None:
         sys.exit("error: lightly is not installed: pip install lightly==1.6.0")
@@ -75,12 +77,9 @@ def main() -> None:
             figures = measure(arguments, size, flags, groups)
             rows.append({"queue_size": size, "processes": processes} | figures)
     print(table(arguments, rows))
-    if arguments.json:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        figures = {"arguments": vars(arguments), "flags": flags, "rows": rows}
-        figures |= describe(device, 1)
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=1, default=str)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = {"arguments": vars(arguments), "flags": flags, "rows": rows, **describe(device, 1)}
+    arguments.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
 
 def measure(
@@ -112,13 +111,15 @@ def table(arguments: argparse.Namespace, rows: list[dict]) -> str:
         f"{arguments.threads} threads, torch {torch.__version__}",
         "",
         "| queue | processes | ours, ms | needed, ms | lightly, ms | ours / needed "
-        "| ours / lightly |",
-        "|---|---|---|---|---|---|---|",
+        "| ours / lightly | peak memory, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         times = " | ".join(f"{1e3 * row[name]:.1f}" for name in PEERS)
         ratios = " | ".join(f"{row[f'ours / {name}']:.3f}" for name in ("needed", "lightly"))
-        lines.append(f"| {row['queue_size']} | {row['processes']} | {times} | {ratios} |")
+        memory = ", ".join(f"{megabytes:.0f}" for megabytes in row["peak memory, MB"].values())
+        cells = (str(row["queue_size"]), row["processes"], times, ratios, memory)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
