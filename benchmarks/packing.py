@@ -243,7 +243,7 @@ def measure(
     """A row of seconds, and for every turn what `cool` found."""
     row: dict = {"workers": workers} | {name: [] for name in sources}
     stayed, images = [], len(sources["files"])
-    steps = min(arguments.per_turn or images, images) // arguments.batch_size
+    steps = min(arguments.per_worker * workers or images, images) // arguments.batch_size
     for turn in range(arguments.rounds):
         first = turn * steps
         for name, source in sources.items():
@@ -291,7 +291,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", default="1,8", help="loader processes, with commas (1,8)")
     parser.add_argument("--batch-size", type=int, default=64, help="images that one asks for")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--per-turn", type=int, default=0, help="images read in a turn (all)")
+    parser.add_argument("--per-worker", type=int, default=0, help="images in a turn (all)")
     parser.add_argument("--decode", action="store_true", help="decode, not only read")
     parser.add_argument("--cold", action="store_true", help="drop their pages before each turn")
     parser.add_argument("--before", default="", metavar="COMMAND", help="run before each turn")
@@ -304,8 +304,8 @@ def parse() -> argparse.Namespace:
     smallest = min(arguments.limit, arguments.batch_size, arguments.rounds, *arguments.workers)
     if smallest < 1:
         parser.error("--limit, --batch-size, --rounds and --workers must be above 0")
-    if arguments.per_turn and arguments.per_turn < arguments.batch_size:
-        parser.error("--per-turn must not be below --batch-size")
+    if 0 != arguments.per_worker < arguments.batch_size:
+        parser.error("--per-worker must not be below --batch-size")
     return arguments
 
 
@@ -337,7 +337,7 @@ def main() -> None:
         stayed += cooled
         print(line(row), flush=True)
     about: dict = {"images": len(files), "bytes": size, "rounds": arguments.rounds}
-    about |= {"per_turn": arguments.per_turn or len(files), "batch_size": arguments.batch_size}
+    about |= {"per_worker": arguments.per_worker, "batch_size": arguments.batch_size}
     about |= {"file_systems": kind, "decoded": arguments.decode, "load": os.getloadavg()[0]}
     if arguments.cold:
         about["cold"] = verdict(stayed)

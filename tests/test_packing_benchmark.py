@@ -52,7 +52,7 @@ def test_files_made_here_are_different_photographs_of_that_size(scratch):
 
 
 def test_it_takes_a_folder_of_images_and_decodes(scratch, tmp_path):
-    part = ["--limit", "8", "--per-turn", "7"]  # of which a batch of 4 is read
+    part = ["--limit", "8", "--per-worker", "7"]  # of which a batch of 4 is read
     done = run(tmp_path, "--images", scratch / "files-12-3000", "--decode", "--cold", *part)
     assert done.returncode == 0, done.stderr
     assert "8 images of 3 kB" in done.stdout and "decoded" in done.stdout
