@@ -49,8 +49,9 @@ class Handles:
     forked or sent a copy opens its own.
 
     On a file system behind a network a read is mostly waiting. Where reads are slow, what `expect`
-    was told is therefore read before its turn, several images at once: by threads, because not all
-    of these file systems heed posix_fadvise. Where they are not, threads would only cost time.
+    was told is therefore read before its turn, several images at once: by threads, which need
+    nothing of the file system (posix_fadvise fills a page cache that some do not read from). Where
+    they are not, threads would only cost time.
     """
 
     def __init__(self) -> None:
