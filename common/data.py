@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -128,9 +128,15 @@ class PackedImages(FolderImages):
     def shard_path(self, index: int) -> str:
         return os.path.join(self.packed, self.files[self.shard[index]])
 
+    def place(self, index: int) -> shards.Place:
+        return self.shard_path(index), int(self.offset[index]), int(self.length[index])
+
+    def expect(self, samples: Iterable[int]) -> None:
+        """These are read next, in this order, see `shards.Handles`."""
+        self.handles.expect(map(self.place, samples))
+
     def read(self, index: int) -> bytes:
-        place = int(self.offset[index]), int(self.length[index])
-        return self.handles.read(self.shard_path(index), *place)
+        return self.handles.read(*self.place(index))
 
     def source(self, index: int) -> BytesIO:
         return BytesIO(self.read(index))
@@ -386,7 +392,24 @@ def load_or_next(
             sample = (sample + 1) % len(images)
 
 
-class ViewDataset(torch.utils.data.Dataset):
+class ImageDataset(torch.utils.data.Dataset):
+    """A dataset of `self.images` that learns of a batch before its first item is asked for, so that
+    what lies in shards is read ahead.
+    """
+
+    images: Images
+
+    def __getitems__(self, keys: list) -> list:
+        if isinstance(self.images, PackedImages):
+            self.images.expect([self.sample(key) for key in keys])
+        return [self[key] for key in keys]
+
+    def sample(self, key: Any) -> int:
+        """The number of the image that a key asks for."""
+        return int(key[-1])
+
+
+class ViewDataset(ImageDataset):
     """(epoch, sample) -> the sample's views, its number, and what went wrong.
 
     An unreadable image gives an error text instead of an exception, so that the loop can name the
@@ -512,7 +535,7 @@ def view_loader(
     )
 
 
-class CenterDataset(torch.utils.data.Dataset):
+class CenterDataset(ImageDataset):
     """Sample -> its evaluation view, uint8 (3,size,size), and what went wrong; an unreadable
     image is an error text, with `skip` the next readable one takes its place.
     """
@@ -526,8 +549,11 @@ class CenterDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def sample(self, key: int) -> int:
+        return int(self.samples[key])
+
     def __getitem__(self, index: int) -> tuple[Tensor | None, list[str]]:
-        image, _, problems = load_or_next(self.images, int(self.samples[index]), self.skip)
+        image, _, problems = load_or_next(self.images, self.sample(index), self.skip)
         return (None if image is None else self.view(image, self.size)), problems
 
 

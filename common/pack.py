@@ -150,12 +150,16 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def pack(arguments: argparse.Namespace) -> None:
-    """Checks everything that can be checked, then writes."""
-    output = arguments.output
+    """Packs the folder --data."""
     if shards.is_packed(arguments.data.expanduser()):
         raise UserError(f"--data {arguments.data} is packed already")
     train, val = load_dataset(arguments.dataset, str(arguments.data))
-    splits = {"train": train} if val is None else {"train": train, "val": val}
+    pack_splits({"train": train} if val is None else {"train": train, "val": val}, arguments)
+
+
+def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) -> None:
+    """Checks everything that can be checked, then writes."""
+    output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     about = {
         "version": shards.VERSION,

@@ -20,6 +20,7 @@ from common.augment import cifar_view
 from common.data import PackedImages, RankBatches, center_batches, load_dataset, subset, view_loader
 from common.errors import UserError
 
+NEVER = float("inf")  # no read is slow
 CLASSES = {"train": {"ant": 5, "bee": 7, "cow": 4}, "val": {"ant": 2, "bee": 3, "cow": 1}}
 
 
@@ -105,8 +106,11 @@ def batches(data: Path, workers: int, first: int = 0) -> list:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_folder_with_any_number_of_workers(folder, packed, workers):
+@pytest.mark.parametrize("workers, slow", [(0, NEVER), (2, NEVER), (2, 0)])
+def test_batches_are_those_of_the_folder_with_any_number_of_workers(
+    folder, packed, workers, slow, monkeypatch
+):
+    monkeypatch.setattr(shards, "SLOW", slow)
     ours, theirs = batches(packed, workers), batches(folder, 0)
     assert [s for _, s in ours] == [s for _, s in theirs] and len(ours) == 8
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
@@ -126,6 +130,96 @@ def test_a_process_opens_handles_of_its_own(packed):
 
 def read_in_another_process(images):
     return [images.read(15), len(images.handles.opened)]
+
+
+class Watched(shards.Handles):
+    """Counts what is asked for and not yet handed out."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = self.most_bytes = 0
+
+    def read_ahead(self):
+        super().read_ahead()
+        self.most = max(self.most, len(self.ahead))
+        self.most_bytes = max(self.most_bytes, sum(length for *_, length in self.ahead))
+
+
+def watched(packed: Path):
+    images = load_dataset("imagenet", str(packed))[0]
+    images.handles = Watched()
+    return images
+
+
+@pytest.mark.parametrize("slow, most", [(0, 3), (NEVER, 0)])
+def test_slow_reads_are_followed_by_reading_ahead_of_the_batch(
+    folder, packed, monkeypatch, slow, most
+):
+    monkeypatch.setattr(shards, "SLOW", slow)
+    monkeypatch.setattr(shards, "AHEAD", 3)
+    images, files = watched(packed), load_dataset("imagenet", str(folder))[0]
+    order = [3, 15, 0, 7, 7, 2, 11, 4]
+    for _ in range(2):  # the second batch begins ahead
+        images.expect(order)
+        assert [images.read(n) for n in order] == [files.read(n) for n in order]
+        images.expect(order)
+        assert images.read(9) == files.read(9)  # one in place of an unreadable image
+        assert images.read(15) == files.read(15)
+    assert images.handles.most == most and (images.handles.threads is None) == (most == 0)
+
+
+def test_reading_ahead_keeps_to_its_bytes_and_ends_when_reads_are_quick(packed, monkeypatch):
+    monkeypatch.setattr(shards, "SLOW", 0)
+    images = watched(packed)
+    limit = 2 * int(images.length.max())
+    monkeypatch.setattr(shards, "AHEAD_BYTES", limit)
+    order = range(len(images))
+    images.expect(order)
+    expected = [images.read(n) for n in order]
+    assert 0 < images.handles.most_bytes <= limit
+    monkeypatch.setattr(shards, "AHEAD_BYTES", 1)  # one at least
+    images.expect(order)
+    assert [images.read(n) for n in order] == expected and len(images.handles.ahead) == 0
+    monkeypatch.setattr(shards, "SLOW", NEVER)
+    images.expect(order)
+    images.read(0)
+    images.handles.most = 0
+    assert [images.read(n) for n in order[1:]] == expected[1:] and images.handles.most == 0
+
+
+def test_what_cannot_be_read_ahead_is_said_of_its_own_image(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SLOW", 0)
+    data = copy(packed, tmp_path)
+    images = load_dataset("imagenet", str(data))[0]
+    (data / "train-00005.tar").write_bytes(b"")
+    (data / "train-00004.tar").unlink()
+    for _ in range(2):
+        images.expect([0, 15, 1, 12, 2])
+        assert images.read(0)
+        for sample, words in ((15, "00005.tar is cut short"), (12, "00004.tar cannot be read")):
+            with pytest.raises(UserError, match=words):
+                images.read(sample)
+        assert images.read(1) and images.read(2)
+
+
+def test_a_process_forked_while_reading_ahead_reads_for_itself(packed, monkeypatch):
+    monkeypatch.setattr(shards, "SLOW", 0)
+    images = load_dataset("imagenet", str(packed))[0]
+    images.expect(range(8))
+    expected = [images.read(0), images.read(15)]
+    context = multiprocessing.get_context("fork")
+    parent, child = context.Pipe()
+
+    def in_child():
+        images.expect([0, 15])
+        child.send([images.read(0), images.read(15), len(images.handles.opened)])
+
+    process = context.Process(target=in_child)  # given as it is, not sent
+    process.start()
+    assert parent.poll(30) and parent.recv() == [*expected, 2]
+    process.join()
+    assert process.exitcode == 0
+    assert not pickle.loads(pickle.dumps(images)).handles.ahead
 
 
 def test_a_subset_reads_its_own_images(packed):
