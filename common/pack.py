@@ -100,13 +100,17 @@ def is_done(path: Path, images: FolderImages, numbers: range) -> bool:
     part = path.with_suffix(".npz")
     if not path.is_file() or not part.is_file():
         return False
-    with np.load(part) as places:
-        if not np.array_equal(places["paths"], images.paths[numbers.start : numbers.stop]):
-            raise UserError(
-                f"{path} holds other images than --data now has there: remove it, or use another "
-                "--output"
-            )
-    return True
+    try:
+        with np.load(part) as places:
+            paths, end = places["paths"], int(places["offset"][-1] + places["length"][-1])
+    except shards.DAMAGED:
+        return False  # written anew
+    if not np.array_equal(paths, images.paths[numbers.start : numbers.stop]):
+        raise UserError(
+            f"{path} holds other images than --data now has there: remove it, or use another "
+            "--output"
+        )
+    return path.stat().st_size >= end + BLOCK  # cut shorter than its last image: written anew
 
 
 def pack_split(
@@ -169,7 +173,7 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
         "images": {split: images.fingerprint() for split, images in splits.items()},
     }
     settings = output / "packing.json"
-    if settings.is_file() and json.loads(settings.read_text()) != about:
+    if settings.is_file() and begun(settings) != about:
         raise UserError(
             f"{output} was begun with other images, --resize or --shard-mb: use the same, or "
             "another --output"
@@ -177,7 +181,9 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
     sizes = {split: file_sizes(images, split) for split, images in splits.items()}
     if not arguments.resize:
         check_space(output, sum(int(s.sum()) for s in sizes.values()))
-    settings.write_text(json.dumps(about))
+    beside = output / "packing.partial"
+    beside.write_text(json.dumps(about))
+    beside.replace(settings)
     about["splits"] = {
         split: pack_split(images, sizes[split], split, arguments)
         for split, images in splits.items()
@@ -191,6 +197,14 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
     counts = ", ".join(f"{len(images):,} {split} images" for split, images in splits.items())
     total = sum(sum(entry["shards"].values()) for entry in about["splits"].values())
     print(f"{output}: {counts}, {total / 1e9:.2f} GB; use it as --data {output}")
+
+
+def begun(settings: Path) -> dict:
+    """What an interrupted start wrote of itself."""
+    try:
+        return json.loads(settings.read_text())
+    except ValueError:
+        raise UserError(f"{settings} is damaged: remove it, or use another --output") from None
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from common.errors import UserError
 
 NAME = "packed.json"
 VERSION = 1
+DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile)
 ARRAYS = ("paths", "labels", "shard", "offset", "length")
 AHEAD = 16  # images that a process has asked for before their turn
 AHEAD_BYTES = 16 << 20  # and at most this much, or one image
@@ -132,7 +134,7 @@ def is_packed(root: Path) -> bool:
     """Whether a folder was written by common/pack.py; UserError if that is not finished."""
     if (root / NAME).is_file():
         return True
-    if any(root.glob("train-*.tar*")):
+    if not (root / "train").is_dir() and any(root.glob("train-?????.tar*")):
         raise UserError(
             f"{root} is not packed to its end: start the same `python -m common.pack` again",
             every_rank=True,
@@ -173,7 +175,7 @@ def read_index(root: Path, split: str) -> Index:
     try:
         with np.load(root / f"{split}.npz") as file:
             arrays = [file[name] for name in ARRAYS]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(f"{root / split}.npz cannot be read ({error}): pack again", True) from None
     if any(len(array) != entry["images"] for array in arrays):
         raise UserError(f"{root / split}.npz and {NAME} disagree: pack again", every_rank=True)

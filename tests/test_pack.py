@@ -303,6 +303,44 @@ def test_packing_goes_on_where_it_was_interrupted(folder, packed, tmp_path, monk
     )
 
 
+@pytest.mark.parametrize("cut", ["train-00001.npz", "train-00001.tar", "packing.json"])
+def test_what_was_cut_short_meanwhile_is_written_anew(folder, packed, tmp_path, monkeypatch, cut):
+    monkeypatch.setattr(pack, "shard_starts", lambda sizes, limit: [*range(0, len(sizes), 3)])
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pack.Path, "unlink", interrupt)  # after the last shard, before the tidying
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, output)
+    (output / "packed.json").unlink()
+    data = (output / cut).read_bytes()
+    (output / cut).write_bytes(data[: len(data) // 2])
+    if cut == "packing.json":
+        with pytest.raises(UserError, match=r"packing\.json is damaged"):
+            run(folder, output)
+        return
+    run(folder, output)
+    for path in packed.glob("*.tar"):
+        assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def interrupt(*_args, **_named):
+    raise KeyboardInterrupt
+
+
+def test_a_tar_file_beside_a_folder_of_images_does_not_matter(folder, tmp_path):
+    data = Path(shutil.copytree(folder, tmp_path / "imagenet"))
+    (data / "train-images.tar.gz").write_bytes(b"")
+    assert len(load_dataset("imagenet", str(data))[0]) == 16
+
+
+@pytest.mark.parametrize("keep", [4, 50, -300, -1])
+def test_a_cut_index_is_named(packed, tmp_path, keep):
+    data = copy(packed, tmp_path)
+    index = data / "train.npz"
+    index.write_bytes(index.read_bytes()[:keep])
+    assert str(index) in refused(data)
+
+
 def refused(data: Path) -> str:
     with pytest.raises(UserError) as error:
         load_dataset("imagenet", str(data))
