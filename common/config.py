@@ -276,6 +276,10 @@ def check_values(config: Any) -> None:
             raise UserError(f"{flag} {value}: must lie between 0 and 1", every_rank=True)
         if name == "validation_share" and not 0 <= value < 1:
             raise UserError(f"{flag} {value}: must be 0 or more and below 1", every_rank=True)
+    side = getattr(config, "image_size", None)
+    if side is not None and getattr(config, "arch", "").startswith("vit") and side % 16:
+        text = f"--image-size {side}: a ViT takes multiples of its 16-pixel patches"
+        raise UserError(f"{text}, {max(16, side // 16 * 16)} for example", every_rank=True)
     if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
         snapshot_epochs(config)
     if config.workers < -1:

@@ -80,7 +80,7 @@ class FolderImages:
         path = self.path(index)
         try:
             with Image.open(self.source(index)) as image:
-                return image.convert("RGB")
+                return as_rgb(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error)).replace(f" {path!r}", "")
             raise UserError(
@@ -106,6 +106,15 @@ class FolderImages:
     def fingerprint(self) -> str:
         """A hash of all file names: a continued run must see the same images."""
         return hashlib.sha256(b"\n".join(self.paths.tolist())).hexdigest()[:12]
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel; of 16-bit grey the upper ones, which Pillow would clip to white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode} pixels of 32 bits: store it with 8 or 16")
+    return image.convert("RGB")
 
 
 @dataclass
@@ -225,9 +234,11 @@ def check_folder(root: Path) -> None:
 def scan_folder(root: Path, split: str, flat_allowed: bool, name: str) -> FolderImages:
     """The images of root/split: class folders in sorted order, files sorted within each."""
     folder = root / split
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda e: e.name)
+    found = entries_of(folder)
     classes = [e.name for e in found if e.is_dir() and not e.name.startswith(".")]
+    broken = [e.path for e in found if e.is_symlink() and not os.path.exists(e.path)]
+    if classes and broken:
+        raise UserError(f"{broken[0]} is a link to nothing: mend or remove it", every_rank=True)
     if not classes:
         files = [e.name for e in found if is_image(e.name)]
         if not files:
@@ -241,8 +252,7 @@ def scan_folder(root: Path, split: str, flat_allowed: bool, name: str) -> Folder
     paths: list[str] = []
     labels: list[int] = []
     for label, class_name in enumerate(classes):
-        with os.scandir(folder / class_name) as entries:
-            files = sorted(e.name for e in entries if is_image(e.name))
+        files = [e.name for e in entries_of(folder / class_name) if is_image(e.name)]
         if not files:
             raise UserError(
                 f"{folder / class_name} holds no images: remove the folder or fill it",
@@ -252,6 +262,15 @@ def scan_folder(root: Path, split: str, flat_allowed: bool, name: str) -> Folder
         labels += [label] * len(files)
     title = "ImageNet" if name == "imagenet" else f"{root.name} ({name})"
     return FolderImages(str(folder), as_bytes(paths), np.array(labels), classes, title)
+
+
+def entries_of(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror})", every_rank=True) from None
 
 
 def check_packed(root: Path, name: str) -> None:

@@ -76,9 +76,17 @@ def record_start(folder: Path, description: dict[str, Any]) -> None:
     """Writes environment.json at the first start; later starts go into its list `restarts`."""
     path = folder / NAME
     if path.exists():
-        first = json.loads(path.read_text())
-        first.setdefault("restarts", []).append(description)
-        description = first
+        try:
+            first = json.loads(path.read_text())
+            first.setdefault("restarts", []).append(description)
+            description = first
+        except (ValueError, AttributeError):  # a power cut may leave an empty file
+            damaged = path.with_name(f"{path.stem}.damaged.json")
+            path.replace(damaged)
+            description["earlier starts"] = f"unreadable, kept as {damaged.name}"
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(description, indent=2) + "\n")
+    with open(beside, "w") as file:
+        file.write(json.dumps(description, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)

@@ -9,6 +9,7 @@ A script is checked where its `main` calls `parse(Config, presets, argv[, resolv
 and evaluations do, by the same call; or where it has a function `parse_arguments(argv)`.
 """
 
+import argparse
 import ast
 import importlib
 import json
@@ -26,8 +27,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    try:
+        asked = [(script, flags, ranks) for script, flags, ranks in json.load(sys.stdin)]
+    except (ValueError, TypeError):
+        raise UserError("stdin is no JSON list of [script, flags, ranks], see --help") from None
     answers = []
-    for script, flags, ranks in json.load(sys.stdin):
+    for script, flags, ranks in asked:
         try:
             answers.append(facts_of(script, flags, ranks))
         except UserError as error:

@@ -469,3 +469,11 @@ def test_runs_from_before_a_later_field_go_on_and_keep_their_hash():
 
     assert config_hash(After()) == config_hash(Before())
     assert config_hash(After(input="fast")) != config_hash(Before())
+
+
+@pytest.mark.parametrize("side", ["8", "33", "225"])
+def test_a_vits_views_are_whole_patches(side):
+    with pytest.raises(UserError, match=f"--image-size {side}: .* 16-pixel patches"):
+        snclr("--arch", "vit_small", "--image-size", side)
+    assert snclr("--arch", "resnet18", "--image-size", side).image_size == int(side)
+    assert snclr("--arch", "vit_small", "--image-size", "96").image_size == 96

@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import multiprocessing
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_images_of_any_mode_are_read_as_rgb(tmp_path, mode):
     assert train.load(0).mode == "RGB"
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bit_grey_keeps_its_upper_bits(tmp_path, ending):
+    (tmp_path / "train").mkdir()
+    values = np.arange(0, 2**16, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "train" / f"1.{ending}")
+    train, _ = load_dataset("imagefolder", str(tmp_path))
+    for read in (np.asarray(train.load(0)), train.load_array(0)[:, :, :3]):
+        assert np.array_equal(read, np.repeat((values >> 8)[:, :, None], 3, axis=2))
+
+
+def test_32_bit_pixels_are_refused_with_the_files_name(tmp_path):
+    (tmp_path / "train").mkdir()
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "train" / "1.tif")
+    train, _ = load_dataset("imagefolder", str(tmp_path))
+    with pytest.raises(UserError, match=r"1\.tif cannot be read .*32 bits"):
+        train.load(0)
+
+
 # -- wrong folders ------------------------------------------------------------------------------
 
 FULL = ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dog/1.png")
@@ -247,6 +266,26 @@ def test_wrong_layout_is_named_with_its_folder(tmp_path, case):
         (tmp_path / name).mkdir(parents=True)
     message = refused(dataset, str(tmp_path))
     assert f"{tmp_path}/{folder}".rstrip("/") in message and said in message
+
+
+def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path):
+    write_images(tmp_path, *FULL)
+    (tmp_path / "train" / "eel").symlink_to(tmp_path / "gone")
+    assert f"{tmp_path}/train/eel" in refused("imagenet", str(tmp_path))
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write_images(tmp_path, *FULL)
+    scan = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("train/dog"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    message = refused("imagenet", str(tmp_path))
+    assert f"{tmp_path}/train/dog" in message and "Permission denied" in message
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "imagefolder", "cifar10"])
