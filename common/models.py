@@ -62,9 +62,7 @@ def build_vit(arch: str, image_size: int) -> nn.Module:
     import timm
 
     if image_size < 16 or image_size % 16:
-        raise ValueError(
-            f"--image-size {image_size}: {arch} takes multiples of 16"
-        )
+        raise ValueError(f"--image-size {image_size}: {arch} takes multiples of 16")
     encoder = timm.create_model(**timm_arguments(arch, image_size))
     if arch == "vit_small_mocov3":
         initialise_as_mocov3(encoder)
