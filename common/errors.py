@@ -130,7 +130,7 @@ def command(main: Callable[[], None]) -> int:
         say_error(f"another rank ended, see its error: {error}")
         return EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in FULL | FORBIDDEN:
+        if error.errno not in FULL and not (error.errno in FORBIDDEN and error.filename):
             raise
         say_error(disk_advice(error))
         return EXIT_USER_ERROR

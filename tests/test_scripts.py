@@ -16,10 +16,10 @@ import yaml
 from conftest import SMALL, only_error, run_fresh, run_ranks, run_script, small
 from PIL import Image
 
-from common import metrics, photos
+from common import checkpoint, metrics, photos
 from common.backbone import load_backbone
 from common.data import ArrayImages
-from common.errors import command
+from common.errors import UserError, command
 from eval.ablation import run as ablation
 from eval.linear_probe import run as linear_probe
 from eval.tsne import run as tsne
@@ -294,6 +294,38 @@ def test_a_full_disk_and_a_forbidden_one_get_their_own_advice(number, said, not_
     error = capsys.readouterr().err
     assert os.strerror(number) in error and "/runs/x" in error
     assert said in error and not_said not in error
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable")]
+)
+def test_a_checkpoint_that_cannot_be_saved(number, advice, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(UserError, match=f"{os.strerror(number)}; {advice} and start the same"):
+        checkpoint.save(tmp_path, {"step": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "fewer --workers"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. ", "/dev/shm"),
+        ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", None),
+        ("Caught RuntimeError in DataLoader worker process 0.", None),  # a bug keeps its traceback
+    ],
+)
+def test_what_is_said_of_a_lost_worker(text, said, capsys):
+    def main():
+        raise RuntimeError(text)
+
+    if said is None:
+        with pytest.raises(RuntimeError):
+            command(main)
+    else:
+        assert command(main) == 2 and said in capsys.readouterr().err
 
 
 def test_a_killed_loader_worker_is_one_line(capsys, tmp_path, monkeypatch):
