@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError, is_disk_error
+from common.errors import FULL, UserError, is_disk_error
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -37,9 +37,10 @@ def save(folder: Path, state: dict[str, Any]) -> None:
             raise
         with contextlib.suppress(OSError):
             beside.unlink()
-        kept = "the checkpoint before is kept: free" if path.exists() else "free"
+        kept = "the checkpoint before is kept: " if path.exists() else ""
+        cure = "free space" if cause.errno in FULL else "make it writable"
         raise UserError(
-            f"cannot save {path}: {cause.strerror}; {kept} space and start the same command again"
+            f"cannot save {path}: {cause.strerror}; {kept}{cure} and start the same command again"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """Datasets by name, the deterministic order of samples, and loaders."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from common import photos, pixels, shards
 from common.augment import Draw, View, center_view, crop_only, draw_row, view_rng
-from common.errors import UserError, is_disk_error, nearest_name
+from common.errors import UserError, is_disk_error, nearest_path
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 SKIP_LIMIT = 100  # unreadable images in a row before --on-bad-image skip gives up
@@ -218,17 +219,24 @@ def photo_patches(split: str) -> ArrayImages:
 
 
 def check_folder(root: Path) -> None:
-    if not root.is_dir():
-        parent = root.parent
-        near = nearest_name(
-            root.name, [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        )
-        raise UserError(f"--data {root}: no such folder{near}", every_rank=True)
+    check_exists(root)
     if not (root / "train").is_dir():
         raise UserError(
             f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE",
             every_rank=True,
         )
+
+
+def check_exists(root: Path) -> None:
+    if root.is_dir():
+        return
+    if root.exists():
+        raise UserError(f"--data {root} is a file: name the folder of the images", every_rank=True)
+    folders = []
+    with contextlib.suppress(OSError):  # none above it, or none that may be listed
+        folders = [path.name for path in root.parent.iterdir() if path.is_dir()]
+    near = nearest_path(root.name, folders)
+    raise UserError(f"--data {root}: no such folder{near}", every_rank=True)
 
 
 def scan_folder(root: Path, split: str, flat_allowed: bool, name: str) -> FolderImages:
@@ -315,9 +323,15 @@ def load_cifar10(root: Path, download: bool) -> tuple[ArrayImages, ArrayImages]:
     """CIFAR-10 in memory, from the python batches or from class folders of 32x32 images."""
     if download or (root / "cifar-10-batches-py").is_dir():
         return cifar10_batches(root, train=True, download=download), cifar10_batches(root, False)
-    check_folder(root)
-    if not (root / "test").is_dir():
-        raise UserError(f"{root} has no folder test/ beside train/", every_rank=True)
+    check_exists(root)
+    lacking = [f"{split}/" for split in ("train", "test") if not (root / split).is_dir()]
+    if lacking:
+        raise UserError(
+            f"--data {root} has neither cifar-10-batches-py/ nor train/CLASS/IMAGE and "
+            f"test/CLASS/IMAGE ({' and '.join(lacking)} missing): a recipe's --download fetches "
+            "the former",
+            every_rank=True,
+        )
     train, test = cifar10_folder(root, "train", 50_000), cifar10_folder(root, "test", 10_000)
     check_same_classes(root, train, test, "test")
     return train, test

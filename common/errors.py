@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, start the same command again
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_ERRORS = {*FULL, errno.EROFS}
 
 
 class UserError(Exception):
@@ -29,12 +32,31 @@ class Stopped(Exception):  # noqa: N818, it is no error
     """The run was asked to stop, has saved its state and can be continued."""
 
 
-def nearest_name(name: str, choices) -> str:
-    """`"; did you mean X?"` for the choice nearest to `name`, or an empty string."""
+def nearest_name(name: str, choices, cutoff: float = 0.5) -> str:
+    """`"; did you mean X?"` for the choice nearest to `name`, or an empty string where none has
+    difflib's ratio `cutoff`.
+    """
     import difflib
 
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest_path(name: str, choices) -> str:
+    """`nearest_name` of a file or folder: any folder has names that are a little alike."""
+    return nearest_name(name, choices, cutoff=0.8)
+
+
+def make_folder(folder: Path, flag: str = "--output") -> None:
+    """Makes a folder and those above it; UserError naming the flag where it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        files = [path for path in (folder, *folder.parents) if path.is_file()]
+        what = f"{files[0]} is a file" if files else error.strerror
+        raise UserError(f"{flag} {folder}: {what}; choose a folder that can be written") from None
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -50,6 +72,32 @@ def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error).lower()
     return any(t in text for t in ("connection closed by peer", "connection reset", "broken pipe"))
+
+
+def lost_worker(error: RuntimeError) -> str | None:
+    """What to say where a loader worker was killed or ended; None for any other error."""
+    text = str(error)
+    if "DataLoader worker (pid" not in text:
+        return None
+    if "Bus error" in text:  # what a full /dev/shm gives
+        return "a loader worker found no shared memory: enlarge /dev/shm, or fewer --workers"
+    if "by signal: Killed" in text or "exited unexpectedly" in text:
+        return "a loader worker was killed, probably for memory: fewer --workers"
+    return None
+
+
+def disk_advice(error: OSError) -> str:
+    """One line for what the file system refused: where, why, and what helps."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in FORBIDDEN:
+        return (
+            f"no access{where}: {error.strerror}; change its rights, or choose another folder "
+            "(--output)"
+        )
+    return (
+        f"cannot write{where}: {error.strerror}; free space and start the same command again, "
+        "it continues from its last checkpoint"
+    )
 
 
 def command(main: Callable[[], None]) -> int:
@@ -74,18 +122,17 @@ def command(main: Callable[[], None]) -> int:
             text = str(error).split(". ")[0]
             say_error(f"{text}: use a smaller --batch-size, more ranks or --precision bf16")
             return EXIT_USER_ERROR
+        if said := lost_worker(error):
+            say_error(f"{said}; the same command continues from the last checkpoint")
+            return EXIT_USER_ERROR
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not lost_peer(error):
             raise
         say_error(f"another rank ended, see its error: {error}")
         return EXIT_USER_ERROR
     except OSError as error:
-        if not is_disk_error(error):
+        if error.errno not in FULL and not (error.errno in FORBIDDEN and error.filename):
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        say_error(
-            f"cannot write{where}: {error.strerror}; free space and start the same command again, "
-            "it continues from its last checkpoint"
-        )
+        say_error(disk_advice(error))
         return EXIT_USER_ERROR
     finally:
         # loader workers ignore the stop signals (a scheduler sends them to every process), and

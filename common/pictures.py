@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.errors import UserError, make_folder
+
 PANELS = (
     ("loss", "loss"),
     ("knn", "k-NN accuracy"),
@@ -126,6 +128,13 @@ def headless_pyplot():
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def check_target(path: Path) -> None:
+    """Makes the folder of a picture to come; UserError where it cannot be written there as PNG."""
+    if path.suffix != ".png" or path.is_dir():
+        raise UserError(f"--output {path}: name a file, like neighbours.png")
+    make_folder(path.parent)
 
 
 def save(figure, path: Path, plt) -> None:

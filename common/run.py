@@ -31,7 +31,7 @@ from common.augment import View, to_input
 from common.config import changed_fields, gpu_is_there, snapshot_epochs
 from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
 from common.device_views import DeviceViews
-from common.errors import Stopped, UserError, say_error
+from common.errors import Stopped, UserError, make_folder, say_error
 from common.knn import knn_of_encoder
 from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
 from common.signals import StopRequests
@@ -201,7 +201,7 @@ class Run:
         description["steps"] = {"per_epoch": self.steps_per_epoch, "last": self.last_step}
         distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             kept = metrics.cut(self.folder / metrics.NAME, self.step or -1)
             self.epoch_records = [
                 r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)

@@ -24,11 +24,15 @@ from common.models import build_encoder
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0, help="of the run (default 0)")
     parser.add_argument("--output", default="", help="run folder (default runs/demo-<seed>)")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     folder = Path(arguments.output or ROOT / "runs" / f"demo-{arguments.seed}").absolute()
 
     print(f"SNCLR on {len(photos.PHOTOS)} photographs: which one is a 32x32 patch from?\n")

@@ -20,7 +20,7 @@ from common.config import free
 from common.errors import UserError
 from common.results import in_words
 from eval.encoders import PIXELS
-from eval.evaluation import EncoderConfig, Evaluation
+from eval.evaluation import Evaluation, TrainingConfig
 
 RESNETS = ("resnet50", "resnet18")
 LOG_EVERY = 20  # iterations between lines of metrics.jsonl, as detectron2 and ssl-transfer
@@ -28,7 +28,7 @@ SAY_TIMES = 20  # lines on the screen over a training
 
 
 @dataclass(frozen=True)
-class DenseConfig(EncoderConfig):
+class DenseConfig(TrainingConfig):
     """The flags that detection and segmentation share."""
 
     data: str = free("")  # folder of the data set, in its own layout: see README.md

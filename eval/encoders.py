@@ -4,6 +4,7 @@ Which encoder a file needs is taken from the file or from `arch`, never guessed 
 MoCo-v3's ViT-S has 12 heads under the very names and shapes of timm's 6.
 """
 
+import datetime
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import backbone
+from common import backbone, record
 from common.errors import UserError, nearest_name
 from common.models import EMBED_DIMS, build_encoder
 
@@ -168,6 +169,45 @@ def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str
     if arch not in (None, named):
         raise UserError(f"{path} ({layout} layout) holds {named}, not --arch {arch}", True)
     return named
+
+
+def record_fields(facts: dict[str, Any], config: Any, described: dict[str, Any]) -> dict[str, Any]:
+    """A record's fields about the encoder of these `facts`: of its run, else what its file says.
+
+    `config` has backbone, method, pretrained_on and seed; `described` is `environment.describe` of
+    the evaluation.
+    """
+    if facts["run"] is not None:
+        return record.of_runs([facts["run"]])
+    metadata, devices = facts["metadata"], described["devices"]
+    method = config.method or f"{Path(config.backbone).name} ({facts['layout']})"
+    if facts["recipe"] is not None:
+        method = record.METHODS.get(facts["recipe"], facts["recipe"])
+    return {
+        "method": method,
+        "recipe": facts["recipe"],
+        "arch": facts["arch"],
+        "pretraining": {
+            "dataset": config.pretrained_on,
+            "copy": None,
+            "incomplete": None,
+            "epochs": facts["epoch"],
+            "batch": None,
+        },
+        "seeds": [config.seed],
+        "seeds_of": "evaluation",
+        "epoch": "last",
+        "commit": metadata.get("commit", described["commit"]),
+        "dirty": False,
+        "config_hash": metadata.get("config_hash"),
+        "command": [],
+        "versions": {n: v for n, v in described["versions"].items() if v is not None},
+        "hardware": f"{devices['name']} x {devices['ranks']}",
+        "hours": None,
+        "images_per_second": None,
+        "backbone_sha256": [facts["sha256"]],
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:

@@ -13,7 +13,6 @@ resume, features over ranks, accuracies, and the record.
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 import sys
@@ -33,12 +32,12 @@ from common import checkpoint, distributed, environment, metrics, record
 from common.augment import center_view
 from common.config import DATASETS, changed_fields, free
 from common.data import Images, default_workers, load_dataset
-from common.errors import Stopped, UserError
+from common.errors import Stopped, UserError, make_folder
 from common.knn import extract_features, rank_share
 from common.results import in_words
 from common.signals import StopRequests
 from common.splits import split_classes
-from eval.encoders import RANDOM, load_encoder
+from eval.encoders import RANDOM, load_encoder, record_fields
 
 RECORD = "record.json"
 TOP = (1, 5)
@@ -58,10 +57,7 @@ class EncoderConfig:
     seed: int = 0  # keys the heads' initialisation, data order, crops and held-out images
     output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
     workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
-    # default: bf16 autocast of the encoder on a GPU, fp32 on CPU
-    precision: Literal["bf16", "fp32", "fp64"] | None = None
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
-    checkpoint_minutes: float = free(15.0)  # minutes between checkpoints
     method: str = ""  # name of a foreign checkpoint's method in the record; ours say their own
     # what a foreign checkpoint was trained on, for the record
     pretrained_on: Literal["ImageNet-1k", "CIFAR-10", "photos", "other"] = "other"
@@ -69,7 +65,16 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(EncoderConfig):
+class TrainingConfig(EncoderConfig):
+    """The flags of the evaluations that train something and save it on the way."""
+
+    # default: bf16 autocast of the encoder on a GPU, fp32 on CPU
+    precision: Literal["bf16", "fp32", "fp64"] | None = None
+    checkpoint_minutes: float = free(15.0)  # minutes between checkpoints
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(TrainingConfig):
     """The flags of the evaluations on class folders."""
 
     dataset: DATASETS | None = None  # images to evaluate on; default: the run's own, else imagenet
@@ -245,6 +250,13 @@ class Evaluation:
                 f"{n} was {saved.get(n)}, is {v}" for n, v in now.items() if saved.get(n) != v
             ]
             changes += changed_fields(self.config, saved)
+            if len(changes) == 1 and self.has_trained_further(saved):
+                raise UserError(
+                    f"{self.folder} holds this evaluation of an earlier state of "
+                    f"{self.facts['run']}: the run has trained further since; use another "
+                    "--output, or --resume never",
+                    every_rank=True,
+                )
             if changes:
                 raise UserError(
                     f"{self.folder} holds another evaluation ({'; '.join(changes)}): use the same "
@@ -252,7 +264,7 @@ class Evaluation:
                     every_rank=True,
                 )
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             beside = self.folder / "config.partial"
             config = now | dataclasses.asdict(self.config)
             beside.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -264,6 +276,14 @@ class Evaluation:
             f"{self.ranks}"
         )
         self.say(f"folder: {self.folder}")
+
+    def has_trained_further(self, saved: dict[str, Any]) -> bool:
+        """Whether a saved evaluation is of this very run, but of another backbone."""
+        if self.facts["run"] is None or saved.get("backbone_sha256") == self.facts["sha256"]:
+            return False
+        run = self.facts["run"].resolve()
+        source = Path(saved.get("backbone", "")).expanduser().resolve()
+        return run in (source, source.parent) or self.folder.resolve().is_relative_to(run)
 
     def saved_config(self) -> dict[str, Any] | None:
         path = self.folder / "config.yaml"
@@ -414,40 +434,8 @@ class Evaluation:
         return path
 
     def encoder_fields(self) -> dict[str, Any]:
-        """The record's fields about the encoder: of its run, else what its file says."""
-        facts, config = self.facts, self.config
-        if facts["run"] is not None:
-            return record.of_runs([facts["run"]])
-        metadata = facts["metadata"]
-        method = config.method or f"{Path(config.backbone).name} ({facts['layout']})"
-        if facts["recipe"] is not None:
-            method = record.METHODS.get(facts["recipe"], facts["recipe"])
-        versions = self.environment["versions"]
-        return {
-            "method": method,
-            "recipe": facts["recipe"],
-            "arch": facts["arch"],
-            "pretraining": {
-                "dataset": config.pretrained_on,
-                "copy": None,
-                "incomplete": None,
-                "epochs": facts["epoch"],
-                "batch": None,
-            },
-            "seeds": [config.seed],
-            "seeds_of": "evaluation",
-            "epoch": "last",
-            "commit": metadata.get("commit", self.commit),
-            "dirty": False,
-            "config_hash": metadata.get("config_hash"),
-            "command": [],
-            "versions": {n: v for n, v in versions.items() if v is not None},
-            "hardware": f"{self.environment['devices']['name']} x {self.ranks}",
-            "hours": None,
-            "images_per_second": None,
-            "backbone_sha256": [facts["sha256"]],
-            "date": datetime.date.today().isoformat(),
-        }
+        """The record's fields about the encoder."""
+        return record_fields(self.facts, self.config, self.environment)
 
     def dataset_fields(self) -> dict[str, Any]:
         """What it was evaluated on, and what is missing of it."""

@@ -44,7 +44,9 @@ def main() -> None:
 
 
 def facts_of(script: str, flags: list[str], ranks: int) -> dict[str, Any]:
-    """What a run will do: `checked`, and of a recipe its name and folder."""
+    """What a run will do: `checked`, flags with a folder that is `absent` here, and of a recipe its
+    name and folder.
+    """
     tree = ast.parse((REPOSITORY / script).read_text())  # importing it might run it
     if call := parse_call(tree):
         return config_facts(load(script), call, script, flags, ranks)
@@ -54,8 +56,8 @@ def facts_of(script: str, flags: list[str], ranks: int) -> dict[str, Any]:
         except SystemExit as exit_:  # argparse has said why
             if exit_.code:
                 raise UserError("these flags are not understood, see above") from None
-        return {"checked": True, "folder": None}
-    return {"checked": False, "folder": None}
+        return {"checked": True, "folder": None, "absent": []}
+    return {"checked": False, "folder": None, "absent": []}
 
 
 def parse_call(tree: ast.Module) -> ast.Call | None:
@@ -85,8 +87,9 @@ def config_facts(
             "--resume never: a requeued job would begin anew in another folder; name a new folder "
             "with --output"
         )
+    absent = absent_folders(config)
     if not script.startswith("recipes/"):
-        return {"checked": True, "folder": None}
+        return {"checked": True, "folder": None, "absent": absent}
     recipe = Path(script).stem
     check_batch(config.batch_size, ranks, config.micro_batch)
     folder = default_folder(recipe, config)
@@ -107,7 +110,22 @@ def config_facts(
                 "same flags or another --output"
             )
     name = f"{recipe}-{config.dataset}-{config.arch}-{config.seed}"
-    return {"checked": True, "folder": str(folder), "name": name}
+    return {"checked": True, "folder": str(folder), "name": name, "absent": absent}
+
+
+def absent_folders(config: Any) -> list[str]:
+    """The flags that name images which are not on this machine, nor to be downloaded."""
+    if getattr(config, "download", False):
+        return []
+    given = {f"--{name}": getattr(config, name, "") for name in ("data", "root")}
+    return [f"{f} {path}" for f, path in given.items() if path and not there(path)]
+
+
+def there(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except OSError:  # it may not be looked at from here
+        return True
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, nearest_name
+from common.errors import UserError, nearest_path
 from slurm import local, snapshot
 from slurm.record import Job, log_path, read_record, records_in, write_record
 from slurm.resources import Resources, scratch_folder
@@ -32,7 +32,7 @@ def script_path(text: str) -> str:
             return path.relative_to(REPOSITORY).as_posix()
     scripts = sorted(p.relative_to(REPOSITORY).as_posix() for p in REPOSITORY.glob("recipes/*.py"))
     scripts = [s for s in scripts if not s.endswith("__init__.py")]
-    hint = nearest_name(text, scripts) or f"; recipes are {', '.join(scripts)}"
+    hint = nearest_path(text, scripts) or f"; recipes are {', '.join(scripts)}"
     raise UserError(f"{text}: no such script in {REPOSITORY}{hint}")
 
 
@@ -55,6 +55,8 @@ def check_flags(jobs: list[Job], ranks: int) -> list[dict[str, Any]]:
             job.flags = [*job.flags, "--output", job.folder]
     for script in sorted({j.script for j, f in zip(jobs, facts, strict=True) if not f["checked"]}):
         print(f"note: the flags of {script} cannot be checked before it runs")
+    for flag in dict.fromkeys(flag for fact in facts for flag in fact["absent"]):
+        print(f"warning: {flag} does not exist on this machine: it must where the jobs run")
     return facts
 
 

@@ -300,11 +300,21 @@ def test_missing_folder_names_the_nearest(tmp_path, dataset):
     (tmp_path / "papers").mkdir()
     message = refused(dataset, str(tmp_path / "ImageNet1k"))
     assert str(tmp_path / "ImageNet1k") in message and "did you mean ImageNet-1k?" in message
+    (tmp_path / "notes.md").write_text("")
+    for far in ("notes", "note.md", "imag"):  # a file is no folder, and a little alike is not near
+        assert "did you mean" not in refused(dataset, str(tmp_path / far))
+    assert "is a file" in refused(dataset, str(tmp_path / "notes.md"))
     message = refused(dataset, str(tmp_path / "absent" / "deeper"))
     assert str(tmp_path / "absent" / "deeper") in message and "did you mean" not in message
 
 
 # -- CIFAR-10 -----------------------------------------------------------------------------------
+
+
+def test_cifar10_of_an_empty_folder_says_all_that_would_do(tmp_path):
+    message = refused("cifar10", str(tmp_path))
+    for layout in (str(tmp_path), "cifar-10-batches-py/", "train/", "test/", "--download"):
+        assert layout in message
 
 
 def test_cifar10_class_folders_are_named_with_copy_and_counts(tmp_path):

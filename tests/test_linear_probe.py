@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from eval.linear_probe import run as script
 from eval.linear_probe.heads import Heads, HeadsSGD, losses
 from eval.linear_probe.protocols import GRID, PROTOCOLS, schedule
 from eval.linear_probe.run import assert_unchanged, best, stored_batches
+from recipes import nnclr
 
 SCRIPT = "eval/linear_probe/run.py"
 FLAGS = ["--dataset", "photos", "--workers", "0"]
@@ -423,6 +425,22 @@ def test_mistakes(flags, text, capsys, tmp_path):
     assert in_process(flags) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and text in errors[0]
+
+
+def test_a_run_that_has_trained_further_is_said(run, tmp_path, capsys):
+    further = tmp_path / "run"
+    shutil.copytree(run, further)
+    flags = ["--workers", "0", "--measure", "knn", "--backbone", further]
+    assert in_process(flags) == 0
+    more = [*RUN_FLAGS[:-1], "61", "--output", str(further)]
+    assert command(lambda: nnclr.main(more)) == 0
+    capsys.readouterr()
+    assert in_process(flags) == 2
+    error = capsys.readouterr().err
+    assert "has trained further since" in error and "another --output, or --resume never" in error
+    assert "sha256" not in error and "same flags" not in error
+    assert in_process([*flags, "--seed", "1"]) == 2  # another evaluation too
+    assert "seed was 0, is 1" in capsys.readouterr().err
 
 
 def test_every_flag_has_its_line_of_help(capsys):

@@ -1,19 +1,28 @@
 """Every script end to end on `photos`, and each mistake with its one clear line."""
 
+import errno
+import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import SMALL, only_error, run_fresh, run_ranks, run_script, small
 from PIL import Image
 
-from common import metrics, photos
+from common import checkpoint, metrics, photos
 from common.backbone import load_backbone
-from common.errors import command
+from common.data import ArrayImages
+from common.errors import UserError, command
+from eval.ablation import run as ablation
+from eval.linear_probe import run as linear_probe
+from eval.tsne import run as tsne
 from recipes import byol_gsg, nnclr, nnsiam, simsiam_gsg, snclr
 
 RECIPES = (nnclr, nnsiam, snclr, simsiam_gsg, byol_gsg)
@@ -242,6 +251,101 @@ def test_flat_folder_without_labels_trains_and_says_no_knn(folder, tmp_path, cap
     out = capsys.readouterr().out
     assert code == 0 and out.count("no k-NN accuracy") == 1
     assert "neighbour_purity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("below", ["", "x"])
+def test_an_output_that_is_a_file_or_below_one(capsys, tmp_path, below):
+    file = tmp_path / "README.md"
+    file.write_text("mine")
+    flags = ["--dataset", "photos", "--workers", "0", "--output", str(file / below)]
+    assert f"{file} is a file" in error_of(capsys, "nnsiam", *SMALL, *flags)
+    encoder = ["--backbone", "random", "--arch", "tiny", "--image-size", "32"]
+    probe = [*encoder, "--measure", "knn", "--protocol", "snclr"]
+    assert command(lambda: linear_probe.main([*probe, *flags])) == 2
+    assert f"{file} is a file" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+def test_a_picture_is_never_written_over_another_file(capsys, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("mine")
+    for output, said in ((file, "name a file, like"), (file / "x.png", f"{file} is a file")):
+        for main, flags in ((ablation.main, ["--over", "lr"]), (tsne.main, [])):
+            flags = [str(tmp_path), *flags, "--output", str(output)]
+            assert command(functools.partial(main, flags)) == 2
+            assert said in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "not_said"),
+    [
+        (errno.ENOSPC, "free space", "rights"),
+        (errno.EDQUOT, "free space", "rights"),
+        (errno.EROFS, "choose another folder", "free space"),
+        (errno.EACCES, "choose another folder", "free space"),
+    ],
+)
+def test_a_full_disk_and_a_forbidden_one_get_their_own_advice(number, said, not_said, capsys):
+    def main():
+        raise OSError(number, os.strerror(number), "/runs/x")
+
+    assert command(main) == 2
+    error = capsys.readouterr().err
+    assert os.strerror(number) in error and "/runs/x" in error
+    assert said in error and not_said not in error
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable")]
+)
+def test_a_checkpoint_that_cannot_be_saved(number, advice, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(UserError, match=f"{os.strerror(number)}; {advice} and start the same"):
+        checkpoint.save(tmp_path, {"step": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "fewer --workers"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. ", "/dev/shm"),
+        ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", None),
+        ("Caught RuntimeError in DataLoader worker process 0.", None),  # a bug keeps its traceback
+    ],
+)
+def test_what_is_said_of_a_lost_worker(text, said, capsys):
+    def main():
+        raise RuntimeError(text)
+
+    if said is None:
+        with pytest.raises(RuntimeError):
+            command(main)
+    else:
+        assert command(main) == 2 and said in capsys.readouterr().err
+
+
+def test_a_killed_loader_worker_is_one_line(capsys, tmp_path, monkeypatch):
+    """As the kernel does where memory runs out; the run before it is continued."""
+    flags = [*SMALL, "--output", tmp_path / "run"]
+    assert in_process(capsys, "nnsiam", *flags, "--max-steps", "2")[0] == 0
+    whole = ArrayImages.load_array
+
+    def killed(*arguments):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments)
+
+    monkeypatch.setattr(ArrayImages, "load_array", killed)
+    error = error_of(capsys, "nnsiam", *flags, "--max-steps", "3")
+    assert "a loader worker was killed, probably for memory: fewer --workers" in error
+    monkeypatch.undo()
+    assert in_process(capsys, "nnsiam", *flags, "--max-steps", "3")[0] == 0
+    steps = [r["step"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if "lr" in r]
+    assert steps == [1, 2, 3]
 
 
 def test_resume_never_takes_the_next_free_name(folder, tmp_path, capsys):

@@ -85,6 +85,41 @@ def test_the_check_is_the_recipes_own(script, flags, expected):
         check.facts_of(script, ["--dataset", "photos", *flags], 4)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--datasets", "flowers102"], r"--datasets flowers102: none of .*did you mean flowers\?"),
+        (["--dataset", "pets"], "unknown flag --dataset; did you mean --datasets"),
+        (["--splits", "gsb"], "--splits"),
+        (["--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_the_flags_and_data_sets_of_transfer_are_checked(flags, expected):
+    flags = ["--backbone", "runs/x", "--root", "data", *flags]
+    with pytest.raises(UserError, match=expected):
+        check.facts_of("eval/transfer/run.py", flags, 1)
+
+
+SCRIPTS = [p for p in (ROOT / "eval").rglob("*.py") if '__name__ == "__main__"' in p.read_text()]
+
+
+@pytest.mark.parametrize("script", sorted(str(p.relative_to(ROOT)) for p in SCRIPTS))
+def test_every_script_of_eval_is_known_to_the_check(script):
+    tree = ast.parse((ROOT / script).read_text())
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert check.parse_call(tree) or "parse_arguments" in functions
+
+
+def test_images_that_are_not_here_are_a_warning_and_no_mistake(code, tmp_path):
+    flags = ["--dry-run", "--", "recipes/snclr.py", "--dataset", "cifar10", "--data"]
+    done = call(code, tmp_path, "launch.py", *flags, "no/such")
+    assert done.returncode == 0, done.stderr
+    assert "warning: --data no/such does not exist on this machine" in done.stdout
+    flags = ["--dataset", "cifar10", "--data"]
+    for more in ([str(tmp_path)], ["no/such", "--download"]):
+        assert check.facts_of("recipes/snclr.py", [*flags, *more], 1)["absent"] == []
+
+
 @pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("[a-z]*.py")))
 def test_every_recipe_is_known_to_the_check(recipe):
     assert check.parse_call(ast.parse((ROOT / "recipes" / recipe).read_text()))
@@ -322,34 +357,24 @@ def finished_run(folder: Path, step: int = 30, last: int = 30) -> Path:
 
 @pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "slurm/examples").glob("*")))
 def test_the_examples(example, tmp_path, monkeypatch):
-    """Each is read; recipes' flags are checked by their parsers, evaluations must exist one day."""
+    """Each is read, and all its flags and values are checked by the scripts' own parsers."""
     monkeypatch.chdir(tmp_path)
     for name in ("snclr-seed0", "nnclr-seed0"):
         finished_run(tmp_path / "runs" / "seeds" / name)
     finished_run(tmp_path / "runs" / "seeds" / "unfinished", step=10)
-    known = []
-
-    def script_path(text):
-        known.append(text)
-        return text
-
-    if example == "evaluate.yaml":  # a script may come after this one
-        monkeypatch.setattr(sweep, "script_path", script_path)
     jobs = sweep.jobs_of(sweep.read_spec(ROOT / "slurm" / "examples" / example))
     counts = {"seeds": 15, "snclr_neighbours": 21, "snclr_queue": 15, "snclr_positiveness": 21}
     assert len(jobs) == {**counts, "evaluate": 2 * 15, "photos": 4}[Path(example).stem]
     if example == "evaluate.yaml":
         scripts = {"linear_probe", "semi_supervised", "transfer"}
-        assert {*known} == {f"eval/{name}/run.py" for name in scripts}
+        assert {job.script for job in jobs} == {f"eval/{name}/run.py" for name in scripts}
         assert sum(job.script == "eval/transfer/run.py" for job in jobs) == 2 * 12
         assert all("unfinished" not in " ".join(job.flags) for job in jobs)
-        for job in jobs:
-            if "transfer" not in job.script:  # it has a parser of its own, which is said
-                assert check.facts_of(job.script, job.flags, 1)["checked"], job
-    else:
-        for job in jobs:
-            facts = check.facts_of(job.script, job.flags, 1)
-            assert facts["folder"] == job.folder, facts
+    for job in jobs:
+        facts = check.facts_of(job.script, job.flags, 1)
+        assert facts["checked"] and facts["folder"] == job.folder, facts
+        if "transfer" in job.script:
+            assert facts["absent"] == ["--root data/transfer"]
 
 
 # -- the snapshot ---------------------------------------------------------------------------------

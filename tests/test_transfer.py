@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import signal
 import tarfile
 import threading
@@ -20,6 +21,7 @@ from PIL import Image
 from torchvision import transforms
 
 from common import record
+from common.config import parse
 from common.errors import Stopped, UserError
 from common.models import build_encoder
 from eval.transfer import archives, features, few_shot, manifest, prepare, readers, run, splits
@@ -357,24 +359,51 @@ def test_a_corrupt_image_is_named(all_twelve, trained, tmp_path):
         run.main(flags)
 
 
+def config_of(flags) -> run.TransferConfig:
+    return parse(run.TransferConfig, {}, [str(flag) for flag in flags], run.checked)
+
+
+def test_help_names_every_dataset_and_choice(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    words = re.split(r"[^\w-]+", capsys.readouterr().out)
+    wanted = {
+        *manifest.DATASETS,
+        "--caltech-lists",
+        "--pretrained-on",
+        "gsg",
+        "byol",
+        "ssl-transfer",
+    }
+    wanted |= {*run.SOLVERS, *run.VOC_DECAYS}
+    assert wanted <= {*words}
+
+
 def test_mistakes_get_one_line(trained, tmp_path):
     done = run_script("eval/transfer/run.py", "--backbone", trained, "--root", tmp_path / "none")
     assert done.returncode == 2 and "no such folder" in only_error(done)
     flags = ["--backbone", str(trained), "--root", str(tmp_path)]
     with pytest.raises(UserError, match=r"did you mean pets\?"):
         run.main([*flags, "--datasets", "pet"])
-    with pytest.raises(UserError, match="must be 1 or more"):
+    with pytest.raises(UserError, match="--image-size 0: must be above 0"):
         run.main([*flags, "--image-size", "0"])
     with pytest.raises(UserError, match="--method and --pretrained-on are for checkpoints"):
         run.main([*flags, "--method", "Mine"])
+    for missing, few in (("--root DIR", flags[:2]), ("--backbone", flags[2:])):
+        with pytest.raises(UserError, match=f"{missing}.* is missing"):
+            run.main(few)
+    with pytest.raises(UserError, match=r"--datset; did you mean --datasets\?"):
+        run.main([*flags, "--datset", "pets"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output .*/file is a file"):
+        run.main([*flags, "--datasets", "pets", "--output", str(tmp_path / "file" / "x")])
     vit = ["--backbone", "random", "--arch", "vit_small", "--root", str(tmp_path)]
-    assert run.Transfer(run.parse([*vit, "--output", str(tmp_path / "o")])).size == 224
+    assert run.Transfer(config_of([*vit, "--output", str(tmp_path / "o")])).size == 224
 
 
 def test_a_signal_stops_between_and_the_same_command_goes_on(all_twelve, trained, tmp_path):
     flags = flags_of(trained, all_twelve, "--datasets", "dtd,pets", "--output", tmp_path)
-    arguments = run.parse(flags)
-    transfer = run.Transfer(arguments)
+    transfer = run.Transfer(config_of(flags))
     before = transfer.classify
 
     def stop_at_pets(about, *rest):
@@ -442,7 +471,7 @@ def test_prepare_downloads_unpacks_and_says_ready(dtd_online, capsys):
     prepare.main(["--root", str(root), "--only", "dtd"])
     assert "ready        train 24, val 12, test 12" in capsys.readouterr().out
     archive.unlink()  # what is ready is not downloaded again
-    prepare.main(["--root", str(root), "--only", "dtd"])
+    prepare.main(["--root", str(root), "--datasets", "dtd"])  # as run.py calls it
     victim = next(iter((root / "dtd" / "dtd" / "images").rglob("*.jpg")))
     victim.write_bytes(b"")
     with pytest.raises(UserError, match="1 of 1 datasets not ready: dtd"):

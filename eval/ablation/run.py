@@ -86,14 +86,19 @@ def draw(path: Path, flag: str, panels: list[tuple[str, str, dict[float, list[fl
     pictures.save(figure, path, plt)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
     parser.add_argument("--over", required=True, help="the flag, as neighbours or queue-size")
     parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    pictures.check_target(arguments.output)
     flag = arguments.over.replace("-", "_")
     config, points = points_of(arguments.runs, flag)
     if len(points) < 2:

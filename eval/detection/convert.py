@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError, command
+from common.errors import UserError, command, make_folder
 from eval.encoders import load_encoder
 
 KEYS = Path(__file__).resolve().parent / "resnet50_keys.txt"
@@ -102,7 +102,7 @@ def write(path: Path, converted: dict[str, Tensor], facts: dict[str, Any]) -> No
         "__author__": f"selfsup-recipes, backbone {facts['sha256']}",
         "matching_heuristics": True,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     beside = path.with_suffix(".partial")
     beside.write_bytes(pickle.dumps(content))
     beside.replace(path)
@@ -122,14 +122,18 @@ def configurations_to_check() -> Iterable[str]:
     return PROTOCOLS
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbone", required=True, help="run folder, backbone file, checkpoint")
     parser.add_argument("--arch", help="encoder, where the file does not say it")
     parser.add_argument("--output", required=True, type=Path, help="the file, NAME.pkl")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     if arguments.output.suffix != ".pkl":
         raise UserError(f"--output {arguments.output}: detectron2 reads numpy arrays from a .pkl")
     encoder, facts = take(arguments.backbone, arguments.arch)

@@ -193,7 +193,7 @@ def frame_of(images: Images, query: int, sample: int) -> str:
 # -- the command ----------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,7 +204,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, default=6, help="number of queries (default 6)")
     parser.add_argument("--neighbours", type=int, default=0, help="per query (default 3, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="draws the queries (default 0)")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    pictures.check_target(arguments.output)
     run = arguments.run
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} is no run folder: it has no config.yaml")

@@ -12,7 +12,6 @@ FOLDER = Path(__file__).resolve().parent / "manifests"
 # in the order of the papers' tables (BYOL Table 3)
 DATASETS = ("food101", "cifar10", "cifar100", "birdsnap", "sun397", "cars", "aircraft", "voc2007")
 DATASETS = (*DATASETS, "dtd", "pets", "caltech101", "flowers")
-SPLITS = ("gsg", "byol", "ssl-transfer")
 
 
 @dataclass(frozen=True)
@@ -56,5 +55,7 @@ def chosen(names: str) -> list[str]:
     for name in given:
         if name not in DATASETS:
             near = nearest_name(name, DATASETS)
-            raise UserError(f"{name}: none of {', '.join(DATASETS)}{near}", every_rank=True)
+            raise UserError(
+                f"--datasets {name}: none of {', '.join(DATASETS)}{near}", every_rank=True
+            )
     return [key for key in DATASETS if key in given] if given else list(DATASETS)

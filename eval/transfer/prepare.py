@@ -1,7 +1,7 @@
 """Downloads what can still be downloaded of the 12 datasets, and checks what is there.
 
     python eval/transfer/prepare.py --root DIR                     # all
-    python eval/transfer/prepare.py --root DIR --only pets,dtd
+    python eval/transfer/prepare.py --root DIR --datasets pets,dtd
     python eval/transfer/prepare.py --root DIR --check             # downloads nothing
 
 Prints a table: ready, incomplete with counts, or missing with the steps by hand. Ends with 0 when
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, command
+from common.errors import UserError, command, make_folder
 from eval.transfer import manifest as manifests
 from eval.transfer.archives import fetch, is_archive, unpack
 from eval.transfer.manifest import DATASETS, Manifest
@@ -96,22 +96,28 @@ def print_table(states: dict[str, State], root: Path) -> None:
             print(f"  {number}. {step.replace('ROOT', str(root))}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--root", required=True, type=Path, help="folder of all datasets")
-    parser.add_argument("--only", default="", help=f"of {','.join(DATASETS)}; default all")
+    parser.add_argument(
+        "--datasets", "--only", default="", help=f"of {','.join(DATASETS)}; default all"
+    )
     parser.add_argument("--check", action="store_true", help="download nothing")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     root = arguments.root.expanduser()
-    keys = manifests.chosen(arguments.only)
+    keys = manifests.chosen(arguments.datasets)
     if not root.is_dir():
         if arguments.check or root.exists():
             raise UserError(f"--root {root}: no such folder")
-        root.mkdir(parents=True)
+        make_folder(root, "--root")
     states = {}
     for key in keys:
         print(f"{key} …", flush=True)

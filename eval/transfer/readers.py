@@ -58,7 +58,8 @@ def read(manifest: Manifest, root: Path) -> Pool:
         text = str(error).split(". You can use")[0]
         raise UserError(
             f"{manifest.name} in {root / manifest.folder}: {text or type(error).__name__}; "
-            f"python eval/transfer/prepare.py --root {root} --only {manifest.key} says what to do"
+            f"python eval/transfer/prepare.py --root {root} --datasets {manifest.key} says what to "
+            "do"
         ) from None
 
 

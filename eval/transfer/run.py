@@ -10,26 +10,27 @@ refitted on training and validation set, tested once. Started again it continues
 dataset. `python results/record.py add FILE` stores a record. Protocol and sources: README.md here.
 """
 
-import argparse
-import datetime
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from common import environment, record
+from common.config import free, parse
 from common.data import default_workers
-from common.errors import Stopped, UserError, command
+from common.errors import Stopped, UserError, command, make_folder
 from common.signals import StopRequests
-from eval.encoders import load_encoder
+from eval.encoders import load_encoder, record_fields
+from eval.evaluation import EncoderConfig
 from eval.transfer import classifier, few_shot, manifest, readers, scores, splits
 from eval.transfer.features import IMAGE_SIZE, cached
-from eval.transfer.manifest import DATASETS, SPLITS, Manifest
+from eval.transfer.manifest import DATASETS, Manifest
 from eval.transfer.solver import DECAYS
 
 PROTOCOL = "linear (L-BFGS)"  # as in results/published.yaml
@@ -46,39 +47,63 @@ PROGRESS_SECONDS = 0.1 if sys.stderr.isatty() else 30.0
 REPORTED_DIFFICULT = "difficult objects count as not there, as in ssl-transfer"
 
 
+@dataclass(frozen=True)
+class TransferConfig(EncoderConfig):
+    """Transfer: logistic regression on frozen features of 12 datasets, one record for each."""
+
+    root: str = free("")  # folder of the datasets, as eval/transfer/prepare.py leaves it
+    # with commas, of food101, cifar10, cifar100, birdsnap, sun397, cars, aircraft, voc2007, dtd,
+    # pets, caltech101, flowers; default: all
+    datasets: str = free("")
+    splits: Literal["gsg", "byol", "ssl-transfer"] = "gsg"  # whose: see README.md here
+    # torch: L-BFGS to convergence; sklearn: ssl-transfer's, at most 100 iterations
+    solver: Literal["torch", "sklearn"] = "torch"
+    # what VOC2007's decay is of: ssl-transfer's softmax over two classes, or a binary regression
+    voc_decay: Literal["softmax", "binary"] = "softmax"
+    caltech_lists: str = ""  # folder of ssl-transfer's train.txt and test.txt for Caltech-101
+    allow_incomplete: bool = False  # datasets of other sizes too; the record has the counts
+    image_size: int = IMAGE_SIZE  # pixels (224: GSG App. D.1)
+    few_shot: bool = False  # also 5-way 5-shot and 20-shot episodes
+    seed: int = 0  # of random splits and episodes
+    device: Literal["cuda", "cpu"] | None = free(None)  # default: cuda where there is one
+    # folder of the records; default: transfer in the run folder, else below runs/transfer
+    output: str = free("")
+    cache: str = free("")  # folder of the features; default: features in that of the records
+    resume: Literal["auto", "never"] = free("auto")  # never: evaluate again what is finished
+
+
 class Transfer:
     """One backbone on the chosen datasets."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.root = arguments.root.expanduser()
+    def __init__(self, config: TransferConfig):
+        self.config = config
+        self.root = Path(config.root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"--root {self.root}: no such folder; prepare.py makes and fills it")
-        self.keys = manifest.chosen(arguments.datasets)
-        self.size = arguments.image_size
-        self.device = torch.device(arguments.device or default_device())
+        self.keys = manifest.chosen(config.datasets)
+        self.size = config.image_size
+        self.device = chosen_device(config.device)
         self.encoder, self.facts = self.load()
         where = self.facts["run"]
-        name = f"{Path(arguments.backbone).stem}-{self.facts['sha256'][:8]}"
+        name = f"{Path(config.backbone).stem}-{self.facts['sha256'][:8]}"
         default = where / "transfer" if where else Path("runs") / "transfer" / name
-        self.output = arguments.output.expanduser() if arguments.output else default
-        self.cache = arguments.cache.expanduser() if arguments.cache else self.output / "features"
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.workers = arguments.workers if arguments.workers >= 0 else default_workers(1)
+        self.output = Path(config.output).expanduser() if config.output else default
+        self.cache = Path(config.cache).expanduser() if config.cache else self.output / "features"
+        make_folder(self.output)
+        make_folder(self.cache, "--cache")
+        self.workers = config.workers if config.workers >= 0 else default_workers(1)
         self.requests = StopRequests()
         self.environment = environment.describe(self.device, 1)
 
     def load(self) -> tuple[nn.Module, dict[str, Any]]:
         """The encoder on its device; UserError for a size that it cannot take."""
-        arguments = self.arguments
-        if self.size < 1:
-            raise UserError(f"--image-size {self.size}: must be 1 or more")
-        encoder, facts = load_encoder(arguments.backbone, arguments.arch or None, self.size)
+        config = self.config
+        encoder, facts = load_encoder(config.backbone, config.arch or None, self.size)
         if "vit" in facts["arch"] and facts["image_size"] != self.size:
             raise UserError(
                 f"--image-size {self.size}: this {facts['arch']} takes {facts['image_size']}"
             )
-        if facts["layout"] == "ours" and (arguments.method or arguments.pretrained_on != "other"):
+        if facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
             raise UserError("--method and --pretrained-on are for checkpoints of others")
         return encoder.to(self.device).eval(), facts
 
@@ -121,20 +146,18 @@ class Transfer:
 
     def dataset(self, about: Manifest) -> tuple[dict[str, Any], list[Path]]:
         """(the record, the files written): of before where it is finished."""
-        arguments = self.arguments
+        config = self.config
         path = self.output / f"{about.key}-{self.variant()}.json"
         before = self.finished(path, about)
-        shots_there = not arguments.few_shot or all(
+        shots_there = not config.few_shot or all(
             self.finished(self.shots_path(about, s), about) for s in few_shot.SHOTS
         )
         if before and shots_there and before["dataset"]["incomplete"] is None:
             print(f"  finished before: {before['value']:.2f}")
             return before, [path]
         pool = readers.read(about, self.root)
-        lists = arguments.caltech_lists and arguments.caltech_lists.expanduser()
-        parts = splits.make(
-            about, pool, arguments.splits, arguments.seed, lists, arguments.allow_incomplete
-        )
+        lists = Path(config.caltech_lists).expanduser() if config.caltech_lists else None
+        parts = splits.make(about, pool, config.splits, config.seed, lists, config.allow_incomplete)
         if before and before["dataset"]["incomplete"] == parts.incomplete and shots_there:
             print(f"  finished before: {before['value']:.2f} ({parts.incomplete})")
             return before, [path]
@@ -144,7 +167,7 @@ class Transfer:
         found["evaluation_hours"] = round((time.monotonic() - started) / 3600, 4)
         self.write(path, found)
         paths = [path]
-        if arguments.few_shot:
+        if config.few_shot:
             paths += self.few_shots(about, pool, parts, features)
         print(f"  {about.metric} {found['value']:.2f}", flush=True)
         return found, paths
@@ -180,13 +203,13 @@ class Transfer:
         self, about: Manifest, pool: readers.Pool, parts: splits.Splits, features: torch.Tensor
     ) -> dict[str, Any]:
         """The record of the linear evaluation."""
-        arguments = self.arguments
+        config = self.config
         labels = torch.from_numpy(pool.labels)
         train, val, test = (
             classifier.Split(features[torch.from_numpy(i)], labels[torch.from_numpy(i)])
             for i in (parts.train, parts.val, parts.test)
         )
-        halved = about.metric == "11pt mAP" and arguments.voc_decay == "softmax"
+        halved = about.metric == "11pt mAP" and config.voc_decay == "softmax"
         with tqdm(
             total=len(DECAYS), desc="  decays", leave=False, mininterval=PROGRESS_SECONDS
         ) as bar:
@@ -196,7 +219,7 @@ class Transfer:
                 test,
                 about.classes,
                 scores.METRICS[about.metric],
-                arguments.solver,
+                config.solver,
                 halved=halved,
                 device=self.device,
                 between=self.stop_if_asked,
@@ -216,7 +239,7 @@ class Transfer:
             "converged": chosen.fit.gradient_norm < classifier.TOLERANCE,
         }
         if about.metric == "11pt mAP":
-            choice["weight_decay_is"] = VOC_DECAYS[arguments.voc_decay]
+            choice["weight_decay_is"] = VOC_DECAYS[config.voc_decay]
             found["note"] = REPORTED_DIFFICULT
         found |= {
             "protocol": self.protocol(),
@@ -235,7 +258,7 @@ class Transfer:
             return []
         paths = []
         for shots in few_shot.SHOTS:
-            seed = self.arguments.seed
+            seed = self.config.seed
             every = features.numpy(), pool.labels
             out = few_shot.episodes(*every, shots, seed, between=self.stop_if_asked)
             need = shots + few_shot.QUERIES
@@ -263,9 +286,9 @@ class Transfer:
 
     def variant(self) -> str:
         """What sets this run's files apart from those of other flags."""
-        a = self.arguments
-        name = f"{a.splits}-{a.solver}-{self.size}-{self.facts['sha256'][:8]}"
-        return name + (f"-seed{a.seed}" if a.seed else "")
+        config = self.config
+        name = f"{config.splits}-{config.solver}-{self.size}-{self.facts['sha256'][:8]}"
+        return name + (f"-seed{config.seed}" if config.seed else "")
 
     def shots_path(self, about: Manifest, shots: int) -> Path:
         return self.output / f"{about.key}-{shots}shot-{self.variant()}.json"
@@ -275,22 +298,22 @@ class Transfer:
 
     def protocol(self) -> str:
         """The published name, and what differs from it."""
-        a = self.arguments
-        solver = "" if a.solver == "torch" else f", {a.solver}"
+        config = self.config
+        solver = "" if config.solver == "torch" else f", {config.solver}"
         return (
             PROTOCOL
             + solver
-            + ("" if a.splits == "gsg" else f", {a.splits} splits")
+            + ("" if config.splits == "gsg" else f", {config.splits} splits")
             + (self.size_words())
         )
 
     def identity(self, about: Manifest) -> dict[str, Any]:
         """The flags that the numbers follow from."""
-        a = self.arguments
-        found = {"splits": a.splits, "solver": SOLVERS[a.solver], "seed": a.seed}
+        config = self.config
+        found = {"splits": config.splits, "solver": SOLVERS[config.solver], "seed": config.seed}
         found["image_size"] = self.size
         if about.metric == "11pt mAP":
-            found["voc_decay"] = a.voc_decay
+            found["voc_decay"] = config.voc_decay
         return found
 
     def sizes(self, parts: splits.Splits) -> dict[str, Any]:
@@ -299,7 +322,7 @@ class Transfer:
 
     def finished(self, path: Path, about: Manifest) -> dict[str, Any] | None:
         """The record of this very evaluation, where it is on disk and whole."""
-        if self.arguments.resume == "never" or not path.exists():
+        if self.config.resume == "never" or not path.exists():
             return None
         found = record.read(path)
         same = self.identity(about).items() <= (found.get("hyperparameters") or {}).items()
@@ -315,41 +338,11 @@ class Transfer:
         beside.replace(path)
 
     def encoder_fields(self) -> dict[str, Any]:
-        """What a record says of the encoder: of its run, else what its file says."""
-        arguments, facts = self.arguments, self.facts
-        head, dirty = environment.commit()
+        """The record's fields about the encoder, and how it was evaluated."""
+        found = record_fields(self.facts, self.config, self.environment)
+        found["dirty"] = found["dirty"] or self.environment["dirty"] is not False
         line = "eval/transfer/" + self.environment["command"]
-        if facts["run"] is not None:
-            found = record.of_runs([facts["run"]])
-            found["dirty"] = found["dirty"] or dirty is not False
-            return found | {"command": [*found["command"], line]}
-        named = f"{Path(arguments.backbone).name} ({facts['layout']})"
-        metadata, devices = facts["metadata"], self.environment["devices"]
-        return {
-            "method": record.METHODS.get(facts["recipe"], arguments.method or named),
-            "recipe": facts["recipe"],
-            "arch": facts["arch"],
-            "pretraining": {
-                "dataset": arguments.pretrained_on,
-                "copy": None,
-                "incomplete": None,
-                "epochs": facts["epoch"],
-                "batch": None,
-            },
-            "seeds": [arguments.seed],
-            "seeds_of": "evaluation",
-            "epoch": "last",
-            "commit": metadata.get("commit", head),
-            "dirty": dirty is not False,
-            "config_hash": metadata.get("config_hash"),
-            "command": [line],
-            "versions": self.environment["versions"],
-            "hardware": f"{devices['name']} x 1",
-            "hours": None,
-            "images_per_second": None,
-            "backbone_sha256": [facts["sha256"]],
-            "date": datetime.date.today().isoformat(),
-        }
+        return found | {"command": [*found["command"], line]}
 
     def dataset_fields(
         self, about: Manifest, pool: readers.Pool, parts: splits.Splits
@@ -374,7 +367,7 @@ class Transfer:
                 "protocol": self.protocol(),
                 "metric": "top1",
                 "note": "mean of each dataset's own metric",
-                "hyperparameters": {"splits": self.arguments.splits},
+                "hyperparameters": {"splits": self.config.splits},
                 "others": {m["dataset"]["name"]: m["value"] for m in members},
             }
             path = self.output / f"{name.replace(' ', '-')}-{self.variant()}.json"
@@ -385,7 +378,7 @@ class Transfer:
     def table(self, done: dict[str, dict[str, Any]], failed: dict[str, str]) -> str:
         """Markdown: a row per dataset, then the averages."""
         lines = [
-            f"{self.facts['arch']}, {self.protocol()}, splits {self.arguments.splits}\n",
+            f"{self.facts['arch']}, {self.protocol()}, splits {self.config.splits}\n",
             "| dataset | metric | % | validation | weight decay | gradient norm | images |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -418,45 +411,26 @@ def progress_bar(total: int, words: str) -> tqdm:
     return tqdm(total=total, desc=words, leave=False, mininterval=PROGRESS_SECONDS)
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def chosen_device(name: str | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here; use cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--backbone", required=True, help="run folder, backbone file, checkpoint, random or pixels")
-    add("--root", required=True, type=Path, help="folder of the datasets, as prepare.py leaves it")
-    add("--datasets", default="", help=f"of {','.join(DATASETS)}; default all")
-    add("--arch", default="", help="encoder, where the file does not say it")
-    add("--splits", default="gsg", choices=SPLITS, help="default gsg; see README.md")
-    add("--solver", default="torch", choices=SOLVERS, help="default torch: converged")
-    add("--voc-decay", default="softmax", choices=VOC_DECAYS, help="what VOC2007's decay is of")
-    add("--caltech-lists", type=Path, help="folder of ssl-transfer's train.txt and test.txt")
-    add("--allow-incomplete", action="store_true", help="other sizes too; the record has counts")
-    add("--image-size", type=int, default=IMAGE_SIZE, help="pixels (224: GSG App. D.1)")
-    add("--few-shot", action="store_true", help="also 5-way 5-shot and 20-shot episodes")
-    add("--seed", type=int, default=0, help="of random splits and episodes")
-    add("--workers", type=int, default=-1, help="loader processes; -1: one per core, at most 16")
-    add("--device", default="", help="cuda or cpu; default: cuda where there is one")
-    add("--output", type=Path, help="folder of records (default RUN/transfer, or runs/transfer/…)")
-    add("--cache", type=Path, help="folder of features (default OUTPUT/features)")
-    add("--resume", default="auto", choices=("auto", "never"), help="never: evaluate again")
-    add("--method", default="", help="name of a foreign checkpoint's method")
-    pretraining = ("ImageNet-1k", "CIFAR-10", "photos", "other")
-    add("--pretrained-on", default="other", choices=pretraining, help="of a foreign checkpoint")
-    return parser.parse_args(argv)
+def checked(config: TransferConfig) -> TransferConfig:
+    """The configuration itself; UserError for what can be refused without encoder and images."""
+    if not config.backbone:
+        raise UserError("--backbone RUN_OR_FILE is missing")
+    if not config.root:
+        raise UserError(
+            "--root DIR is missing: the folder of the datasets, as prepare.py leaves it"
+        )
+    manifest.chosen(config.datasets)
+    return config
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed}: must be 0 or more")
-    Transfer(arguments).run()
+    Transfer(parse(TransferConfig, {}, argv, checked)).run()
 
 
 if __name__ == "__main__":

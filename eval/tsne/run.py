@@ -94,7 +94,7 @@ def draw(path: Path, panels: list[tuple[str, np.ndarray]], labels: np.ndarray, n
     pictures.save(figure, path, plt)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,7 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=0, help="how many, balanced (default: all)")
     parser.add_argument("--perplexity", type=float, default=30.0, help="of t-SNE (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of t-SNE and of the choice of images")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    pictures.check_target(arguments.output)
     configs = []
     for run in arguments.runs:
         if not (run / "results.json").exists():
