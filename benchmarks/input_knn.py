@@ -4,9 +4,9 @@
     python benchmarks/input_knn.py --epochs 10 --seeds 0,1,2,3
 
 Trains on JPEG files made for it: patches of 96 to 160 pixels of scikit-image's photographs, stored
-with 160, so that at views of 32 pixels `fast` decodes nearly all of them at half scale, which it never
-does with the arrays of `--dataset photos`. Labels are the photographs; training patches are of
-their left three fifths, test patches of the rest. Everything else is NNCLR's preset for photos.
+with 160, so that at views of 32 pixels `fast` decodes nearly all of them at half scale, which it
+never does with the arrays of `--dataset photos`. Labels are the photographs; training patches are
+of their left three fifths, test patches of the rest. Everything else is NNCLR's preset for photos.
 """
 
 import argparse
