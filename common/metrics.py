@@ -12,14 +12,17 @@ NAME = "metrics.jsonl"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, in order; a line cut off by a crash ends it."""
+    """All whole lines of a metrics file, in order; a line cut off or damaged by a crash ends it."""
     records = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict) or not {"kind", "epoch", "step"} <= set(record):
+                break
+            records.append(record)
     return records
 
 

@@ -1,8 +1,10 @@
 """The end of a run: exported backbone, results.json, curves.png, neighbours.png, last lines."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +25,21 @@ SHOWN_QUERIES, SHOWN_NEIGHBOURS, SHOWN_SIDE = 8, 8, 112
 
 
 def is_finished(run: "Run") -> bool:
-    """Whether the folder holds the results of this run's very last step."""
+    """Whether the folder holds the results of this run's very last step, with their backbone."""
+    path = run.folder / backbone.NAME
     try:
         results = json.loads((run.folder / NAME).read_text())
-    except (OSError, json.JSONDecodeError):
+        file = path.stat()
+    except (OSError, ValueError):
         return False
-    return results["step"] == run.last_step and (run.folder / backbone.NAME).exists()
+    if not isinstance(results, dict) or results.get("step") != run.last_step:
+        return False
+    return results.get("backbone_sha256") == sha256(path, file.st_mtime_ns, file.st_size)
+
+
+@functools.cache  # asked several times of one file: for as long as neither time nor size changes
+def sha256(path: Path, time: int, size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write(run: "Run", accuracy: float | None) -> None:

@@ -57,8 +57,10 @@ def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
         )
     if batch // ranks < 2:
         raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images", True)
+    if not micro_batch:
+        return
     fits = [size for size in range(2 * ranks, batch + 1, ranks) if batch % size == 0]
-    if micro_batch and micro_batch not in fits:
+    if micro_batch not in fits:
         below, above = ([m for m in fits if (m > micro_batch) == more] for more in (False, True))
         near = below[-1:] + above[:1]
         raise UserError(
@@ -193,6 +195,12 @@ class Run:
             self.restore(path)
         elif distributed.from_rank_zero(results.is_finished(self)):
             self.step = self.last_step  # results without a checkpoint: nothing is trained anew
+        elif distributed.from_rank_zero((self.folder / results.NAME).exists()):
+            raise UserError(
+                f"{self.folder} holds the results of another length or a damaged backbone, and no "
+                "checkpoint to go on from: use another --output",
+                every_rank=True,
+            )
         if self.step > self.last_step:
             raise UserError(
                 f"{self.folder} is at step {self.step}, beyond --max-steps {self.last_step}", True
@@ -200,14 +208,13 @@ class Run:
         description = environment.describe(self.device, self.ranks)
         description["steps"] = {"per_epoch": self.steps_per_epoch, "last": self.last_step}
         distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
-        if self.rank == 0:
+        if self.rank == 0 and not results.is_finished(self):  # a finished run may be read-only
             make_folder(self.folder)
             kept = metrics.cut(self.folder / metrics.NAME, self.step or -1)
             self.epoch_records = [
                 r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
             ]
-            if not results.is_finished(self):
-                environment.record_start(self.folder, description)
+            environment.record_start(self.folder, description)
             saved = {"recipe": self.recipe, **dataclasses.asdict(self.config)}
             beside = self.folder / "config.partial"
             beside.write_text(yaml.safe_dump(saved, sort_keys=False))
@@ -225,7 +232,12 @@ class Run:
         path = self.folder / "config.yaml"
         if not path.exists():
             return
-        saved = yaml.safe_load(path.read_text()) or {}
+        try:
+            saved = yaml.safe_load(path.read_bytes()) or {}
+        except yaml.YAMLError:
+            saved = None
+        if not isinstance(saved, dict):
+            raise UserError(f"{path} is damaged: remove it, or use another --output", True)
         changes = changed_fields(self.config, saved)
         if saved.get("recipe") != self.recipe:
             changes = [f"recipe was {saved.get('recipe')}, is {self.recipe}"]
@@ -259,7 +271,7 @@ class Run:
                     item.load_checkpoint_state(saved)
                 else:
                     item.load_state_dict(saved)
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (LookupError, AttributeError, RuntimeError, ValueError, TypeError) as error:
             text = str(error).split("\n")[0]
             raise UserError(f"{path} does not fit this run: {text}", every_rank=True) from None
         self.step, self.seconds = state["step"], state["seconds"]

@@ -266,6 +266,52 @@ def test_results_without_a_checkpoint_are_not_trained_anew(whole, tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_is_not_written_to(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("nnsiam"), folder)
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    again = start("nnsiam", folder, 1)
+    assert again.wait(timeout=60) == 0, again.communicate()[0]
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}  # nothing is written
+
+
+def test_a_damaged_backbone_is_exported_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("nnsiam"), folder)
+    whole_file = (folder / "backbone.safetensors").read_bytes()
+    (folder / "backbone.safetensors").write_bytes(whole_file[:1000])
+    again = start("nnsiam", folder, 1)
+    assert again.wait(timeout=60) == 0, again.communicate()[0]
+    assert (folder / "backbone.safetensors").read_bytes() == whole_file
+    (folder / "backbone.safetensors").write_bytes(whole_file[:1000])
+    for path in folder.glob("checkpoint*.pt"):
+        path.unlink()
+    metrics_before = (folder / "metrics.jsonl").read_bytes()
+    error = only_error(run_script("recipes/nnsiam.py", *flags_of("nnsiam", folder, 1)))
+    assert "no checkpoint to go on from" in error
+    assert (folder / "metrics.jsonl").read_bytes() == metrics_before
+
+
+DAMAGED = {
+    "config.yaml": (b"a: [1,\n{{{", b"- 1", b"\xff\xfe\x00"),
+    "results.json": (b"[]", b"{}", b"\xff"),
+    "metrics.jsonl": (b"\xff\n", b'{"a": 1}\n'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_of_a_run_are_one_line_or_mended(name, whole, tmp_path):
+    for number, content in enumerate(DAMAGED[name]):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole("nnsiam"), folder)
+        (folder / name).write_bytes(content)
+        done = run_script("recipes/nnsiam.py", *flags_of("nnsiam", folder, 1))
+        if name == "config.yaml":
+            assert f"{folder / name} is damaged" in only_error(done)
+        else:
+            assert done.returncode == 0, done.stderr
+
+
 def test_max_steps_keeps_the_schedule_of_the_whole_run(tmp_path):
     flags = flags_of("snclr", tmp_path / "run", 1)
     assert run_script("recipes/snclr.py", *flags, "--max-steps", "2").returncode == 0
