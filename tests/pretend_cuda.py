@@ -113,7 +113,7 @@ class PretendCuda(TorchDispatchMode):
         if name in WAITING:
             self.wait(name)
         if name in INDEXING:
-            self.check_indices(*args[:2])
+            args = (args[0], self.checked_indices(*args[:2]), *args[2:])
         if name in FUSED:
             return check_fused(name, args)
         if name == "nonzero":
@@ -188,9 +188,12 @@ class PretendCuda(TorchDispatchMode):
 
         return tree_map(zeros, state)
 
-    def check_indices(self, x: Tensor, indices: list[Tensor | None]) -> None:
+    def checked_indices(self, x: Tensor, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """The indices; for a boolean one as if it were true everywhere."""
+        checked: list[Tensor | None] = []
         for index in indices:
             if index is None:
+                checked.append(None)
                 continue
             if is_fake(index) and not is_fake(x):
                 raise RuntimeError(f"a CPU tensor is indexed by one on {index.device}")
@@ -198,6 +201,11 @@ class PretendCuda(TorchDispatchMode):
                 self.wait("an index from the host")
             if index.dtype in (torch.bool, torch.uint8):
                 self.wait("a boolean index")
+                rows = self.run(torch.zeros, (index.numel(),), torch.long)
+                checked += [rows] * index.ndim
+            else:
+                checked.append(index)
+        return checked
 
     def collective(self, func, args: tuple):
         """NCCL takes dense tensors of one device."""
@@ -238,7 +246,9 @@ def backward(root: Tensor, gradient: Tensor | None = None, *_, **__) -> None:
     ready = [root.grad_fn]
     while ready:
         node = ready.pop()
-        for (parent, number), grad in zip(node.next_functions, run_node(node, incoming), strict=True):
+        for (parent, number), grad in zip(
+            node.next_functions, run_node(node, incoming), strict=True
+        ):
             if parent is None:
                 continue
             if grad is not None:
@@ -337,6 +347,8 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         "_lazy_init": lambda: None,
     }
     with contextlib.ExitStack() as stack:
+        accelerator = torch.accelerator  # what a loader asks before it pins its batches
+        stack.enter_context(mock.patch.object(accelerator, "is_available", lambda: True))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         # PyTorch's own way without a driver, which it would not take where a GPU is said to be there
