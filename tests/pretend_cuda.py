@@ -73,6 +73,10 @@ def is_fake(x: object) -> bool:
     return isinstance(x, FakeTensor)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 class PretendCuda(TorchDispatchMode):
     """While active, work on CUDA tensors is checked instead of done."""
 
@@ -114,6 +118,9 @@ class PretendCuda(TorchDispatchMode):
             self.wait(name)
         if name in INDEXING:
             args = (args[0], self.checked_indices(*args[:2]), *args[2:])
+        if name in SYNC_BATCH_NORM:
+            with self.fake:
+                return SYNC_BATCH_NORM[name](*args)
         if name in FUSED:
             return check_fused(name, args)
         if name == "nonzero":
@@ -174,8 +181,9 @@ class PretendCuda(TorchDispatchMode):
 
     def is_pinned(self, x: Tensor) -> bool:
         # what lies apart in memory is brought together first, in memory that is not pinned
-        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-        return dense and x.untyped_storage()._cdata in self.pinned
+        return (
+            x.is_contiguous() or is_channels_last(x)
+        ) and x.untyped_storage()._cdata in self.pinned
 
     def on_host(self, state: object) -> object:
         """The same tree with zeros for CUDA tensors, in their own layout, as torch.save reads."""
@@ -212,11 +220,27 @@ class PretendCuda(TorchDispatchMode):
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         if not all(map(is_fake, tensors)):
             raise RuntimeError(f"{func} of tensors on {[x.device for x in tensors]}")
-        if not all(x.is_contiguous() for x in tensors):
+        in_place = "gather" not in func._schema.name  # any one order in memory does
+        if not all(x.is_contiguous() or (in_place and is_channels_last(x)) for x in tensors):
             raise RuntimeError(f"{func} of a tensor that is not contiguous")
         self.launches[func._schema.name] += 1
         with self.fake:
             return func(*args)
+
+
+def column_values(x: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """So many float32 (C,) of an input (N,C,…), in float32 whatever its own dtype."""
+    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(columns))
+
+
+# nn.SyncBatchNorm's own operations: fake tensors have no rule for them
+SYNC_BATCH_NORM = {
+    "batch_norm_stats": lambda x, eps: column_values(x, 2),
+    "batch_norm_gather_stats_with_counts": lambda x, *_: column_values(x, 2),
+    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+    "batch_norm_backward_reduce": lambda grad, x, *_: column_values(x, 4),
+    "batch_norm_backward_elemt": lambda grad, x, *_: torch.empty_like(x),
+}
 
 
 def check_fused(name: str, args: tuple) -> None:

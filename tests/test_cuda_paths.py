@@ -4,7 +4,7 @@ step makes the host wait for the GPU; not values, speed, NCCL or memory.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import small
 from pretend_cuda import CUDA, PretendCuda, is_fake, pretend_cuda
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import checkpoint, knn, metrics
 from common.augment import byol_views, cifar_view
@@ -25,14 +26,25 @@ from recipes import nnsiam
 
 # what waits on purpose: metrics once a second, checkpoints, the dear monitor, what is sent once
 READING = ("flush", "save", "effective_rank", "mean_and_std")
-PHOTOS_RUN = "--dataset photos --batch-size 8 --workers 0 --knn-every 0 --max-steps 2".split()
+PHOTOS_RUN = [
+    "--dataset",
+    "photos",
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+    "--knn-every",
+    "0",
+    "--max-steps",
+    "2",
+]
 QUEUE = ["--queue-size", "64"]
-NEIGHBOURS = "--neighbours 4 --neighbour-free-epochs 0".split()
+NEIGHBOURS = ["--neighbours", "4", "--neighbour-free-epochs", "0"]
 CASES = {
     "nnclr": QUEUE,
     "nnclr, all options": [
         *QUEUE,
-        *"--multi-crop --small-crops 1 --momentum-encoder --symmetric-loss".split(),
+        *["--multi-crop", "--small-crops", "1", "--momentum-encoder", "--symmetric-loss"],
     ],
     "nnclr, LARS, in pieces": [*QUEUE, "--micro-batch", "4", "--optimizer", "lars"],
     "nnsiam": QUEUE,
@@ -74,6 +86,28 @@ def test_a_step_stays_on_the_gpu(case: str, tmp_path: Path):
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2]
 
 
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """A process group in which this is rank 0 of 2, and the other one's tensors never come."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", ["nnclr", "snclr", "snclr, official", "byol_gsg"])
+def test_a_step_of_two_ranks(case: str, tmp_path: Path, two_ranks: None):
+    """Gathers and sums are of dense CUDA tensors. nn.SyncBatchNorm looks for ranks without images
+    by three boolean indices a layer, and waits at each (pytorch/pytorch#78549); nothing else does.
+    """
+    one = [*PHOTOS_RUN[:-1], "1", "--output", str(tmp_path)]
+    gpu = train(case.split(",")[0], *one, *CASES[case])
+    assert {wait.what for wait in gpu.waits if not wait.within(*READING)} == {"a boolean index"}
+    assert gpu.launches["c10d::_allgather_base_"] > 0 and gpu.launches["c10d::allreduce_"] > 0
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JPEG files in class folders, a few to train on and to test with."""
@@ -95,7 +129,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_crops_of_224_pixels(recipe: str, flags: list[str], photographs: Path, tmp_path: Path):
     """Workers crop, the GPU does the rest; LARS for the ResNet and AdamW for the ViT."""
     data = ["--dataset", "imagefolder", "--data", str(photographs), "--output", str(tmp_path)]
-    sizes = "--batch-size 2 --workers 0 --knn-every 0 --max-steps 1".split()
+    sizes = ["--batch-size", "2", *PHOTOS_RUN[4:-1], "1"]
     assert in_steps(train(recipe, *data, *sizes, *flags)) == []
 
 
@@ -134,7 +168,7 @@ def test_views_of_a_large_batch_do_not_wait(views):
     assert [(*x.shape, x.dtype) for x in finished] == [(4096, 3, 32, 32, torch.uint8)] * 2
 
 
-# -- what the pretended GPU notices -----------------------------------------------------------------
+# -- what the pretended GPU notices ---------------------------------------------------------------
 
 
 WAITS: dict[str, Callable[[Tensor], object]] = {
