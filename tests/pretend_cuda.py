@@ -375,7 +375,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         stack.enter_context(mock.patch.object(accelerator, "is_available", lambda: True))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        # PyTorch's own way without a driver, which it would not take where a GPU is said to be there
+        # PyTorch's own way without a driver, which it would not take where there seems to be one
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         amp = torch.cuda.amp.common

@@ -26,7 +26,8 @@ from recipes import nnsiam
 
 # what waits on purpose: metrics once a second, checkpoints, the dear monitor, what is sent once
 READING = ("flush", "save", "effective_rank", "mean_and_std")
-PHOTOS_RUN = [
+PHOTOS_RUN = ["--dataset", "photos", "--batch-size", "8", "--workers", "0", "--knn-every", "0"]
+PHOTOS_RUN += ["--max-steps", "2"]
     "--dataset",
     "photos",
     "--batch-size",
