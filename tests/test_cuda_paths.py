@@ -28,17 +28,6 @@ from recipes import nnsiam
 READING = ("flush", "save", "effective_rank", "mean_and_std")
 PHOTOS_RUN = ["--dataset", "photos", "--batch-size", "8", "--workers", "0", "--knn-every", "0"]
 PHOTOS_RUN += ["--max-steps", "2"]
-    "--dataset",
-    "photos",
-    "--batch-size",
-    "8",
-    "--workers",
-    "0",
-    "--knn-every",
-    "0",
-    "--max-steps",
-    "2",
-]
 QUEUE = ["--queue-size", "64"]
 NEIGHBOURS = ["--neighbours", "4", "--neighbour-free-epochs", "0"]
 CASES = {
