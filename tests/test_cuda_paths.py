@@ -123,18 +123,40 @@ def test_crops_of_224_pixels(recipe: str, flags: list[str], photographs: Path, t
     assert in_steps(train(recipe, *data, *sizes, *flags)) == []
 
 
-def test_a_whole_run_and_its_continuation(tmp_path: Path):
-    """k-NN, checkpoint, export and pictures; what was saved on a GPU continues there."""
-    flags = [*small("nnclr"), "--workers", "0", "--knn-every", "1", "--output", str(tmp_path)]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretendCuda]:
+    """A run that was stopped after one step and continued for another, with k-NN, pictures and
+    export: its folder, and what was noticed after it had continued.
+    """
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    flags = [*small("nnclr"), "--workers", "0", "--knn-every", "1", "--output", str(folder)]
     with mock.patch("common.run.knn_of_encoder", side_effect=knn_of_few):
         train("nnclr", *flags, "--max-steps", "1", whole=True)
-        (tmp_path / "backbone.safetensors").unlink()
-        saved = checkpoint.load(tmp_path / checkpoint.NAME)["state"]
+        (folder / "backbone.safetensors").unlink()  # as of a run that was stopped
+        saved = checkpoint.load(folder / checkpoint.NAME)["state"]
         assert saved["model"]["f.0.0.weight"].device.type == "cpu"
-        gpu = train("nnclr", *flags, "--max-steps", "2", whole=True)
+        return folder, train("nnclr", *flags, "--max-steps", "2", whole=True)
+
+
+def test_a_whole_run_and_its_continuation(finished: tuple[Path, PretendCuda]):
+    folder, gpu = finished
     assert [w for w in in_steps(gpu) if "finish" not in w and "knn" not in w] == []
-    assert (tmp_path / "backbone.safetensors").exists() and (tmp_path / "neighbours.png").exists()
-    assert metrics.read(tmp_path / metrics.NAME)[-1]["step"] == 2
+    assert (folder / "backbone.safetensors").exists() and (folder / "neighbours.png").exists()
+    assert metrics.read(folder / metrics.NAME)[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("script", ["linear_probe", "semi_supervised"])
+def test_an_evaluation_on_the_gpu(script: str, finished, tmp_path: Path):
+    """From the backbone to the record. No batch waits: of what its loader does, only the labels of
+    all images are sent with a wait, once per training.
+    """
+    module = importlib.import_module(f"eval.{script}.run")
+    flags = ["--backbone", str(finished[0]), "--workers", "0", "--epochs", "1"]
+    with pretend_cuda() as gpu:
+        module.main([*flags, "--output", str(tmp_path)])
+    assert (tmp_path / "record.json").exists() and gpu.launches["convolution"] > 0
+    batches = [w for w in gpu.waits if w.where[0].split()[-1] == "batches"]
+    assert len(batches) == (1 if script == "linear_probe" else 0)
 
 
 def knn_of_few(encoder, train_images, test, *rest) -> float:
