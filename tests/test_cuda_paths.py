@@ -22,6 +22,7 @@ from common.data import ArrayImages, RankBatches, subset, view_loader
 from common.device_views import DeviceViews
 from common.photos import PHOTOS, read_photo
 from common.run import Run
+from eval.linear_probe import run as probe
 from recipes import nnsiam
 
 # what waits on purpose: metrics once a second, checkpoints, the dear monitor, what is sent once
@@ -157,6 +158,16 @@ def test_an_evaluation_on_the_gpu(script: str, finished, tmp_path: Path):
     assert (tmp_path / "record.json").exists() and gpu.launches["convolution"] > 0
     batches = [w for w in gpu.waits if w.where[0].split()[-1] == "batches"]
     assert len(batches) == (1 if script == "linear_probe" else 0)
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("fp32", False), ("bf16", True)])
+def test_fp32_is_float32_on_a_gpu_too(precision, rounded, finished, tmp_path, monkeypatch):
+    """Not TF32, which PyTorch lets convolutions take."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    flags = ["--backbone", str(finished[0]), "--workers", "0", "--measure", "knn"]
+    with pretend_cuda():
+        probe.main([*flags, "--precision", precision, "--output", str(tmp_path)])
+    assert torch.backends.cudnn.allow_tf32 is rounded
 
 
 def knn_of_few(encoder, train_images, test, *rest) -> float:
