@@ -22,6 +22,15 @@ BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
 FILTER_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on a device. Through pinned memory to a GPU: of any other, more than 64 KB at once may
+    make the host wait for the step before (CUDA's "API synchronization behavior").
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 # -- crop ---------------------------------------------------------------------------------------
 
 
@@ -32,7 +41,7 @@ def crop(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor
     Pillow's resize of the cropped image.
     """
     height, width = images.shape[2:]
-    box = table[:, BOX].to(images.device, non_blocking=True)
+    box = to_device(table[:, BOX], images.device)
     across = resize_weights(width, box[:, 0], box[:, 2], size, interpolation)
     down = resize_weights(height, box[:, 1], box[:, 3], size, interpolation)
     rows = (images.float() @ across.mT[:, None]).round_().clamp_(0, 255)
@@ -82,8 +91,8 @@ def photometric_block(pixels: Tensor, table: Tensor) -> Tensor:
         return pixels
     sizes = [len(group) for group in groups]
     # one transfer for all row numbers: their lengths are known here, so nothing waits for a GPU
-    rows = torch.cat(groups).to(device, non_blocking=True).split(sizes)
-    values = table.float().to(device, non_blocking=True)
+    rows = to_device(torch.cat(groups), device).split(sizes)
+    values = to_device(table.float(), device)
     for step, row in zip(steps, rows, strict=True):
         x[row] = step(x[row], values[row])
     return x.to(torch.uint8)
@@ -203,7 +212,9 @@ def box_filter(x: Tensor, radius: int, full: Tensor, edge: Tensor) -> Tensor:
     """One box filter along the last axis, rounded to whole levels; border pixels are repeated."""
     width, reach = x.shape[3], radius + 1
     padded = F.pad(x, (reach, reach, 0, 0), mode="replicate")
-    total = sum(padded[..., n : n + width] for n in range(1, 2 * reach))
+    total = padded[..., 1 : 1 + width]  # not sum(): it begins with a pass that adds 0
+    for n in range(2, 2 * reach):
+        total = total + padded[..., n : n + width]
     ends = padded[..., :width] + padded[..., 2 * reach :]
     return round_half_up(total * full + ends * edge)
 
@@ -233,10 +244,10 @@ class DeviceViews:
     def __call__(self, loaded: list[tuple[Tensor, Tensor]], samples: Tensor) -> list[Tensor]:
         """(crops, draws) of each view as the loader gives them -> uint8 (N,3,size,size) each."""
         if self.stage == "draws":
-            images = self.pixels[samples.to(self.device, non_blocking=True)]
+            images = self.pixels[to_device(samples, self.device)]
         finished = []
         for view, (crops, table) in zip(self.views, loaded, strict=True):
             if self.stage == "draws":
                 crops = crop(images, table, view.size, view.interpolation)
-            finished.append(photometric(crops.to(self.device, non_blocking=True), table))
+            finished.append(photometric(to_device(crops, self.device), table))
         return finished

@@ -41,6 +41,8 @@ class DenseEvaluation(Evaluation):
     and `dataset_fields`.
     """
 
+    tf32 = True  # PyTorch's default for convolutions, which detectron2 leaves as it is
+
     def __init__(self, config: Any):
         super().__init__(config)
         arch = self.facts["arch"]

@@ -88,6 +88,8 @@ class EvaluationConfig(TrainingConfig):
 class Evaluation:
     """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
 
+    tf32 = False  # whether fp32 lets a GPU's convolutions round their inputs to 10 bits
+
     def __init__(self, config: Any):
         if not config.backbone:
             raise UserError("--backbone RUN_OR_FILE is missing", every_rank=True)
@@ -108,6 +110,8 @@ class Evaluation:
             self.encoder.to(memory_format=torch.channels_last)
             torch.backends.cudnn.benchmark = False  # the same numbers after a restart
             torch.backends.cudnn.deterministic = True
+            if config.precision == "fp32" and not self.tf32:
+                torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True
         self.train, self.test = self.load_images()
         self.workers = config.workers
         if self.workers < 0:

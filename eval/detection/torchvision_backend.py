@@ -151,7 +151,8 @@ def losses(job: "Detection", model: nn.Module):
         model.transform.max_size = settings["INPUT.MAX_SIZE_TRAIN"]
         pixels, targets = zip(*raise_errors(batch), strict=True)
         images = [x.to(job.device, non_blocking=True).float() / 255 for x in pixels]
-        return model(images, [{n: t.to(job.device) for n, t in y.items()} for y in targets])
+        truth = [{n: t.to(job.device, non_blocking=True) for n, t in y.items()} for y in targets]
+        return model(images, truth)
 
     return of
 

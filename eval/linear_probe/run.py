@@ -284,7 +284,7 @@ class Probe:
             report_problems(problems, must_stop)
             with torch.no_grad(), job.autocast():
                 x = job.encoder(to_input(pixels[0], job.device, job.dtype))
-            yield full_precision(x)[0], labels[ids.to(job.device)]
+            yield full_precision(x)[0], labels[ids.to(job.device, non_blocking=True)]
 
     def log_epoch(
         self, seed: int, epoch: int, step: int, loss: Tensor, started: float, first: int

@@ -129,13 +129,14 @@ class Segmentation(DenseEvaluation):
             batch_size=None,
             sampler=range(first, last),
             num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_stop_signals,
         )
 
     def losses(self, net: model.Segmenter, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Cross-entropy over labelled pixels, and that of the head on layer3 by its weight."""
-        scores, side = net(x.to(self.device))
-        y = y.to(self.device)
+        scores, side = net(x.to(self.device, non_blocking=True))
+        y = y.to(self.device, non_blocking=True)
         found = {"loss_pixels": cross_entropy(scores, y)}
         if side is not None:
             found["loss_layer3"] = self.config.deep_supervision * cross_entropy(side, y)

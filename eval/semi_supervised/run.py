@@ -318,7 +318,7 @@ class FineTuning:
         )
         for pixels, ids, problems, must_stop in loader:
             report_problems(problems, must_stop)
-            yield to_input(pixels[0], job.device, job.dtype), ids.to(job.device)
+            yield to_input(pixels[0], job.device, job.dtype), ids.to(job.device, non_blocking=True)
 
     def log_epoch(
         self,

@@ -105,6 +105,7 @@ class Transfer:
             )
         if facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
             raise UserError("--method and --pretrained-on are for checkpoints of others")
+        torch.backends.cudnn.allow_tf32 = False  # features are float32 on a GPU too
         return encoder.to(self.device).eval(), facts
 
     def stop_if_asked(self, *_: Any) -> None:
