@@ -37,15 +37,28 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 def crop(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor:
     """Random resized crops: uint8 (N,3,H,W), (N,16) draws on the host -> uint8 (N,3,size,size).
 
-    Separable, antialiased (the filter grows with the scale), rows first and rounded in between, as
-    Pillow's resize of the cropped image.
+    Separable, antialiased (the filter grows with the scale), rounded in between, as Pillow's resize
+    of the cropped image: rows first, or columns where the height shrinks by more than twice the
+    pixels that the width does (`pixels.crop`).
     """
     height, width = images.shape[2:]
     box = to_device(table[:, BOX], images.device)
     across = resize_weights(width, box[:, 0], box[:, 2], size, interpolation)
     down = resize_weights(height, box[:, 1], box[:, 3], size, interpolation)
-    rows = (images.float() @ across.mT[:, None]).round_().clamp_(0, 255)
-    return (down[:, None] @ rows).round_().clamp_(0, 255).to(torch.uint8)
+    rows = to_levels(images.float() @ across.mT[:, None])
+    square = to_levels(down[:, None] @ rows)
+    shrinks = table[:, BOX][:, 2:] - size  # known on the host, so nothing waits for a GPU
+    tall = ((shrinks[:, 1] > 0) & (shrinks[:, 1] > 2 * shrinks[:, 0])).nonzero()[:, 0]
+    if len(tall):
+        tall = to_device(tall, images.device)
+        columns = to_levels(down[tall][:, None] @ images[tall].float())
+        square[tall] = to_levels(columns @ across[tall].mT[:, None])
+    return square.to(torch.uint8)
+
+
+def to_levels(x: Tensor) -> Tensor:
+    """Rounded to 0 to 255, in place."""
+    return x.round_().clamp_(0, 255)
 
 
 def resize_weights(

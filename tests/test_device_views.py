@@ -103,6 +103,22 @@ def test_crops_are_pillows_antialiased_ones(images, interpolation):
         assert (ours.int() - pillow.int()).abs().max() <= 2
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_tall_and_wide_crops_of_noise_are_pillows(interpolation):
+    """Noise tells the order of the two passes: each clips and rounds."""
+    noise = np.random.default_rng(0).integers(0, 256, (110, 110, 3), np.uint8)
+    image = Image.fromarray(noise)
+    boxes = [(3, 4, 12, 103), (3, 4, 103, 12), (0, 0, 100, 110), (5, 0, 97, 100), (0, 0, 110, 110)]
+    for size in (97, 40):
+        view = View(size, (0.05, 1.0), (0.0, 0.0, 0.0, 0.0), interpolation=interpolation)
+        draws = [replace(PLAIN, box=box) for box in boxes]
+        pillow = torch.stack([view.apply(image, draw) for draw in draws])
+        table = torch.from_numpy(np.array([draw_row(d) for d in draws]))
+        batch = augment.to_tensor(image).expand(len(draws), -1, -1, -1)
+        ours = device_views.crop(batch, table, size, interpolation)
+        assert (ours.int() - pillow.int()).abs().max() <= 2
+
+
 @pytest.mark.parametrize("name", ["byol T", "byol T'", "simsiam", "cifar"])
 def test_whole_views_are_pillows(images, name):
     views = dict(zip(["byol T", "byol T'"], augment.byol_views(SIZE), strict=True))
