@@ -16,12 +16,13 @@ from results.reproduce import PROTOCOLS
 @dataclass(frozen=True)
 class Column:
     """A heading; `where` is "wide" for one that narrow screens leave out, "more" for one that is
-    shown when all columns are asked for.
+    shown when all columns are asked for. A cell breaks its line where `wraps` says so.
     """
 
     name: str
     where: str = ""
     picks: bool = False  # whether rows can be filtered by its values
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,26 @@ class Line:
     empty: bool = False
 
 
+@dataclass(frozen=True)
+class Table:
+    """A section of the page with one table; `notes` are numbered below it."""
+
+    name: str
+    title: str
+    columns: list[Column]
+    lines: list[Line]
+    notes: Sequence[str] = ()
+
+
 def html(published, records, figures: list[dict[str, str]], folder: Path) -> str:
     """The page's text: a summary, the claims, tables that sort and filter, figures inside, nothing
     loaded.
     """
     rows, apart = tables.join(published, records)
-    sections = [ours_section(apart, published), published_section(rows)]
+    ours = [ours_table(apart, published), published_table(rows)]
     if any(row.records for row in rows):
-        sections.reverse()
+        ours.reverse()
+    style = STYLE + "".join(map(column_style, ours))
     of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
     others = [figure for figure in figures if figure not in of_claims]
     said = "".join(f"<li>{inline(text)}</li>" for text in summary.in_words(published, records))
@@ -60,14 +73,14 @@ def html(published, records, figures: list[dict[str, str]], folder: Path) -> str
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Results</title><style>{STYLE}</style></head><body><h1>Results</h1>",
+        f"<title>Results</title><style>{style}</style></head><body><h1>Results</h1>",
         f'<section id="short"><h2>In short</h2><ul>{said}</ul></section>',
         '<nav><a href="#claims">Claims</a> <a href="#apart">Our runs</a> '
         '<a href="#compared">Published numbers</a>'
         + (' <a href="#figures">Figures</a>' if others else "")
         + "</nav>",
         claims_section(claims.load(), claims.recorded(records), of_claims, folder),
-        *sections,
+        *map(section, ours),
     ]
     if others:
         parts.append('<section id="figures"><h2>Figures</h2>')
@@ -115,16 +128,18 @@ def claims_section(what: dict[str, Any], runs: claims.Runs, figures, folder: Pat
     )
     text = [
         '<section id="claims"><h2>The papers\' claims at equal budget</h2>',
-        "<p>Each claim compares two runs with the same images, encoder, batch, rate and number of "
-        "epochs. It <em>holds</em> or <em>does not hold</em> where the means over seeds differ by "
-        "more than the spread of a difference, √(s₁² + s₂²); else the difference is <em>within the "
-        "spread</em>. One seed judges nothing. How the runs were made, and their tables: "
+        "<p>Each claim compares two runs with the same images, encoder, batch, rate and, unless it "
+        "says otherwise, number of epochs. It <em>holds</em> or <em>does not hold</em> where the "
+        "means over seeds differ by more than the spread of a difference, √(s₁² + s₂²); else the "
+        "difference is <em>within the spread</em>. One seed judges nothing. How the runs were "
+        "made, and their tables: "
         '<a href="cifar10.md">cifar10.md</a> (a text file; GitHub shows it as a page).</p>',
         f'<div class="scroll"><table class="claims"><thead><tr>{heads}</tr></thead>',
         f"<tbody>\n{body}\n</tbody></table></div>",
     ]
+    text += [f"<p><b>{inline(t['title'])}</b>: {inline(t['note'].strip())}</p>" for t in run]
     if missing:
-        text.append(f"<p>Not run yet: {escape(', '.join(missing))}.</p>")
+        text.append(f"<p><b>Not run yet</b>: {escape(', '.join(missing))}.</p>")
     return "\n".join([*text, *(picture(figure, folder) for figure in figures), "</section>"])
 
 
@@ -166,21 +181,22 @@ def verdict_cell(claim: dict[str, Any], tier: dict[str, str], runs: claims.Runs)
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def published_section(rows: list[tables.Row]) -> str:
+def published_table(rows: list[tables.Row]) -> Table:
     """All published numbers, with ours beside them where there are, those first."""
     any_run = any(row.records for row in rows)
     notes = tables.notes_of(row.published for row in rows)
-    columns = [Column("method", picks=True), Column("encoder", "wide")]
-    columns += [Column("protocol", picks=True), Column("evaluated on", "wide", picks=True)]
+    columns = [Column("method", picks=True, wraps=True), Column("encoder", "wide")]
+    columns += [Column("protocol", picks=True, wraps=True)]
+    columns += [Column("evaluated on", "wide", picks=True)]
     columns += [Column("metric", "wide"), Column("epochs", "wide"), Column("batch", "wide")]
     columns += [Column("published")]
     if any_run:
         columns += [Column("ours"), Column("difference", "wide"), Column("spread", "wide")]
-    columns += [Column("source", "wide")]
+    columns += [Column("source", "wide", wraps=True)]
     if any_run:
         columns += [Column("commit", "more"), Column("record", "wide")]
     lines = []
-    for row in sorted(rows, key=lambda row: (not row.records, not tables.is_aim(row.published))):
+    for row in sorted(rows, key=position):
         for name, r in row.records or [("", None)]:
             cells = published_cells(row.published, notes)
             if any_run:
@@ -191,15 +207,19 @@ def published_section(rows: list[tables.Row]) -> str:
     title = "Published numbers, and ours beside them"
     if not any_run:
         title = "Published numbers, none of which we have run yet"
-    footnotes = "".join(f'<li id="note-{n}">{inline(note)}</li>' for n, note in enumerate(notes, 1))
-    text = section("compared", title, columns, lines)
-    return text.replace("</section>", f'<ol class="notes">{footnotes}</ol></section>')
+    return Table("compared", title, columns, lines, notes)
+
+
+def position(row: tables.Row) -> tuple:
+    """Numbers that stand beside ours first, then those that this repository aims at."""
+    p = row.published
+    return not row.records, not tables.is_aim(p), *tables.whole_order(p)
 
 
 def published_cells(p: dict[str, Any], notes: Sequence[str]) -> list[Cell]:
     epochs, batch = tables.budget_cells(p)
     metric = "" if p["metric"] == "top1" else f", {p['metric']}"
-    brief = f"{p['arch']}, {epochs} epochs"
+    brief = f"{p['arch']}, {epochs} epochs, batch {batch}; {p['source']}"
     cells = [Cell(escape(tables.method_cell(p)), brief=brief), Cell(escape(p["arch"]))]
     cells += [Cell(escape(p["protocol"]), brief=f"{p['dataset']}{metric}")]
     cells += [Cell(escape(p["dataset"])), Cell(escape(p["metric"]))]
@@ -226,18 +246,30 @@ def ours_cells(r: tables.Record | None, p: dict[str, Any]) -> list[Cell]:
     ]
 
 
-def ours_section(apart, published) -> str:
+def ours_table(apart, published) -> Table:
     """Our runs that no published number may stand beside."""
-    columns = [Column("method", picks=True), Column("encoder", "wide")]
-    columns += [Column("trained on", "wide", picks=True), Column("epochs", "wide")]
-    columns += [Column("protocol", picks=True), Column("ours"), Column("spread", "wide")]
-    columns += [Column("why not comparable", "wide"), Column("training", "wide")]
-    columns += [Column("record", "wide"), Column("batch", "more"), Column("evaluated on", "more")]
+    columns = [Column("method", picks=True, wraps=True), Column("settings", "wide", wraps=True)]
+    columns += [Column("encoder", "wide"), Column("trained on", "wide", picks=True, wraps=True)]
+    columns += [Column("epochs", "wide"), Column("protocol", picks=True, wraps=True)]
+    columns += [Column("ours"), Column("spread", "wide", wraps=True)]
+    columns += [Column("why not comparable", "wide", wraps=True), Column("training", "more")]
+    columns += [Column("record", "wide"), Column("batch", "more")]
+    columns += [Column("evaluated on", "more", wraps=True)]
     columns += [Column("images/s", "more"), Column("hardware", "more"), Column("commit", "more")]
     columns += [Column("metric", "more")]
-    lines = [Line(apart_cells(name, r, published)) for name, r in apart]
+    lines = [
+        Line(apart_cells(name, r, published))
+        for name, r in sorted(apart, key=lambda item: apart_position(item[1]))
+    ]
     title = "Our runs under other settings, beside no paper's number"
-    return section("apart", title, columns, lines)
+    return Table("apart", title, columns, lines)
+
+
+def apart_position(r: tables.Record) -> tuple:
+    """By what was trained on, then by protocol and method."""
+    what = r["pretraining"]
+    data = (what["dataset"], what["incomplete"] or "", *tables.protocol_order(r["protocol"]))
+    return (*data, *tables.method_order(r["method"]), what["epochs"] or 0, tables.method_cell(r))
 
 
 def apart_cells(name: str, r: tables.Record, published) -> list[Cell]:
@@ -246,15 +278,18 @@ def apart_cells(name: str, r: tables.Record, published) -> list[Cell]:
     epochs = tables.number_cell(what["epochs"])
     speed = r["images_per_second"]
     on = tables.data_cell(r["dataset"])
+    settings, budget = ", ".join(tables.settings_words(r)), f"{data}, {epochs} epochs"
+    why = tables.why_apart(r, published, settings=False)
     return [
-        Cell(escape(tables.method_cell(r)), brief=f"{data}, {epochs} epochs"),
+        Cell(escape(r["method"]), brief="; ".join(t for t in (settings, budget) if t)),
+        Cell(escape(settings)),
         Cell(escape(r["arch"])),
         Cell(escape(data)),
         Cell(epochs, what["epochs"], True),
         Cell(escape(tables.protocol_cell(r)), brief="" if on == data else on),
         Cell(tables.percent(r["value"]), r["value"], True),
         Cell(escape(tables.spread_cell(r))),
-        Cell(escape(tables.why_apart(r, published))),
+        Cell(escape(why or "settings")),
         Cell(tables.hours_cell(r), r["hours"], True),
         links(name),
         Cell(tables.number_cell(what["batch"]), what["batch"], True),
@@ -277,34 +312,35 @@ def links(names: str) -> Cell:
     return Cell(", ".join(anchors))
 
 
-def section(name: str, title: str, columns: Sequence[Column], lines: Sequence[Line]) -> str:
+def section(table: Table) -> str:
     """A heading, a bar of controls, a table. Rows of other methods stay out until asked for."""
+    name, title, columns, lines = table.name, escape(table.title), table.columns, table.lines
     if not lines:
-        return f'<section id="{name}"><h2>{escape(title)}</h2><p>None so far.</p></section>'
+        return f'<section id="{name}"><h2>{title}</h2><p>None so far.</p></section>'
     picks = "".join(
         pick(number, column, (line.cells[number].html for line in lines))
         for number, column in enumerate(columns)
         if column.picks
     )
-    others = sum(not line.ours for line in lines)
-    every = (
-        f'<button type="button" class="every" aria-pressed="false">Show all {len(lines)} rows, '
-        "also methods without a recipe here</button>"
-        if others
-        else ""
-    )
+    every = ""
+    if not all(line.ours for line in lines):
+        every = '<button type="button" class="every" aria-pressed="false">'
+        every += f"Show all {len(lines)} rows, also methods without a recipe here</button>"
     heads = "".join(
-        f'<th scope="col"{where(c)}><button type="button">{escape(c.name)}</button></th>'
-        for c in columns
+        f'<th scope="col"><button type="button">{escape(column.name)}</button></th>'
+        for column in columns
     )
-    body = "\n".join(row(line, columns) for line in lines)
+    body = "\n".join(map(row, lines))
+    notes = "".join(
+        f'<li id="note-{number}">{inline(note)}</li>' for number, note in enumerate(table.notes, 1)
+    )
     return (
-        f'<section class="data" id="{name}"><h2>{escape(title)}</h2><div class="bar">{every}'
-        '<label>search <input type="search" placeholder="words, all must be in a row"></label>'
+        f'<section class="data" id="{name}"><h2>{title}</h2><div class="bar">{every}'
+        '<label>search <input type="search" placeholder="SNCLR linear"></label>'
         f'{picks}<button type="button" class="columns" aria-pressed="false">All columns</button>'
         '<span class="count" aria-live="polite"></span></div>'
         f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n'
-        "</tbody></table></div></section>"
+        f"</tbody></table></div>{notes and f'<ol class=notes>{notes}</ol>'}</section>"
     )
 
 
@@ -316,20 +352,45 @@ def pick(number: int, column: Column, values: Iterable[str]) -> str:
     )
 
 
-def where(column: Column) -> str:
-    return f' class="{column.where}"' if column.where else ""
+def column_style(table: Table) -> str:
+    """How a table's columns look, once for all of its rows: the page is half the size so."""
+    if not table.lines:
+        return ""
+
+    def chosen(which: Iterable[bool]) -> str:
+        numbers = [n for n, is_so in enumerate(which, 1) if is_so]
+        return ", ".join(f":is(td, th):nth-child({n})" for n in numbers) or ":not(*)"
+
+    columns, here = table.columns, f"#{table.name}"
+    some = f"{here}:not(.every-column)"
+    wide, more = (chosen(c.where == w for c in columns) for w in ("wide", "more"))
+    numbers = chosen(cell.number for cell in table.lines[0].cells)
+    return (
+        f"{some} :is({more}) {{ display: none }}\n"
+        f"@media (max-width: 800px) {{ {some} :is({wide}) {{ display: none }} }}\n"
+        f"{here} :is({numbers}) {{ text-align: right; font-variant-numeric: tabular-nums }}\n"
+        f"{here} td:is({chosen(not c.wraps for c in columns)}) {{ white-space: nowrap }}\n"
+    )
 
 
-def row(line: Line, columns: Sequence[Column]) -> str:
-    classes = " ".join(w for w, is_so in (("other", not line.ours), ("empty", line.empty)) if is_so)
-    cells = []
-    for cell, column in zip(line.cells, columns, strict=True):
-        names = " ".join(n for n in ("number" if cell.number else "", column.where) if n)
-        text = f' class="{names}"' if names else ""
-        if cell.number:
-            text += f' data-sort="{"" if cell.sort is None else cell.sort}"'
-        if cell.brief:
-            text += f' data-brief="{escape(cell.brief)}"'
-        cells.append(f"<td{text}>{cell.html}</td>")
-    start = f'<tr class="{classes}">' if classes else "<tr>"
-    return f"{start}{''.join(cells)}</tr>"
+def row(line: Line) -> str:
+    kinds = " ".join(w for w, is_so in (("other", not line.ours), ("empty", line.empty)) if is_so)
+    start = f'<tr class="{kinds}">' if kinds else "<tr>"
+    return f"{start}{''.join(map(cell_html, line.cells))}</tr>"
+
+
+def cell_html(cell: Cell) -> str:
+    """A cell of a row, with what it is sorted by where its text does not begin with that."""
+    text = ""
+    if cell.number and cell.html and not begins_with(cell.html, cell.sort):
+        text += f' data-sort="{"" if cell.sort is None else cell.sort}"'
+    if cell.brief:
+        text += f' data-brief="{escape(cell.brief)}"'
+    return f"<td{text}>{cell.html}</td>"
+
+
+def begins_with(text: str, value: float | None) -> bool:
+    try:
+        return float(text.split()[0]) == value
+    except ValueError:
+        return False

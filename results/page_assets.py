@@ -21,9 +21,9 @@ input, select, .bar button { font: inherit; padding: .25rem .5rem; border: 1px s
 .bar .every { background: var(--link); color: var(--page); border-color: var(--link) }
 .bar .columns[aria-pressed=true] { background: var(--even) }
 .count { color: var(--quiet) }
-.scroll { overflow: auto; max-height: 85vh; border-bottom: 1px solid var(--line) }
+.scroll { overflow: auto } .data .scroll { max-height: 85vh; border-bottom: 1px solid var(--line) }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .88rem }
-th, td { text-align: left; padding: .3rem .55rem; border-bottom: 1px solid var(--line);
+th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: break-word }
 thead th { position: sticky; top: 0; z-index: 2; background: var(--head) }
 .data td:first-child { position: sticky; left: 0; z-index: 1; background: var(--page) }
@@ -32,12 +32,12 @@ th button { all: unset; cursor: pointer; font-weight: 600 }
 th button:focus-visible { outline: 2px solid var(--link) }
 th[aria-sort=ascending] button::after { content: " ↑" }
 th[aria-sort=descending] button::after { content: " ↓" }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+.data th { white-space: nowrap }
 tr.empty td { color: var(--quiet) }
-section:not(.every-column) .more { display: none }
 .claims thead th:first-child { width: 36% } tbody th { font-weight: 600 }
 details { font-weight: 400; color: var(--quiet); font-size: .85rem }
-summary { cursor: pointer; width: fit-content } small { color: var(--quiet); font-size: .95em }
+summary { cursor: pointer; width: fit-content }
+.claims small { color: var(--quiet); display: block }
 .verdict { display: inline-block; border-radius: 4px; padding: 0 .45rem; font-weight: 600;
   white-space: nowrap; background: var(--even) }
 .verdict.holds { background: var(--good) } .verdict.does-not-hold { background: var(--bad) }
@@ -48,17 +48,18 @@ figure { margin: 1.5rem 0 } figure img { max-width: 100%; height: auto; backgrou
 figcaption { color: var(--quiet); font-size: .92rem } footer { margin-top: 2.5rem;
   color: var(--quiet); font-size: .88rem }
 code { font-size: .88em; background: var(--head); overflow-wrap: anywhere }
+@media (min-width: 801px) { .data td:first-child { min-width: 8rem } }
 @media (max-width: 800px) {
-  section:not(.every-column) .wide { display: none }
   section:not(.every-column) td[data-brief]::after { content: attr(data-brief); display: block;
     color: var(--quiet); font-size: .85em }
-  body { margin-top: 1rem; padding: 0 .75rem } .bar label { display: flex; gap: .4rem }
-  .data td:first-child { max-width: 9.5rem }
+  body { margin-top: 1rem; padding: 0 .75rem } .bar .every { width: 100% }
+  .bar label { display: grid; grid-template-columns: 6.5rem 1fr; width: 100%;
+    align-items: center } .bar input, .bar select { max-width: none; min-width: 0 }
+  section.data:not(.every-column) td:nth-child(n) { white-space: normal !important }
   .claims, .claims tbody, .claims tr, .claims td, .claims tbody th { display: block }
   .claims thead { display: none } .claims tr { border-bottom: 1px solid var(--line);
     padding: .3rem 0 } .claims td, .claims tbody th { border: 0; padding: .15rem .2rem }
   .claims td::before { content: attr(data-label) ": "; color: var(--quiet) }
-  .claims td > div { display: inline }
 }
 """
 

@@ -132,7 +132,7 @@ def beside(rows: Iterable[tables.Row]) -> list[str]:
             for r in rows
             if (r.published["protocol"], r.published["dataset"]) == (protocol, dataset)
         ]
-        of.sort(key=published_order)
+        of.sort(key=lambda row: tables.published_order(row.published))
         notes = tables.notes_of(row.published for row in of)
         text += [f"### {protocol}, {dataset}\n", tables.table(COMPARED, compared_cells(of, notes))]
         text += ["", *footnotes(notes)]
@@ -157,12 +157,7 @@ def not_run(rows: Iterable[tables.Row]) -> list[str]:
     of = [row for row in rows if not row.records and tables.is_aim(row.published)]
     if not of:
         return []
-    of.sort(
-        key=lambda r: (
-            group_order((r.published["protocol"], r.published["dataset"])),
-            published_order(r),
-        )
-    )
+    of.sort(key=lambda row: tables.whole_order(row.published))
     notes = tables.notes_of(row.published for row in of)
     cells = []
     for p in (row.published for row in of):
@@ -186,18 +181,8 @@ def metric_cell(row: dict[str, Any]) -> str:
     return "" if row["metric"] == "top1" else f" ({row['metric']})"
 
 
-def published_order(row: tables.Row) -> tuple:
-    p = row.published
-    return (*tables.method_order(p["method"]), p["arch"], p["epochs"] or 0, p["batch"] or 0)
-
-
-def group_order(pair: tuple[str, str]) -> tuple:
-    """Of protocol and data set: protocols in their order, ImageNet's first."""
-    return pair[1] != "ImageNet-1k", *tables.protocol_order(pair[0]), pair[1]
-
-
 def groups(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return sorted(set(pairs), key=group_order)
+    return sorted(set(pairs), key=tables.group_order)
 
 
 def compared_cells(rows: Iterable[tables.Row], notes: Sequence[str]) -> Iterable[list[str]]:
@@ -266,7 +251,7 @@ def in_short(published, records) -> str:
         and (row.published["protocol"], row.published["dataset"]) == ("linear", "ImageNet-1k")
         and row.published["metric"] == "top1"
     ]
-    main_rows.sort(key=published_order)
+    main_rows.sort(key=lambda row: tables.published_order(row.published))
     notes = tables.notes_of(row.published for row in main_rows)
     head = ("method", "encoder", "epochs", "batch", "published", "source", "ours")
     cells = []

@@ -6,13 +6,7 @@ from typing import Any
 from results import claims, tables
 from results.reproduce import PROTOCOLS
 
-SAID = {
-    "holds": "holds",
-    "does not hold": "does not hold",
-    "within the spread": "within the spread",
-    "one seed": "with one seed, not judged",
-    "not run": "not run",
-}
+UNJUDGED = {"one seed": "not judged (one seed)", "not run": "not run"}
 
 
 def in_words(published: Sequence[dict[str, Any]], records) -> list[str]:
@@ -30,32 +24,37 @@ def papers_numbers(rows: Sequence[tables.Row]) -> str:
         of = [row for row in aims if row.published["pretraining"] == data]
         run = [row for row in of if row.records]
         if not run:
-            said.append(f"none of the {len(of)} with pre-training on {data} has been run yet")
+            said.append(f"no {data} number of the papers has been run yet (0 of {len(of)})")
             continue
         off = [tables.difference(r, row.published) for row in run for _, r in row.records]
         known = [value for value in off if value is not None]
-        range_ = f", {min(known):+.2f} to {max(known):+.2f} points from the paper's"
-        verb = "has" if len(run) == 1 else "have"
-        said.append(
-            f"{len(run)} of the {len(of)} with pre-training on {data} {verb} been run"
-            + (range_ if known else "")
-        )
+        text = f"{len(run)} of the papers' {len(of)} {data} numbers run"
+        text += f", ours {min(known):+.2f} to {max(known):+.2f} points off" if known else ""
+        said.append(text)
+    text = "; ".join(said)
     missing = sum(row.published["value"] is None for row in aims)
-    text = f"**The papers' numbers** for the methods here: {'; '.join(said)}."
-    return text + (f" The tables of {missing} were not available to us." if missing else "")
+    more = f" The papers' tables of {missing} were not available to us." if missing else ""
+    return f"**{text[0].upper()}{text[1:]}.**{more}"
 
 
 def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
-    """How many claims hold, by k-NN, on each tier that was run, with its budget."""
-    said = []
+    """How many claims hold, by k-NN, on each tier, with its budget; where most is judged first."""
+    tiers = []
     for tier in what["tiers"]:
         words = [word_of(claim, tier, PROTOCOLS["knn"], runs) for claim in what["claims"]]
-        counts = [f"{words.count(word)} {SAID.get(word, word)}" for word in dict.fromkeys(words)]
-        if set(words) == {"not run"}:
-            counts = ["not run yet"]
-        budget = budget_of([one for one in ones_of(tier, what, runs)])
-        said.append(f"{tier['short']}{f' ({budget})' if budget else ''}: {', '.join(counts)}")
-    return f"**Of {len(what['claims'])} claims**, by k-NN. {'; '.join(said)}."
+        judged = [word for word in words if word not in UNJUDGED]
+        known = [word for word in claims.WORDS if word in words]
+        counts = ", ".join(f"{words.count(w)} {UNJUDGED.get(w, w)}" for w in known)
+        budget = budget_of(ones_of(tier, what, runs))
+        name = f"{tier['short']}, {budget}" if budget else tier["short"]
+        counts = "not run yet" if {*words} == {"not run"} else counts
+        order = len(judged), len(words) - words.count("not run")
+        tiers.append((order, "holds" in words, f"{name}: **{counts}**"))
+    tiers.sort(key=lambda item: item[0], reverse=True)
+    text = f"Of {len(what['claims'])} claims, by k-NN. {'. '.join(said for *_, said in tiers)}."
+    if any(holds for _, holds, _ in tiers):
+        return text
+    return f"{text} So far none is shown to hold."
 
 
 def word_of(claim: dict, tier: dict, protocol: str, runs: claims.Runs) -> str:

@@ -131,8 +131,10 @@ def difference(record: Record, row: dict[str, Any]) -> float | None:
     return None if row["value"] is None else record["value"] - row["value"]
 
 
-def why_apart(record: Record, published: list[dict[str, Any]]) -> str:
-    """What keeps a record from standing beside a published number, in a few words."""
+def why_apart(record: Record, published: list[dict[str, Any]], settings: bool = True) -> str:
+    """What keeps a record from standing beside a published number, in a few words; `settings`
+    False where a column of their own has them.
+    """
     what, on = record["pretraining"], record["dataset"]
     reasons = [text for text in (what["copy"], what["incomplete"]) if text]
     reasons += [t for t in (on["copy"], on["incomplete"]) if t and t not in reasons]
@@ -159,7 +161,7 @@ def why_apart(record: Record, published: list[dict[str, Any]]) -> str:
         reasons += min(differing, key=len)
     else:
         reasons.append("nothing published")
-    reasons += settings_words(record)
+    reasons += settings_words(record) if settings else []
     reasons += [record["note"]] if "note" in record else []
     return ", ".join(dict.fromkeys(reasons))
 
@@ -179,6 +181,20 @@ def method_order(method: str) -> tuple[int, str]:
         if method == name or (method.startswith(name + " ") and "(as" not in method):
             return number, method
     return len(OURS), method
+
+
+def group_order(pair: tuple[str, str]) -> tuple:
+    """Of protocol and data set: protocols in their order, ImageNet's first."""
+    return pair[1] != "ImageNet-1k", *protocol_order(pair[0]), pair[1]
+
+
+def published_order(p: dict[str, Any]) -> tuple:
+    return (*method_order(p["method"]), p["arch"], p["epochs"] or 0, p["batch"] or 0)
+
+
+def whole_order(p: dict[str, Any]) -> tuple:
+    """By protocol and data set, then by method."""
+    return (*group_order((p["protocol"], p["dataset"])), *published_order(p))
 
 
 def is_recipe(method: str) -> bool:
