@@ -28,9 +28,9 @@ def papers_numbers(rows: Sequence[tables.Row]) -> str:
             continue
         off = [tables.difference(r, row.published) for row in run for _, r in row.records]
         known = [value for value in off if value is not None]
-        text = f"{len(run)} of the papers' {len(of)} {data} numbers run"
-        text += f", ours {min(known):+.2f} to {max(known):+.2f} points off" if known else ""
-        said.append(text)
+        verb = "has" if len(run) == 1 else "have"
+        text = f"{len(run)} of the papers' {len(of)} {data} numbers {verb} been run"
+        said.append(text + (f", ours {span(known, '+.2f')} points off" if known else ""))
     text = "; ".join(said)
     missing = sum(row.published["value"] is None for row in aims)
     more = f" The papers' tables of {missing} were not available to us." if missing else ""
@@ -77,9 +77,10 @@ def budget_of(records: Sequence[tables.Record]) -> str:
     return f"{span(epochs)} epochs, {devices(records)}"
 
 
-def span(numbers: Iterable[float]) -> str:
-    low, high = min(numbers := [*numbers]), max(numbers)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+def span(numbers: Sequence[float], form: str = "g") -> str:
+    """3 to 6; of equal numbers the one."""
+    ends = [f"{end(numbers):{form}}" for end in (min, max)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def devices(records: Iterable[tables.Record]) -> str:
