@@ -1,215 +1,396 @@
 """index.html: one page with everything in it, to be opened from the file."""
 
 import base64
-import html as escape
-import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import Any
 
-from results import tables
+from results import claims, summary, tables
+from results.page_assets import SCRIPT, STYLE
+from results.reproduce import PROTOCOLS
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1300px; padding: 0 1rem;
-  color: #1b1b1b; background: #fff }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-.bar { display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; margin: .6rem 0 }
-input, select { font: inherit; padding: .25rem .5rem; border: 1px solid #999; border-radius: 4px }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-size: .88rem }
-th, td { text-align: left; padding: .3rem .55rem; border-bottom: 1px solid #ddd;
-  vertical-align: top }
-th { position: sticky; top: 0; background: #f4f4f4; white-space: nowrap }
-th button { all: unset; cursor: pointer; font-weight: 600 }
-th button:focus-visible { outline: 2px solid #06c }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-tr.empty td { color: #767676 }
-figure { margin: 1.5rem 0 } figure img { max-width: 100%; height: auto; border: 1px solid #ddd }
-figcaption { color: #444; font-size: .9rem } code { font-size: .85em; background: #f4f4f4 }
-@media (prefers-color-scheme: dark) {
-  body { background: #16181b; color: #e6e6e6 } th { background: #23262a }
-  th, td { border-color: #3a3d42 } tr.empty td { color: #9a9a9a } code { background: #23262a }
-  input, select { background: #23262a; color: inherit } figcaption { color: #bbb }
-  figure img { background: #fff }
-}
-"""
 
-SCRIPT = """
-'use strict';
-for (const section of document.querySelectorAll('section.data')) {
-  const body = section.querySelector('tbody'), rows = [...body.rows];
-  const search = section.querySelector('input'), picks = [...section.querySelectorAll('select')];
-  const count = section.querySelector('.count');
-  const shown = row => {
-    const words = search.value.toLowerCase().split(/\\s+/).filter(Boolean);
-    const text = row.textContent.toLowerCase();
-    const picked = pick => row.cells[+pick.dataset.column].textContent === pick.value;
-    return words.every(word => text.includes(word)) &&
-      picks.every(pick => !pick.value || picked(pick));
-  };
-  const filter = () => {
-    let left = 0;
-    for (const row of rows) { row.hidden = !shown(row); left += !row.hidden; }
-    count.textContent = left + ' of ' + rows.length + ' rows';
-  };
-  search.addEventListener('input', filter);
-  picks.forEach(pick => pick.addEventListener('change', filter));
-  section.querySelectorAll('th button').forEach((button, column) => {
-    button.addEventListener('click', () => {
-      const head = button.closest('th'), up = head.getAttribute('aria-sort') !== 'ascending';
-      section.querySelectorAll('th').forEach(other => other.removeAttribute('aria-sort'));
-      head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
-      const key = row => row.cells[column].dataset.sort ?? row.cells[column].textContent;
-      const numeric = rows.every(row => key(row) === '' || !isNaN(parseFloat(key(row))));
-      const order = (a, b) => {
-        const x = key(a), y = key(b);
-        if (x === '' || y === '') return (x === '') - (y === '');  // empty cells stay last
-        const by = numeric ? parseFloat(x) - parseFloat(y) : x.localeCompare(y);
-        return up ? by : -by;
-      };
-      body.append(...[...rows].sort(order));
-    });
-  });
-  filter();
-}
-"""
+@dataclass(frozen=True)
+class Column:
+    """A heading; `where` is "wide" for one that narrow screens leave out, "more" for one that is
+    shown when all columns are asked for. A cell breaks its line where `wraps` says so.
+    """
 
-Cell = tuple[str, float | None] | str
+    name: str
+    where: str = ""
+    picks: bool = False  # whether rows can be filtered by its values
+    wraps: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell holds, what it is sorted by where that is a number, and what a narrow screen
+    shows below it of the columns that it leaves out.
+    """
+
+    html: str
+    sort: float | None = None
+    number: bool = False
+    brief: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row; `ours`: of a method that this repository has a recipe for."""
+
+    cells: list[Cell]
+    ours: bool = True
+    empty: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A section of the page with one table; `notes` are numbered below it."""
+
+    name: str
+    title: str
+    columns: list[Column]
+    lines: list[Line]
+    notes: Sequence[str] = ()
 
 
 def html(published, records, figures: list[dict[str, str]], folder: Path) -> str:
-    """The page's text: tables that sort and filter, figures inside, nothing loaded."""
+    """The page's text: a summary, the claims, tables that sort and filter, figures inside, nothing
+    loaded.
+    """
     rows, apart = tables.join(published, records)
+    ours = [ours_table(apart, published), published_table(rows)]
+    if any(row.records for row in rows):
+        ours.reverse()
+    style = STYLE + "".join(map(column_style, ours))
+    of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
+    others = [figure for figure in figures if figure not in of_claims]
+    said = "".join(f"<li>{inline(text)}</li>" for text in summary.in_words(published, records))
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Results</title><style>{STYLE}</style></head><body><h1>Results</h1>",
-        "<p>Made by <code>python results/report.py</code> from the records and published.yaml. "
-        "Percentages after the last epoch; a difference is given only where data, epochs, batch, "
-        "encoder and protocol are the same. Click a column to sort by it. Whether the papers' "
-        'claims hold at equal budget: <a href="cifar10.md">cifar10.md</a>.</p>',
-        section("compared", "Published numbers, and ours beside them", *compared(rows)),
-        section(
-            "apart",
-            "Ours under other settings, beside no paper's number",
-            *others(apart, published),
-        ),
+        f"<title>Results</title><style>{style}</style></head><body><h1>Results</h1>",
+        f'<section id="short"><h2>In short</h2><ul>{said}</ul></section>',
+        '<nav><a href="#claims">Claims</a> <a href="#apart">Our runs</a> '
+        '<a href="#compared">Published numbers</a>'
+        + (' <a href="#figures">Figures</a>' if others else "")
+        + "</nav>",
+        claims_section(claims.load(), claims.recorded(records), of_claims, folder),
+        *map(section, ours),
     ]
-    if figures:
-        parts.append("<h2>Figures</h2>")
-    for figure in figures:
-        picture = base64.b64encode((folder / figure["file"]).read_bytes()).decode()
-        caption = escape.escape(figure["caption"])
-        parts.append(
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}">'
-            f"<figcaption>{caption} <code>{escape.escape(figure['command'])}</code></figcaption>"
-            "</figure>"
-        )
+    if others:
+        parts.append('<section id="figures"><h2>Figures</h2>')
+        parts += [picture(figure, folder) for figure in others] + ["</section>"]
+    parts.append(
+        "<footer>Made by <code>python results/report.py</code> from the records and "
+        "published.yaml, never typed. Percentages after the last epoch; a difference is given only "
+        "where data, epochs, batch, encoder and protocol are the same.</footer>"
+    )
     parts.append(f"<script>{SCRIPT}</script></body></html>")
     return "\n".join(parts) + "\n"
 
 
-def compared(rows: list[tables.Row]) -> tuple[list[str], list[list[Cell]], tuple[str, ...]]:
-    head = ["method", "encoder", "protocol", "evaluated on", "metric", "epochs", "batch"]
-    head += ["published", "ours", "difference", "spread", "grade", "source", "commit", "record"]
-    cells: list[list[Cell]] = []
-    for row in rows:
-        p = row.published
-        settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
-        left: list[Cell] = [p["method"] + settings, p["arch"], p["protocol"], p["dataset"]]
-        left.append(p["metric"])
-        for name, text in zip(tables.BUDGET, tables.budget_cells(p), strict=True):
-            left.append((text, number(p[name])[1]))
-        left.append(("not at hand", None) if p["value"] is None else (tables.exact(p), p["value"]))
-        origin: list[Cell] = [p["grade"], p["source"]]
-        for name, r in row.records or [("", None)]:
-            if r is None:
-                cells.append([*left, ("", None), ("", None), "", *origin, "", ""])
-                continue
-            ours = [number(r["value"]), number(tables.difference(r, p), signed=True)]
-            ours.append(tables.spread_cell(r))
-            cells.append([*left, *ours, *origin, tables.commit_cell(r), link(name)])
-    return head, cells, ("method", "protocol", "evaluated on")
+def inline(text: str) -> str:
+    """A line of Markdown: **bold** and `code`."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
 
 
-def others(apart, published) -> tuple[list[str], list[list[Cell]], tuple[str, ...]]:
-    head = ["method", "encoder", "trained on", "epochs", "batch", "protocol", "evaluated on"]
-    head += ["metric", "ours", "spread", "why apart", "settings", "images/s", "hours", "hardware"]
-    head += ["commit", "record"]
-    cells: list[list[Cell]] = []
-    for name, r in apart:
-        what = r["pretraining"]
-        settings = json.dumps(r.get("settings") or {})
-        cells.append(
-            [
-                r["method"],
-                r["arch"],
-                tables.data_cell(what, "dataset"),
-                number(what["epochs"]),
-                number(what["batch"]),
-                tables.protocol_cell(r),
-                tables.data_cell(r["dataset"]),
-                r["metric"],
-                number(r["value"]),
-                tables.spread_cell(r),
-                tables.why_apart(r, published),
-                "" if settings == "{}" else settings,
-                number(r["images_per_second"]),
-                number(r["hours"]),
-                r["hardware"],
-                tables.commit_cell(r),
-                link(name),
-            ]
-        )
-    return head, cells, ("method", "trained on", "protocol")
-
-
-def number(value: float | None, otherwise: str = "", signed: bool = False) -> Cell:
-    if value is None:
-        return otherwise, None
-    return (f"{value:+.2f}" if signed else f"{value:g}"), float(value)
-
-
-def link(names: str) -> str:
-    each = [f'<a href="records/{n}">{n.removesuffix(".json")}</a>' for n in names.split()]
-    return "\x00" + "<br>".join(each)
-
-
-def section(
-    name: str, title: str, head: list[str], rows: list[list[Cell]], filters: tuple[str, ...]
-) -> str:
-    picks = []
-    for label in filters:
-        column = head.index(label)
-        values = sorted(
-            {str(r[column][0] if isinstance(r[column], tuple) else r[column]) for r in rows}
-        )
-        options = "".join(f"<option>{escape.escape(v)}</option>" for v in values)
-        picks.append(
-            f'<label>{label} <select data-column="{column}"><option value="">all</option>'
-            f"{options}</select></label>"
-        )
-    heads = "".join(f'<th scope="col"><button type="button">{h}</button></th>' for h in head)
-    body = "\n".join(line(row) for row in rows)
+def picture(figure: dict[str, str], folder: Path) -> str:
+    data = base64.b64encode((folder / figure["file"]).read_bytes()).decode()
+    plain = escape(figure["caption"].replace("`", ""))
     return (
-        f'<section class="data" id="{name}"><h2>{title}</h2><div class="bar">'
-        f'<label>search <input type="search" placeholder="words, all must be in a row"></label>'
-        f'{"".join(picks)}<span class="count" aria-live="polite"></span></div>'
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n'
-        "</tbody></table></div></section>"
+        f'<figure><img alt="{plain}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{inline(figure['caption'])}<details><summary>command</summary>"
+        f"<code>{escape(figure['command'])}</code></details></figcaption></figure>"
     )
 
 
-def line(row: list[Cell]) -> str:
-    cells = []
-    for cell in row:
-        if isinstance(cell, tuple):
-            text, value = cell
-            cells.append(
-                f'<td class="number" data-sort="{"" if value is None else value}">{text}</td>'
-            )
-        elif cell.startswith("\x00"):
-            cells.append(f"<td>{cell[1:]}</td>")
-        else:
-            cells.append(f"<td>{escape.escape(cell)}</td>")
-    empty = ' class="empty"' if ("not at hand", None) in row else ""
-    return f"<tr{empty}>{''.join(cells)}</tr>"
+# -- the claims -----------------------------------------------------------------------------------
+
+
+def claims_section(what: dict[str, Any], runs: claims.Runs, figures, folder: Path) -> str:
+    """A row for each claim, a column for each tier that has been run, then the claims' figures."""
+    run = [tier for tier in what["tiers"] if summary.ones_of(tier, what, runs)]
+    missing = [tier["short"] for tier in what["tiers"] if tier not in run]
+    heads = "".join(
+        f'<th scope="col">{inline(head)}</th>' for head in ["claim", *map(of_tier, run)]
+    )
+    body = "\n".join(
+        f"<tr>{claim_cell(number, claim, runs)}"
+        + "".join(verdict_cell(claim, tier, runs) for tier in run)
+        + "</tr>"
+        for number, claim in enumerate(what["claims"], 1)
+    )
+    text = [
+        '<section id="claims"><h2>The papers\' claims at equal budget</h2>',
+        "<p>Each claim compares two runs with the same images, encoder, batch, rate and, unless it "
+        "says otherwise, number of epochs. It <em>holds</em> or <em>does not hold</em> where the "
+        "means over seeds differ by more than the spread of a difference, √(s₁² + s₂²); else the "
+        "difference is <em>within the spread</em>. One seed judges nothing. How the runs were "
+        "made, and their tables: "
+        '<a href="cifar10.md">cifar10.md</a> (a text file; GitHub shows it as a page).</p>',
+        f'<div class="scroll"><table class="claims"><thead><tr>{heads}</tr></thead>',
+        f"<tbody>\n{body}\n</tbody></table></div>",
+    ]
+    text += [f"<p><b>{inline(t['title'])}</b>: {inline(t['note'].strip())}</p>" for t in run]
+    if missing:
+        text.append(f"<p><b>Not run yet</b>: {escape(', '.join(missing))}.</p>")
+    return "\n".join([*text, *(picture(figure, folder) for figure in figures), "</section>"])
+
+
+def of_tier(tier: dict[str, str]) -> str:
+    return f"on {tier['short']}"
+
+
+def claim_cell(number: int, claim: dict[str, Any], runs: claims.Runs) -> str:
+    """The claim, its source, and what else is said of it behind a click."""
+    more = [claim[name].strip() for name in ("differs", "tried") if claim.get(name)]
+    text = f"{number}. {claim['claim'][0].upper()}{claim['claim'][1:]}"
+    details = f"Source: {claim['source'].strip()}. {' '.join(more)}"
+    label = "source, and what was tried" if claim.get("tried") else "source"
+    return (
+        f'<th scope="row">{inline(text)}<details><summary>{label}</summary>'
+        f"{inline(claims.filled(details.strip(), runs))}</details></th>"
+    )
+
+
+def verdict_cell(claim: dict[str, Any], tier: dict[str, str], runs: claims.Runs) -> str:
+    """The tier's verdict by each protocol that both runs were scored by."""
+    said = []
+    for evaluation, label in claims.SHOWN.items():
+        names = [tier["prefix"] + claim[side] for side in claims.SIDES]
+        pair = [claims.values(runs, name, PROTOCOLS[evaluation]) for name in names]
+        if not all(pair):
+            continue
+        found = claims.judge(*pair)
+        word = "one seed, not judged" if found.word == "one seed" else found.word
+        numbers = f"{claims.mean_cell(pair[0])} against {claims.mean_cell(pair[1])}"
+        said.append(
+            f'<div><span class="verdict {found.word.replace(" ", "-")}">{word}</span> '
+            f"<b>{found.difference:+.2f}</b> <small>{label} {numbers}</small></div>"
+        )
+    label = escape(of_tier(tier))
+    return f'<td data-label="{label}">{"".join(said) or "<small>not run</small>"}</td>'
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def published_table(rows: list[tables.Row]) -> Table:
+    """All published numbers, with ours beside them where there are, those first."""
+    any_run = any(row.records for row in rows)
+    notes = tables.notes_of(row.published for row in rows)
+    columns = [Column("method", picks=True, wraps=True), Column("encoder", "wide")]
+    columns += [Column("protocol", picks=True, wraps=True)]
+    columns += [Column("evaluated on", "wide", picks=True)]
+    columns += [Column("metric", "wide"), Column("epochs", "wide"), Column("batch", "wide")]
+    columns += [Column("published")]
+    if any_run:
+        columns += [Column("ours"), Column("difference", "wide"), Column("spread", "wide")]
+    columns += [Column("source", "wide", wraps=True)]
+    if any_run:
+        columns += [Column("commit", "more"), Column("record", "wide")]
+    lines = []
+    for row in sorted(rows, key=position):
+        for name, r in row.records or [("", None)]:
+            cells = published_cells(row.published, notes)
+            if any_run:
+                cells[-1:-1] = ours_cells(r, row.published)
+                cells += [Cell(tables.commit_cell(r) if r else ""), links(name)]
+            ours = tables.is_recipe(row.published["method"])
+            lines.append(Line(cells, ours, row.published["value"] is None))
+    title = "Published numbers, and ours beside them"
+    if not any_run:
+        title = "Published numbers, none of which we have run yet"
+    return Table("compared", title, columns, lines, notes)
+
+
+def position(row: tables.Row) -> tuple:
+    """Numbers that stand beside ours first, then those that this repository aims at."""
+    p = row.published
+    return not row.records, not tables.is_aim(p), *tables.whole_order(p)
+
+
+def published_cells(p: dict[str, Any], notes: Sequence[str]) -> list[Cell]:
+    epochs, batch = tables.budget_cells(p)
+    metric = "" if p["metric"] == "top1" else f", {p['metric']}"
+    brief = f"{p['arch']}, {epochs} epochs, batch {batch}; {p['source']}"
+    cells = [Cell(escape(tables.method_cell(p)), brief=brief), Cell(escape(p["arch"]))]
+    cells += [Cell(escape(p["protocol"]), brief=f"{p['dataset']}{metric}")]
+    cells += [Cell(escape(p["dataset"])), Cell(escape(p["metric"]))]
+    cells += [Cell(epochs, p["epochs"], True), Cell(batch, p["batch"], True)]
+    value = tables.UNAVAILABLE if p["value"] is None else tables.exact(p)
+    source = escape(p["source"])
+    if p["grade"] in tables.GRADE_WORDS:
+        source += f" ({tables.GRADE_WORDS[p['grade']]})"
+    if p.get("note"):
+        number = notes.index(p["note"]) + 1
+        title = escape(p["note"])
+        source += f' <sup><a href="#note-{number}" title="{title}">{number}</a></sup>'
+    return [*cells, Cell(value, p["value"], True), Cell(source)]
+
+
+def ours_cells(r: tables.Record | None, p: dict[str, Any]) -> list[Cell]:
+    if r is None:
+        return [Cell("", number=True), Cell("", number=True), Cell("")]
+    off = tables.difference(r, p)
+    return [
+        Cell(tables.percent(r["value"]), r["value"], True),
+        Cell("" if off is None else f"{off:+.2f}", off, True),
+        Cell(escape(tables.spread_cell(r))),
+    ]
+
+
+def ours_table(apart, published) -> Table:
+    """Our runs that no published number may stand beside."""
+    columns = [Column("method", picks=True, wraps=True), Column("settings", "wide", wraps=True)]
+    columns += [Column("encoder", "wide"), Column("trained on", "wide", picks=True, wraps=True)]
+    columns += [Column("epochs", "wide"), Column("protocol", picks=True, wraps=True)]
+    columns += [Column("ours"), Column("spread", "wide", wraps=True)]
+    columns += [Column("why not comparable", "wide", wraps=True), Column("training", "more")]
+    columns += [Column("record", "wide"), Column("batch", "more")]
+    columns += [Column("evaluated on", "more", wraps=True)]
+    columns += [Column("images/s", "more"), Column("hardware", "more"), Column("commit", "more")]
+    columns += [Column("metric", "more")]
+    lines = [
+        Line(apart_cells(name, r, published))
+        for name, r in sorted(apart, key=lambda item: apart_position(item[1]))
+    ]
+    title = "Our runs under other settings, beside no paper's number"
+    return Table("apart", title, columns, lines)
+
+
+def apart_position(r: tables.Record) -> tuple:
+    """By what was trained on, then by protocol and method."""
+    what = r["pretraining"]
+    data = (what["dataset"], what["incomplete"] or "", *tables.protocol_order(r["protocol"]))
+    return (*data, *tables.method_order(r["method"]), what["epochs"] or 0, tables.method_cell(r))
+
+
+def apart_cells(name: str, r: tables.Record, published) -> list[Cell]:
+    what = r["pretraining"]
+    data = tables.data_cell(what, "dataset")
+    epochs = tables.number_cell(what["epochs"])
+    speed = r["images_per_second"]
+    on = tables.data_cell(r["dataset"])
+    settings, budget = ", ".join(tables.settings_words(r)), f"{data}, {epochs} epochs"
+    why = tables.why_apart(r, published, settings=False)
+    return [
+        Cell(escape(r["method"]), brief="; ".join(t for t in (settings, budget) if t)),
+        Cell(escape(settings)),
+        Cell(escape(r["arch"])),
+        Cell(escape(data)),
+        Cell(epochs, what["epochs"], True),
+        Cell(escape(tables.protocol_cell(r)), brief="" if on == data else on),
+        Cell(tables.percent(r["value"]), r["value"], True),
+        Cell(escape(tables.spread_cell(r))),
+        Cell(escape(why or "settings")),
+        Cell(tables.hours_cell(r), r["hours"], True),
+        links(name),
+        Cell(tables.number_cell(what["batch"]), what["batch"], True),
+        Cell(escape(on)),
+        Cell("" if speed is None else f"{speed:.0f}", speed, True),
+        Cell(escape(r["hardware"])),
+        Cell(escape(tables.commit_cell(r))),
+        Cell(escape(r["metric"])),
+    ]
+
+
+def links(names: str) -> Cell:
+    """ "record", or "1, 2, 3" for a row of several."""
+    each = names.split()
+    words = ["record"] if len(each) == 1 else [str(n) for n in range(1, len(each) + 1)]
+    anchors = (
+        f'<a href="records/{escape(name)}">{word}</a>'
+        for name, word in zip(each, words, strict=True)
+    )
+    return Cell(", ".join(anchors))
+
+
+def section(table: Table) -> str:
+    """A heading, a bar of controls, a table. Rows of other methods stay out until asked for."""
+    name, title, columns, lines = table.name, escape(table.title), table.columns, table.lines
+    if not lines:
+        return f'<section id="{name}"><h2>{title}</h2><p>None so far.</p></section>'
+    picks = "".join(
+        pick(number, column, (line.cells[number].html for line in lines))
+        for number, column in enumerate(columns)
+        if column.picks
+    )
+    every = ""
+    if not all(line.ours for line in lines):
+        every = '<button type="button" class="every" aria-pressed="false">'
+        every += f"Show all {len(lines)} rows, also methods without a recipe here</button>"
+    heads = "".join(
+        f'<th scope="col"><button type="button">{escape(column.name)}</button></th>'
+        for column in columns
+    )
+    body = "\n".join(map(row, lines))
+    notes = "".join(
+        f'<li id="note-{number}">{inline(note)}</li>' for number, note in enumerate(table.notes, 1)
+    )
+    return (
+        f'<section class="data" id="{name}"><h2>{title}</h2><div class="bar">{every}'
+        '<label>search <input type="search" placeholder="SNCLR linear"></label>'
+        f'{picks}<button type="button" class="columns" aria-pressed="false">All columns</button>'
+        '<span class="count" aria-live="polite"></span></div>'
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n'
+        f"</tbody></table></div>{notes and f'<ol class=notes>{notes}</ol>'}</section>"
+    )
+
+
+def pick(number: int, column: Column, values: Iterable[str]) -> str:
+    options = "".join(f"<option>{value}</option>" for value in sorted(set(values)))
+    return (
+        f'<label>{escape(column.name)} <select data-column="{number}"><option value="">all</option>'
+        f"{options}</select></label>"
+    )
+
+
+def column_style(table: Table) -> str:
+    """How a table's columns look, once for all of its rows: the page is half the size so."""
+    if not table.lines:
+        return ""
+
+    def chosen(which: Iterable[bool]) -> str:
+        numbers = [n for n, is_so in enumerate(which, 1) if is_so]
+        return ", ".join(f":is(td, th):nth-child({n})" for n in numbers) or ":not(*)"
+
+    columns, here = table.columns, f"#{table.name}"
+    some = f"{here}:not(.every-column)"
+    wide, more = (chosen(c.where == w for c in columns) for w in ("wide", "more"))
+    numbers = chosen(cell.number for cell in table.lines[0].cells)
+    return (
+        f"{some} :is({more}) {{ display: none }}\n"
+        f"@media (max-width: 800px) {{ {some} :is({wide}) {{ display: none }} }}\n"
+        f"{here} :is({numbers}) {{ text-align: right; font-variant-numeric: tabular-nums }}\n"
+        f"{here} td:is({chosen(not c.wraps for c in columns)}) {{ white-space: nowrap }}\n"
+    )
+
+
+def row(line: Line) -> str:
+    kinds = " ".join(w for w, is_so in (("other", not line.ours), ("empty", line.empty)) if is_so)
+    start = f'<tr class="{kinds}">' if kinds else "<tr>"
+    return f"{start}{''.join(map(cell_html, line.cells))}</tr>"
+
+
+def cell_html(cell: Cell) -> str:
+    """A cell of a row, with what it is sorted by where its text does not begin with that."""
+    text = ""
+    if cell.number and cell.html and not begins_with(cell.html, cell.sort):
+        text += f' data-sort="{"" if cell.sort is None else cell.sort}"'
+    if cell.brief:
+        text += f' data-brief="{escape(cell.brief)}"'
+    return f"<td{text}>{cell.html}</td>"
+
+
+def begins_with(text: str, value: float | None) -> bool:
+    try:
+        return float(text.split()[0]) == value
+    except ValueError:
+        return False

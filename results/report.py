@@ -9,15 +9,16 @@ other records have tables of their own.
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.errors import UserError, command
-from results import claims, compare, page, record, tables
+from results import claims, compare, page, record, summary, tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -27,15 +28,16 @@ BEGIN, END = "<!-- results: made by results/report.py -->", "<!-- end of results
 HEAD = """# Results
 
 Made by `python results/report.py` from [published.yaml](published.yaml) and the files in
-[records/](records/): change those, not this page. [index.html](index.html) has the same tables,
-sortable and filterable, with all published numbers and the figures. Whether the papers' claims hold
-at equal budget: [cifar10.md](cifar10.md).
+[records/](records/): change those, not this page. [index.html](index.html) has the same, sortable
+and filterable, with all published numbers and the figures: open it in a browser from the file.
+"""
 
-Numbers are percentages after the **last** epoch. *Difference* is ours minus published, in points,
-and is given only where data, epochs, batch, encoder and protocol are the same. *Spread* is the
-standard deviation over seeds. "Published, not at hand": the paper has this number in a table that
-no source at hand holds. (OCR): read by a machine from slides; (secondary): quoted by another work;
-(assumed): the source does not state it, our command takes it.
+LEGEND = """Numbers are percentages after the **last** epoch. *Difference* is ours minus published,
+in points, and is given only where data, epochs, batch, encoder and protocol are the same. *Spread*
+is the standard deviation over seeds. *Not available to us*: the paper's table was not available to
+us. *OCR*: read by a machine from slides. *Quoted by another work*: the source is not the method's
+own paper. *Assumed*: the source does not state it, our command takes it. A small number is a
+note's, below the table.
 """
 
 
@@ -68,19 +70,20 @@ def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, 
     figures = load_figures(folder / "figures")
     of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
     others = [figure for figure in figures if figure not in of_claims]
+    of_page = [figure for figure in figures if figure.get("page") != "README.md"]
     pages = {
         folder / "README.md": markdown(published, records, others),
         folder / "cifar10.md": claims.markdown(published, records, of_claims),
-        folder / "index.html": page.html(published, records, others, folder / "figures"),
+        folder / "index.html": page.html(published, records, of_page, folder / "figures"),
     }
     if readme.exists():
-        pages[readme] = in_readme(readme.read_text(), summary(published, records))
+        pages[readme] = in_readme(readme.read_text(), in_short(published, records))
     return pages
 
 
 def load_figures(folder: Path) -> list[dict[str, str]]:
-    """figures.yaml: file, caption, command of each picture, and its page where that is neither
-    README.md nor index.html; UserError for a missing one.
+    """figures.yaml: file, caption, command of each picture, and its page: cifar10.md for the
+    claims, README.md for one that index.html is too small for; UserError for a missing one.
     """
     listed = folder / "figures.yaml"
     if not listed.exists():
@@ -97,13 +100,30 @@ def load_figures(folder: Path) -> list[dict[str, str]]:
 COMPARED = ("method", "encoder", "epochs", "batch", "published", "source", "ours", "difference")
 COMPARED += ("spread", "commit", "hours", "record")
 APART = ("method", "encoder", "trained on", "epochs", "batch", "evaluated on", "ours", "spread")
-APART += ("why apart", "commit", "hours", "record")
+APART += ("why not comparable", "commit", "hours", "record")
+NOT_RUN = ("method", "encoder", "protocol", "data", "epochs", "batch", "published", "source")
 
 
 def markdown(published, records, figures) -> str:
+    """The text of results/README.md."""
     rows, apart = tables.join(published, records)
-    rows = [row for row in rows if is_ours(row.published) or row.records]
-    text = [HEAD, "## The papers' numbers, and ours\n"]
+    text = [HEAD, *(f"- {said}" for said in summary.in_words(published, records))]
+    text += ["", "The claims one by one: [cifar10.md](cifar10.md).\n", LEGEND]
+    text += [*beside(rows), *under_other_settings(apart, published), *not_run(rows)]
+    if figures:
+        text.append("## Figures\n")
+    for figure in figures:
+        text += [f"![{figure['caption'].replace('`', '')}](figures/{figure['file']})\n"]
+        text += [f"{figure['caption']} `{figure['command']}`\n"]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def beside(rows: Iterable[tables.Row]) -> list[str]:
+    """A table for each protocol and data set with a number of ours beside a paper's."""
+    rows = [row for row in rows if row.records]
+    text = ["## Ours beside the papers' numbers\n"]
+    if not rows:
+        text.append("None so far: no run of ours has had a paper's data, epochs and batch.\n")
     for protocol, dataset in groups(
         (r.published["protocol"], r.published["dataset"]) for r in rows
     ):
@@ -112,9 +132,16 @@ def markdown(published, records, figures) -> str:
             for r in rows
             if (r.published["protocol"], r.published["dataset"]) == (protocol, dataset)
         ]
-        of.sort(key=lambda r: (*tables.method_order(r.published["method"]), r.published["arch"]))
-        text += [f"### {protocol}, {dataset}\n", tables.table(COMPARED, compared_cells(of)), ""]
-    text.append("## Ours under other settings, beside no paper's number\n")
+        of.sort(key=lambda row: tables.published_order(row.published))
+        notes = tables.notes_of(row.published for row in of)
+        text += [f"### {protocol}, {dataset}\n", tables.table(COMPARED, compared_cells(of, notes))]
+        text += ["", *footnotes(notes)]
+    return text
+
+
+def under_other_settings(apart, published) -> list[str]:
+    """A table for each protocol that ours were scored by, beside no paper's number."""
+    text = ["## Ours under other settings, beside no paper's number\n"]
     if not apart:
         text.append("None so far.\n")
     for protocol in sorted({r["protocol"] for _, r in apart}, key=tables.protocol_order):
@@ -122,42 +149,53 @@ def markdown(published, records, figures) -> str:
         of.sort(key=lambda item: apart_order(item[1]))
         cells = (apart_cells(n, r, published) for n, r in of)
         text += [f"### {protocol}\n", tables.table(APART, cells), ""]
-    if figures:
-        text.append("## Figures\n")
-    for figure in figures:
-        text += [f"![{figure['caption']}](figures/{figure['file']})\n"]
-        text += [f"{figure['caption']} `{figure['command']}`\n"]
-    return "\n".join(text).rstrip() + "\n"
+    return text
 
 
-def is_ours(row: dict[str, Any]) -> bool:
-    """Whether a published number is one that this repository aims at."""
-    return (
-        tables.method_order(row["method"])[0] < len(tables.OURS) and "lightly" not in row["method"]
-    )
+def not_run(rows: Iterable[tables.Row]) -> list[str]:
+    """One table of the numbers that this repository aims at and has no run for."""
+    of = [row for row in rows if not row.records and tables.is_aim(row.published)]
+    if not of:
+        return []
+    of.sort(key=lambda row: tables.whole_order(row.published))
+    notes = tables.notes_of(row.published for row in of)
+    cells = []
+    for p in (row.published for row in of):
+        data = p["dataset"] + metric_cell(p)
+        left = [tables.method_cell(p), p["arch"], p["protocol"], data, *tables.budget_cells(p)]
+        cells.append([*left, tables.published_cell(p), p["source"] + note_mark(p, notes)])
+    return ["## Published, not run yet\n", tables.table(NOT_RUN, cells), "", *footnotes(notes)]
+
+
+def note_mark(row: dict[str, Any], notes: Sequence[str]) -> str:
+    """The number of a published number's note, as <sup>2</sup>."""
+    return f" <sup>{notes.index(row['note']) + 1}</sup>" if row.get("note") in notes else ""
+
+
+def footnotes(notes: Sequence[str]) -> list[str]:
+    text = [f"<sup>{number}</sup> {note}  " for number, note in enumerate(notes, 1)]
+    return [*text, ""] if text else []
+
+
+def metric_cell(row: dict[str, Any]) -> str:
+    return "" if row["metric"] == "top1" else f" ({row['metric']})"
 
 
 def groups(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Protocols in their order, ImageNet's first."""
-    return sorted(
-        set(pairs), key=lambda p: (p[1] != "ImageNet-1k", *tables.protocol_order(p[0]), p[1])
-    )
+    return sorted(set(pairs), key=tables.group_order)
 
 
-def compared_cells(rows: Iterable[tables.Row]) -> Iterable[list[str]]:
+def compared_cells(rows: Iterable[tables.Row], notes: Sequence[str]) -> Iterable[list[str]]:
     for row in rows:
         p = row.published
-        metric = "" if p["metric"] == "top1" else f" ({p['metric']})"
-        settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
-        left = [p["method"] + settings, p["arch"], *tables.budget_cells(p)]
-        left += [tables.published_cell(p) + metric, p["source"]]
-        if not row.records:
-            yield [*left, "", "", "", "", "", ""]
         for name, r in row.records:
             off = tables.difference(r, p)
             yield [
-                r["method"] + settings if r["method"] != p["method"] else left[0],
-                *left[1:],
+                tables.method_cell({**p, "method": r["method"]}),
+                p["arch"],
+                *tables.budget_cells(p),
+                tables.published_cell(p) + metric_cell(p),
+                p["source"] + note_mark(p, notes),
                 tables.percent(r["value"]),
                 "" if off is None else f"{off:+.2f}",
                 tables.spread_cell(r),
@@ -174,7 +212,6 @@ def apart_order(r: tables.Record) -> tuple:
 
 def apart_cells(name: str, r: tables.Record, published) -> list[str]:
     what = r["pretraining"]
-    metric = "" if r["metric"] == "top1" else f" ({r['metric']})"
     return [
         r["method"],
         r["arch"],
@@ -182,7 +219,7 @@ def apart_cells(name: str, r: tables.Record, published) -> list[str]:
         tables.number_cell(what["epochs"]),
         tables.number_cell(what["batch"]),
         tables.data_cell(r["dataset"]),
-        tables.percent(r["value"]) + metric,
+        tables.percent(r["value"]) + metric_cell(r),
         tables.spread_cell(r),
         tables.why_apart(r, published) + ("; protocol assumed" if r.get("assumed") else ""),
         tables.commit_cell(r),
@@ -202,41 +239,53 @@ def links(names: str) -> str:
 # -- the root README ------------------------------------------------------------------------------
 
 
-def summary(published, records) -> str:
-    """The papers' ImageNet numbers with ours where there are, and our own runs in short."""
+def in_short(published, records) -> str:
+    """The root README's part: the papers' ImageNet numbers with ours where there are, and our own
+    runs.
+    """
     rows, apart = tables.join(published, records)
     main_rows = [
         row
         for row in rows
-        if is_ours(row.published)
+        if tables.is_aim(row.published)
         and (row.published["protocol"], row.published["dataset"]) == ("linear", "ImageNet-1k")
         and row.published["metric"] == "top1"
     ]
-    main_rows.sort(key=lambda r: (*tables.method_order(r.published["method"]), r.published["arch"]))
-    head = ("method", "encoder", "epochs", "batch", "published", "ours")
+    main_rows.sort(key=lambda row: tables.published_order(row.published))
+    notes = tables.notes_of(row.published for row in main_rows)
+    head = ("method", "encoder", "epochs", "batch", "published", "source", "ours")
     cells = []
     for row in main_rows:
         p = row.published
         ours = ", ".join(tables.percent(r["value"]) for _, r in row.records) or "not run yet"
-        settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
-        cells.append(
-            [
-                p["method"] + settings,
-                p["arch"],
-                *tables.budget_cells(p),
-                tables.published_cell(p),
-                ours,
-            ]
-        )
-    text = ["Linear top-1 on ImageNet, in percent:\n", tables.table(head, cells), ""]
-    whole = [(name, r) for name, r in apart if is_whole(r["pretraining"])]
-    if whole:
-        text += ["Our runs so far, beside which no paper has a number:\n", *side_by_side(whole), ""]
-    text.append(
-        "Do the papers' claims hold at equal budget? [results/cifar10.md](results/cifar10.md)."
-    )
-    text.append("All tables, with commits, hours and records: [results/](results/README.md).")
+        left = [tables.method_cell(p), p["arch"], *tables.budget_cells(p)]
+        cells.append([*left, tables.published_cell(p), p["source"] + note_mark(p, notes), ours])
+    text = [f"- {said}" for said in summary.in_words(published, records)]
+    text += ["", "Linear top-1 on ImageNet, in percent (assumed: the source does not state it, our"]
+    text += ["command takes it; not available to us: the paper's table was not):", ""]
+    text += [tables.table(head, cells), "", *footnotes(notes)]
+    text += [*whole_runs(rows, apart)]
+    text.append("The claims, one by one: [results/cifar10.md](results/cifar10.md).")
+    text.append("All tables, with commits, hours and records: [results/](results/README.md);")
+    text.append("in a browser, sortable and with the figures: results/index.html.")
     return "\n".join(text)
+
+
+def whole_runs(rows: Sequence[tables.Row], apart: Sequence[tuple[str, dict]]) -> list[str]:
+    """Our runs on whole data sets, the short ones by themselves."""
+    papers = summary.shortest(rows)
+    whole = [(name, r) for name, r in apart if is_whole(r["pretraining"])]
+    short = [item for item in whole if summary.is_short(item[1], papers)]
+    long = [item for item in whole if item not in short]
+    text = []
+    if long:
+        text += ["Our runs under other settings, beside which no paper has a number:\n"]
+        text += [*side_by_side(long), ""]
+    if short:
+        budget = summary.budget_of([r for _, r in short])
+        text += [f"Short runs ({budget}) that test the code and not the methods, beside which no"]
+        text += ["paper has a number:\n", *side_by_side(short), ""]
+    return text
 
 
 def is_whole(pretraining: dict[str, Any]) -> bool:
@@ -244,26 +293,28 @@ def is_whole(pretraining: dict[str, Any]) -> bool:
     return pretraining["dataset"] != "photos" and pretraining["incomplete"] is None
 
 
-def side_by_side(apart: list[tuple[str, dict]]) -> list[str]:
+def side_by_side(apart: Sequence[tuple[str, dict]]) -> list[str]:
     """One row for each encoder, one column for each protocol that any of them was scored by."""
     columns: dict[tuple, str] = {}
     rows: dict[tuple, dict[str, list[str]]] = {}
+    stopped: dict[tuple, str] = {}
     for _, r in sorted(apart, key=lambda item: apart_order(item[1])):
         what, name = r["pretraining"], r["protocol"]
         if r["dataset"]["name"] != what["dataset"]:
             name += f", {r['dataset']['name']}"
         columns[(tables.protocol_order(r["protocol"]), name)] = name
-        encoder = (
-            r["method"],
-            r["arch"],
-            tables.data_cell(what, "dataset"),
-            tables.number_cell(what["epochs"]),
-        )
+        encoder = (tables.method_cell(r), r["arch"], tables.data_cell(what, "dataset"))
+        encoder += (tables.number_cell(what["epochs"]),)
         seeds = len(r["values"])
         value = tables.percent(r["value"]) + (f" ({seeds} seeds)" if seeds > 1 else "")
         rows.setdefault(encoder, {}).setdefault(name, []).append(value)
+        if early := re.search(r"stopped after \S+ of \S+ scheduled epochs", r.get("note", "")):
+            stopped[encoder] = f" ({early[0]})"
     names = [columns[key] for key in sorted(columns)]
-    cells = [[*row, *(", ".join(found.get(n, [])) for n in names)] for row, found in rows.items()]
+    cells = [
+        [*row[:3], row[3] + stopped.get(row, ""), *(", ".join(found.get(n, [])) for n in names)]
+        for row, found in rows.items()
+    ]
     return [tables.table(("method", "encoder", "trained on", "epochs", *names), cells)]
 
 

@@ -23,6 +23,7 @@ BUDGET = ("epochs", "batch")  # a source may leave them out; our command still h
 GRADES = ("source", "ocr", "secondary", "not at hand")
 # the methods that this repository has recipes for, in the order of its tables
 OURS = ("SimSiam", "SimSiam-GSG", "BYOL (SimSiam heads)", "BYOL-GSG", "NNSiam", "NNCLR", "SNCLR")
+LIBRARIES = ("lightly", "solo-learn")  # whose own benchmarks published.yaml has too
 PROTOCOLS = ("linear", "semi-sup 1%", "semi-sup 10%", "kNN (k200,t.1)", "kNN", "linear (L-BFGS)")
 
 Record = dict[str, Any]
@@ -130,8 +131,10 @@ def difference(record: Record, row: dict[str, Any]) -> float | None:
     return None if row["value"] is None else record["value"] - row["value"]
 
 
-def why_apart(record: Record, published: list[dict[str, Any]]) -> str:
-    """What keeps a record from standing beside a published number, in a few words."""
+def why_apart(record: Record, published: list[dict[str, Any]], settings: bool = True) -> str:
+    """What keeps a record from standing beside a published number, in a few words; `settings`
+    False where a column of their own has them.
+    """
     what, on = record["pretraining"], record["dataset"]
     reasons = [text for text in (what["copy"], what["incomplete"]) if text]
     reasons += [t for t in (on["copy"], on["incomplete"]) if t and t not in reasons]
@@ -158,7 +161,7 @@ def why_apart(record: Record, published: list[dict[str, Any]]) -> str:
         reasons += min(differing, key=len)
     else:
         reasons.append("nothing published")
-    reasons += [f"{n} {v}" for n, v in (record.get("settings") or {}).items()]
+    reasons += settings_words(record) if settings else []
     reasons += [record["note"]] if "note" in record else []
     return ", ".join(dict.fromkeys(reasons))
 
@@ -180,6 +183,30 @@ def method_order(method: str) -> tuple[int, str]:
     return len(OURS), method
 
 
+def group_order(pair: tuple[str, str]) -> tuple:
+    """Of protocol and data set: protocols in their order, ImageNet's first."""
+    return pair[1] != "ImageNet-1k", *protocol_order(pair[0]), pair[1]
+
+
+def published_order(p: dict[str, Any]) -> tuple:
+    return (*method_order(p["method"]), p["arch"], p["epochs"] or 0, p["batch"] or 0)
+
+
+def whole_order(p: dict[str, Any]) -> tuple:
+    """By protocol and data set, then by method."""
+    return (*group_order((p["protocol"], p["dataset"])), *published_order(p))
+
+
+def is_recipe(method: str) -> bool:
+    """Whether this repository has a recipe for a published number's method."""
+    return method_order(method)[0] < len(OURS)
+
+
+def is_aim(row: dict[str, Any]) -> bool:
+    """Whether this repository aims at a published number; other libraries' it does not."""
+    return is_recipe(row["method"]) and not any(name in row["method"] for name in LIBRARIES)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -189,21 +216,46 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # -- words for cells ------------------------------------------------------------------------------
 
 
+UNAVAILABLE = "not available to us"
+GRADE_WORDS = {"ocr": "OCR", "secondary": "quoted by another work"}
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
 def published_cell(row: dict[str, Any]) -> str:
     if row["value"] is None:
-        return "published, not at hand"
-    mark = {"ocr": " (OCR)", "secondary": " (secondary)"}.get(row["grade"], "")
-    return exact(row) + mark
+        return UNAVAILABLE
+    return exact(row) + (f" ({GRADE_WORDS[row['grade']]})" if row["grade"] in GRADE_WORDS else "")
 
 
 def exact(row: dict[str, Any]) -> str:
     """The number with the decimals that it was published with, at least one."""
     value = row["value"]
     return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
+
+
+def settings_words(of: dict[str, Any]) -> list[str]:
+    """Settings of a record or of a published number: queue size 2048, no fixed predictor lr."""
+    words = []
+    for name, value in (of.get("settings") or {}).items():
+        name = name.replace("_", " ")
+        if isinstance(value, bool):
+            words.append(name if value else f"no {name}")
+        else:
+            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return words
+
+
+def method_cell(of: dict[str, Any]) -> str:
+    """SNCLR, neighbours 0."""
+    return ", ".join([of["method"], *settings_words(of)])
+
+
+def notes_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The notes of published numbers, each once, in the order of the rows."""
+    return list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
 
 
 def spread_cell(record: Record) -> str:

@@ -12,7 +12,7 @@ from test_claims import of_run
 from test_record import good
 
 from common.errors import UserError
-from results import compare, record, report, tables
+from results import claims, compare, record, report, summary, tables
 
 PUBLISHED = tables.load_published()
 
@@ -137,6 +137,12 @@ def golden(folder):
     return folder
 
 
+def parts(text):
+    """The tables beside the papers' numbers, and those of other settings."""
+    before, apart = text.split("## Ours under other settings")
+    return before.split("## Ours beside")[1], apart.split("\n## ")[0]
+
+
 def test_pages_of_golden_records(tmp_path):
     pages = report.build(golden(tmp_path), tmp_path / "ROOT.md")
     text = pages[tmp_path / "README.md"]
@@ -145,14 +151,16 @@ def test_pages_of_golden_records(tmp_path):
     assert cells[:5] == ["SNCLR", "vit_small", "300", "4096", "73.38"]
     assert cells[6:10] == ["73.00", "-0.38", "± 0.71, 2 seeds", "0123456"]
     assert "20.0 h" in cells and cells[-1].startswith("[record](records/snclr-vit-small")
-    compared, apart = text.split("## Ours under other settings")
+    compared, apart = parts(text)
     assert "JPEG" not in compared and apart.count("CIFAR-10 (JPEG copy)") == 4
     assert "0123456 + uncommitted changes" in apart and "protocol assumed" in apart
     assert "1 seed" in apart and "JPEG copy, nothing published" in apart
-    assert "published, not at hand" in compared
+    assert "not available to us" not in compared and "73.38" not in text.split("not run yet\n")[1]
     root = pages[tmp_path / "ROOT.md"]
     assert root.startswith("# Title\n") and root.endswith("\nrest\n") and "an old table" not in root
-    assert "| SNCLR | vit_small | 300 | 4096 | 73.38 | 73.00 |" in root
+    assert (
+        "| SNCLR | vit_small | 300 | 4096 | 73.38 | SNCLR Sec. 4.3 (of Table 4) | 73.00 |" in root
+    )
     for path, page in pages.items():
         path.write_text(page)
     assert report.build(tmp_path, tmp_path / "ROOT.md") == pages  # made anew: the same
@@ -168,7 +176,7 @@ def test_records_of_one_seed_each_make_one_row_with_spread(tmp_path):
     other = good(seeds=[0], values=[50.0], value=50.0, spread=None, settings={"neighbours": 10})
     record.add(other, folder=tmp_path / "records")
     text = report.build(tmp_path, tmp_path / "ROOT.md")[tmp_path / "README.md"]
-    compared, apart = text.split("## Ours under other settings")
+    compared, apart = parts(text)
     line = next(li for li in compared.splitlines() if "73.38" in li)
     assert "| 72.00 | -1.38 | ± 2.00, 3 seeds |" in line and line.count("](records/") == 3
     assert "| 50.00 | 1 seed | neighbours 10 |" in apart
@@ -197,6 +205,81 @@ def test_a_readme_without_its_place_and_a_missing_figure_are_mistakes(tmp_path):
         report.in_readme("# Title", "text")
 
 
+# -- words and notes ------------------------------------------------------------------------------
+
+
+def test_the_summary_says_what_has_been_run(tmp_path):
+    nothing, claimed, *more = summary.in_words(PUBLISHED, [])
+    aims = [row for row in PUBLISHED if tables.is_aim(row) and row["pretraining"] == "ImageNet-1k"]
+    assert f"No ImageNet-1k number of the papers has been run yet (0 of {len(aims)})" in nothing
+    assert "CIFAR-10 (JPEG copy): **not run yet**" in claimed and not more
+    records = [(f"{p.name}", r) for p, r in record.load_all(golden(tmp_path) / "records")]
+    text, _, other = summary.in_words(PUBLISHED, records)
+    said = f"1 of the papers' {len(aims)} ImageNet-1k numbers has been run, ours -0.38 points off"
+    assert said in text and "no CIFAR-10 number of the papers has been run yet" in text
+    # of the three other records one has 2 epochs, one 200 and one 300
+    assert "1 of the 3 numbers of ours" in other and "2 epochs, NVIDIA A100 x 32" in other
+    assert "the papers' shortest has 100 epochs" in other
+
+
+def test_the_summary_counts_verdicts_and_puts_the_judged_first():
+    records = [of_run("photos-simsiam-gsg", s, 60.0 + s) for s in (0, 1)]
+    records += [of_run("photos-simsiam", s, 50.0 + s) for s in (0, 1)]
+    records += [of_run("cifar5k-simsiam-gsg", 0, 40.0), of_run("cifar5k-simsiam", 0, 41.0)]
+    number = len(claims.load()["claims"])
+    text = summary.in_words(PUBLISHED, records)[1]
+    assert f"photos, 3 epochs, CPU x 1: **1 holds, {number - 1} not run**" in text
+    assert f"12 epochs, CPU x 1: **1 not judged (one seed), {number - 1} not run**" in text
+    assert text.index("photos,") < text.index("5 000 images") and "none is shown" not in text
+    worse = [(n, r | {"value": 1.0 + s}) for s, (n, r) in enumerate(records[:2])]
+    worse = [(n, r | {"values": [r["value"]]}) for n, r in worse]
+    text = summary.in_words(PUBLISHED, worse + records[2:])[1]
+    assert "**1 does not hold" in text and text.endswith("So far none is shown to hold.")
+
+
+def test_a_cpu_is_known_by_its_cores():
+    names = ["AMD EPYC, 2 cores x 1", "arm, 8 cores x 2"]
+    assert summary.devices([{"hardware": name} for name in names]) == "CPU"
+    assert summary.devices([{"hardware": "NVIDIA H200 x 1"}]) == "NVIDIA H200 x 1"
+
+
+def test_settings_are_words():
+    settings = {"fixed_predictor_lr": False, "momentum_encoder": True, "lr": 1.0, "queue_size": 64}
+    words = ["no fixed predictor lr", "momentum encoder", "lr 1", "queue size 64"]
+    assert tables.settings_words({"settings": settings}) == words
+    assert tables.method_cell({"method": "SNCLR"}) == "SNCLR"
+
+
+def test_numbers_not_run_stand_in_one_table_with_their_notes(tmp_path):
+    text = report.build(golden(tmp_path), tmp_path / "ROOT.md")[tmp_path / "README.md"]
+    missing = text.split("## Published, not run yet")[1]
+    assert missing.count("| method |") == 1 and "lightly" not in missing
+    assert "| SNCLR | resnet50 | semi-sup 1% | ImageNet-1k | 800 | 4096 | not available" in missing
+    assert "| 80.7 (quoted by another work) | MULAN paper Table 7 |" in missing
+    line = next(li for li in missing.splitlines() if "NNCLR abstract" in li and "56.5" in li)
+    number = line.split("<sup>")[1].split("<")[0]
+    assert f"<sup>{number}</sup> MULAN's Table 7 prints 56.4" in missing
+    compared = text.split("## Ours under")[0].split("## Ours beside")[1]
+    assert compared.count("| method |") == 1  # of the one record that stands beside a number
+    assert "None so far" in "".join(report.beside([]))
+
+
+def test_a_run_that_was_stopped_says_so_in_the_readme(tmp_path):
+    golden(tmp_path)
+    data = {"dataset": "CIFAR-10", "copy": None, "incomplete": None, "epochs": 3.0, "batch": 128}
+    early = good(method="NNSiam", pretraining=data, hardware="AMD EPYC, 2 cores x 1")
+    note = "stopped after 3 of 8 scheduled epochs"
+    record.add(early | {"note": note}, folder=tmp_path / "records")
+    quick = early | {"protocol": "linear (stored features)", "note": "a quick look"}
+    record.add(quick, folder=tmp_path / "records")
+    root = report.build(tmp_path, tmp_path / "ROOT.md")[tmp_path / "ROOT.md"]
+    short = root.split("Short runs (")[1]
+    assert f"| NNSiam | vit_small | CIFAR-10 | 3 ({note}) |" in short
+    assert "that test the code and not the methods" in short
+    assert "| SNCLR |" not in short  # 200 and 300 epochs are not short
+    assert "Our runs under other settings" in root.split("Short runs (")[0]
+
+
 # -- the html page --------------------------------------------------------------------------------
 
 
@@ -221,7 +304,58 @@ def test_the_page_loads_nothing(tmp_path):
     assert "http" not in page.split("<body>")[0] and "@import" not in page
 
 
-@pytest.fixture
+def with_figures(folder):
+    listed = []
+    for name, page_ in (("a", "cifar10.md"), ("b", None), ("c", "README.md")):
+        (folder / "figures" / f"{name}.png").write_bytes(b"\x89PNG" + name.encode())
+        one = {"file": f"{name}.png", "caption": f"`{name}` <drawn>", "command": f"draw {name}"}
+        listed.append(one | ({"page": page_} if page_ else {}))
+    (folder / "figures" / "figures.yaml").write_text(yaml.safe_dump(listed))
+
+
+def test_the_page_has_the_claims_and_their_figures_and_no_backticks(tmp_path):
+    with_figures(golden(tmp_path))
+    for seed, value in ((0, 40.0), (1, 42.0)):
+        for run, more, method in (("nnsiam", 0.0, "NNSiam"), ("simsiam", 10.0, "SimSiam")):
+            _, one = of_run(f"photos-{run}", seed, value + more, method=method)
+            record.add(one, folder=tmp_path / "records")
+    text = report.build(tmp_path, tmp_path / "ROOT.md")[tmp_path / "index.html"]
+    body = text.split("<body>")[1].split("<script>")[0]
+    assert "`" not in body and "**" not in body
+    assert body.index('id="short"') < body.index('id="claims"') < body.index('id="compared"')
+    section = body.split('id="claims"')[1].split("</section>")[0]
+    row = next(li for li in section.splitlines() if "SimSiam is better with nearest" in li)
+    assert '<span class="verdict does-not-hold">does not hold</span> <b>-10.00</b>' in row
+    assert "k-NN 41.00 ± 1.41 against 51.00 ± 1.41" in row and "tests/test_nnsiam.py" in row
+    assert "<code>a</code> &lt;drawn&gt;" in section and section.count("<img") == 1
+    assert body.count("<img") == 2 and "draw b" in body and "draw c" not in body
+    assert 'id="compared"' in body and body.index('id="compared"') < body.index('id="apart"')
+
+
+def test_the_page_shows_notes_two_decimals_and_no_json(tmp_path):
+    golden(tmp_path)
+    one = good(method="NNSiam", settings={"momentum_encoder": True}, value=50.988)
+    record.add(one | {"values": [50.488, 51.488]}, folder=tmp_path / "records")
+    body = report.build(tmp_path, tmp_path / "ROOT.md")[tmp_path / "index.html"]
+    assert ">50.99</td>" in body and '{"' not in body.split("<body>")[1].split("<script>")[0]
+    assert "<td>momentum encoder</td>" in body
+    number = body.split("MULAN&#x27;s Table 7 prints 56.4")[0].rsplit('href="#note-', 1)[1][0]
+    assert f'<li id="note-{number}">MULAN\'s Table 7 prints 56.4</li>' in body
+
+
+def test_without_a_number_beside_a_papers_the_page_has_no_empty_columns(tmp_path):
+    for path in (golden(tmp_path) / "records").iterdir():
+        path.unlink()
+    body = report.build(tmp_path, tmp_path / "ROOT.md")[tmp_path / "index.html"]
+    assert "Published numbers, none of which we have run yet" in body
+    assert ">difference<" not in body and ">ours<" not in body
+
+
+def test_the_stored_page_is_small():
+    assert (ROOT / "results" / "index.html").stat().st_size < 1_050_000
+
+
+@pytest.fixture(scope="module")
 def browser():
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         if os.environ.get("REQUIRE_CHROMIUM"):
@@ -243,6 +377,18 @@ def browser():
     driver.quit()
 
 
+def visible(browser, section, column):
+    script = (
+        "return [...arguments[0].querySelectorAll('tbody tr')].filter(r => !r.hidden)"
+        ".map(r => r.cells[arguments[1]].textContent)"
+    )
+    return browser.execute_script(script, section, column)
+
+
+def clean_log(browser):
+    return [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
+
+
 def test_sorting_and_filtering_in_a_browser(browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
@@ -251,42 +397,100 @@ def test_sorting_and_filtering_in_a_browser(browser, tmp_path):
         path.write_text(text)
     browser.get((tmp_path / "index.html").as_uri())
     section = browser.find_element(By.ID, "compared")
-
-    def visible(column):
-        script = (
-            "return [...arguments[0].querySelectorAll('tbody tr')].filter(r => !r.hidden)"
-            ".map(r => r.cells[arguments[1]].textContent)"
-        )
-        return browser.execute_script(script, section, column)
-
-    heads = [b.text for b in section.find_elements(By.CSS_SELECTOR, "th button")]
-    everything = len(visible(0))
+    heads = browser.execute_script(
+        "return [...arguments[0].querySelectorAll('th')].map(h => h.textContent)", section
+    )
+    ours = [row for row in PUBLISHED if tables.is_recipe(row["method"])]
+    assert len(visible(browser, section, 0)) == len(ours)
+    options = [o for o in section.find_elements(By.TAG_NAME, "option") if o.text == "Supervised"]
+    assert options[0].get_property("hidden")
+    section.find_element(By.CLASS_NAME, "every").click()
+    everything = len(visible(browser, section, 0))
     assert everything == len(PUBLISHED)
     section.find_element(By.CSS_SELECTOR, "input").send_keys("SNCLR linear 300")
-    assert 0 < len(visible(0)) < 10
-    assert all("SNCLR" in method for method in visible(0))
+    assert 0 < len(visible(browser, section, 0)) < 10
+    assert all("SNCLR" in method for method in visible(browser, section, 0))
     section.find_element(By.CSS_SELECTOR, "input").clear()
     section.find_element(By.CSS_SELECTOR, "input").send_keys(" ")
-    assert len(visible(0)) == everything
+    assert len(visible(browser, section, 0)) == everything
     protocol = section.find_elements(By.TAG_NAME, "select")[1]
     Select(protocol).select_by_visible_text("semi-sup 10%")
-    assert set(visible(2)) == {"semi-sup 10%"}
+    assert set(visible(browser, section, 2)) == {"semi-sup 10%"}
     count = section.find_element(By.CLASS_NAME, "count").text
-    assert count == f"{len(visible(0))} of {everything} rows"
+    assert count == f"{len(visible(browser, section, 0))} of {everything} rows"
     Select(protocol).select_by_index(0)
+    method = Select(section.find_elements(By.TAG_NAME, "select")[0])
+    method.select_by_visible_text("Supervised")
+    assert set(visible(browser, section, 0)) == {"Supervised"}
+    section.find_element(By.CLASS_NAME, "every").click()  # takes the filter's value with it
+    assert len(visible(browser, section, 0)) == len(ours)
+    section.find_element(By.CLASS_NAME, "every").click()
     column = heads.index("published")
     button = section.find_elements(By.CSS_SELECTOR, "th button")[column]
     for descending in (False, True):
         button.click()
-        shown = [float(v) for v in visible(column) if v != "not at hand"]
+        texts = visible(browser, section, column)
+        shown = [float(v) for v in texts if v != tables.UNAVAILABLE]
         assert shown == sorted(shown, reverse=descending) and len(shown) > 200
-        assert visible(column)[-1] == "not at hand"  # empty ones stay last
-    section.find_elements(By.CSS_SELECTOR, "th button")[0].click()
-    assert visible(0) == sorted(visible(0), key=str.lower) or len(set(visible(0))) > 10
-    ours = [v for v in visible(heads.index("ours")) if v]
-    assert ours == ["73"]
-    problems = [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
-    assert problems == []
+        assert texts[-1] == tables.UNAVAILABLE  # empty ones stay last
+    epochs = heads.index("epochs")
+    section.find_elements(By.CSS_SELECTOR, "th button")[epochs].click()
+    numbers = [int(v.split()[0]) for v in visible(browser, section, epochs) if v != "unstated"]
+    assert numbers == sorted(numbers) and visible(browser, section, epochs)[-1] == "unstated"
+    assert [v for v in visible(browser, section, heads.index("ours")) if v] == ["73.00"]
+    assert clean_log(browser)
+
+
+@pytest.fixture
+def sized(browser):
+    """Opens the stored page at a width in pixels."""
+
+    def open_(width):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.get((ROOT / "results" / "index.html").as_uri())
+        return browser
+
+    yield open_
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize(("width", "highest"), [(1280, 110), (400, 180)])
+def test_rows_stay_low_and_nothing_is_cut_off(sized, width, highest):
+    measured = sized(width).execute_script(
+        "return [...document.querySelectorAll('section.data')].map(s => {"
+        "const box = s.querySelector('.scroll');"
+        "return [Math.max(...[...s.querySelectorAll('tbody tr')].map(r => r.offsetHeight)),"
+        "box.scrollWidth - box.clientWidth]})"
+    )
+    assert len(measured) == 2
+    for height, cut in measured:
+        assert 0 < height <= highest and cut <= 0
+    root = "const e = document.documentElement; return e.scrollWidth - e.clientWidth"
+    assert sized(width).execute_script(root) <= 0
+
+
+def test_on_a_narrow_screen_all_columns_scroll_beside_the_first(sized):
+    from selenium.webdriver.common.by import By
+
+    narrow = sized(400)
+    section = narrow.find_element(By.ID, "apart")
+    heads = section.find_elements(By.TAG_NAME, "th")
+    assert [h.text for h in heads if h.is_displayed()] == ["method", "protocol", "ours"]
+    brief = "return getComputedStyle(arguments[0], '::after').content"
+    cell = section.find_element(By.CSS_SELECTOR, "tbody td")
+    assert "epochs" in narrow.execute_script(brief, cell)
+    section.find_element(By.CLASS_NAME, "columns").click()
+    assert all(head.is_displayed() for head in heads)
+    place = (
+        "const box = arguments[0].querySelector('.scroll'); box.scrollLeft = 500;"
+        "const left = c => c.getBoundingClientRect().left - box.getBoundingClientRect().left;"
+        "const row = arguments[0].querySelector('tbody tr');"
+        "return [box.scrollLeft, left(row.cells[0]), left(row.cells[1])]"
+    )
+    scrolled, first, second = narrow.execute_script(place, section)
+    assert scrolled == 500 and abs(first) < 2 and second < 0
+    assert clean_log(narrow)
 
 
 # -- compare --------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""What the records come to: a few sentences, each counted from the records when it is written."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from results import claims, tables
+from results.reproduce import PROTOCOLS
+
+UNJUDGED = {"one seed": "not judged (one seed)", "not run": "not run"}
+
+
+def in_words(published: Sequence[dict[str, Any]], records) -> list[str]:
+    """Sentences in Markdown: the papers' numbers, their claims, and what our other runs are."""
+    rows, apart = tables.join(published, records)
+    text = [papers_numbers(rows), verdicts(claims.load(), claims.recorded(records))]
+    return [*text, *other_runs(rows, [r for _, r in apart])]
+
+
+def papers_numbers(rows: Sequence[tables.Row]) -> str:
+    """How many of the numbers that this repository aims at were run, by pre-training data."""
+    aims = [row for row in rows if tables.is_aim(row.published)]
+    said = []
+    for data in dict.fromkeys(row.published["pretraining"] for row in aims):
+        of = [row for row in aims if row.published["pretraining"] == data]
+        run = [row for row in of if row.records]
+        if not run:
+            said.append(f"no {data} number of the papers has been run yet (0 of {len(of)})")
+            continue
+        off = [tables.difference(r, row.published) for row in run for _, r in row.records]
+        known = [value for value in off if value is not None]
+        verb = "has" if len(run) == 1 else "have"
+        text = f"{len(run)} of the papers' {len(of)} {data} numbers {verb} been run"
+        said.append(text + (f", ours {span(known, '+.2f')} points off" if known else ""))
+    text = "; ".join(said)
+    missing = sum(row.published["value"] is None for row in aims)
+    more = f" The papers' tables of {missing} were not available to us." if missing else ""
+    return f"**{text[0].upper()}{text[1:]}.**{more}"
+
+
+def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
+    """How many claims hold, by k-NN, on each tier, with its budget; where most is judged first."""
+    tiers = []
+    for tier in what["tiers"]:
+        words = [word_of(claim, tier, PROTOCOLS["knn"], runs) for claim in what["claims"]]
+        judged = [word for word in words if word not in UNJUDGED]
+        known = [word for word in claims.WORDS if word in words]
+        counts = ", ".join(f"{words.count(w)} {UNJUDGED.get(w, w)}" for w in known)
+        budget = budget_of(ones_of(tier, what, runs))
+        name = f"{tier['short']}, {budget}" if budget else tier["short"]
+        counts = "not run yet" if {*words} == {"not run"} else counts
+        order = len(judged), len(words) - words.count("not run")
+        tiers.append((order, "holds" in words, f"{name}: **{counts}**"))
+    tiers.sort(key=lambda item: item[0], reverse=True)
+    text = f"Of {len(what['claims'])} claims, by k-NN. {'. '.join(said for *_, said in tiers)}."
+    if any(holds for _, holds, _ in tiers):
+        return text
+    return f"{text} So far none is shown to hold."
+
+
+def word_of(claim: dict, tier: dict, protocol: str, runs: claims.Runs) -> str:
+    pair = [claims.values(runs, tier["prefix"] + claim[side], protocol) for side in claims.SIDES]
+    return claims.judge(*pair).word if all(pair) else "not run"
+
+
+def ones_of(tier: dict, what: dict[str, Any], runs: claims.Runs) -> list[tables.Record]:
+    """The records of the runs that a tier's claims compare."""
+    names = dict.fromkeys(tier["prefix"] + c[side] for c in what["claims"] for side in claims.SIDES)
+    by_seed = [seeds for name in names for seeds in runs.get(name, {}).values()]
+    return [one for seeds in by_seed for _, one in seeds.values()]
+
+
+def budget_of(records: Sequence[tables.Record]) -> str:
+    """3 to 6 epochs, CPU; empty without records."""
+    epochs = [r["pretraining"]["epochs"] for r in records]
+    if not epochs or None in epochs:
+        return ""
+    return f"{span(epochs)} epochs, {devices(records)}"
+
+
+def span(numbers: Sequence[float], form: str = "g") -> str:
+    """3 to 6; of equal numbers the one."""
+    ends = [f"{end(numbers):{form}}" for end in (min, max)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def devices(records: Iterable[tables.Record]) -> str:
+    """CPU where every record is of one: only a CPU's name in a record counts its cores."""
+    kinds = {"CPU" if " cores x " in r["hardware"] else r["hardware"] for r in records}
+    return ", ".join(sorted(kinds))
+
+
+def shortest(rows: Iterable[tables.Row]) -> float:
+    """The fewest epochs that a number that we aim at was trained for."""
+    aims = [row.published for row in rows if tables.is_aim(row.published)]
+    return min(p["epochs"] for p in aims if p["epochs"] is not None)
+
+
+def is_short(record: tables.Record, papers: float) -> bool:
+    """Whether a run has fewer epochs than any of the papers' runs."""
+    epochs = record["pretraining"]["epochs"]
+    return epochs is not None and epochs < papers
+
+
+def other_runs(rows: Sequence[tables.Row], apart: Sequence[tables.Record]) -> list[str]:
+    """That short runs test the code and not the methods, where there are any."""
+    papers = shortest(rows)
+    short = [r for r in apart if is_short(r, papers)]
+    if not short:
+        return []
+    which = f"All {len(apart)}" if len(short) == len(apart) else f"{len(short)} of the {len(apart)}"
+    return [
+        f"**{which} numbers of ours under other settings** are of short runs: {budget_of(short)}; "
+        f"the papers' shortest has {papers:g} epochs. They test the code, not the methods."
+    ]
