@@ -11,6 +11,7 @@ and exits with 75; the same command continues. Nothing left to do: exit code 0.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import yaml
 
 from common.config import gpu_is_there
 from common.errors import EXIT_STOPPED, Stopped, UserError, command, nearest_name
-from common.record import NOT_SETTINGS, PLACES
+from common.record import differing, preset_of, resolved, settings_of
 from results import record
 
 HERE = Path(__file__).resolve().parent
@@ -126,23 +127,33 @@ class Work:
 
 def is_of(one: dict[str, Any], piece: Piece) -> bool:
     """Whether a record, perhaps of another machine, is of this piece: by recipe, seed,
-    flags, and the name that its training command gave the run folder.
+    settings, and the name that its training command gave the run folder.
     """
-    flags = {name.replace("-", "_"): value for name, value in piece.run["flags"].items()}
     seeds = one["seeds"]
     if one.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
         seeds = one["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
     if one["recipe"] != piece.run["recipe"] or seeds != [piece.seed]:
         return False
-    if one["pretraining"]["epochs"] != flags.get("epochs", one["pretraining"]["epochs"]):
+    folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
+    if piece.name not in {Path(folder).name for folder in folders}:
         return False
     if "stopped after" in one.get("note", ""):
         return False
-    asked = {n: v for n, v in flags.items() if n not in NOT_SETTINGS | PLACES}
-    if one.get("settings", {}) != asked:
+    config = config_of(piece.run)
+    if one["pretraining"]["epochs"] != config["epochs"]:
         return False
-    folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
-    return piece.name in {Path(folder).name for folder in folders}
+    return differing(one.get("settings") or {}, own_of(piece.run)) == settings_of(config)
+
+
+def config_of(run: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run of the plan, as its run folder would have it."""
+    config = resolved(run["recipe"], tuple(flags_of(run)))
+    return {"recipe": run["recipe"], **dataclasses.asdict(config)}
+
+
+def own_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe has for the data set, encoder and length of a run of the plan."""
+    return dataclasses.asdict(preset_of(run["recipe"], config_of(run)))
 
 
 def is_locked(folder: Path) -> bool:
@@ -210,13 +221,19 @@ def nothing_left(plan: list[dict[str, Any]], here: list[dict[str, Any]], work: W
     return "; ".join(text)
 
 
-def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
+def flags_of(run: dict[str, Any]) -> list[str]:
+    """The flags of a run of the plan as its command line has them."""
     flags = []
-    for name, value in piece.run["flags"].items():
+    for name, value in run["flags"].items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
             flags += [f"--{name}", str(value)]
+    return flags
+
+
+def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
+    flags = flags_of(piece.run)
     if data:
         flags += ["--data", shown(data)]
     script = ROOT / "recipes" / f"{piece.run['recipe']}.py"
