@@ -1,6 +1,7 @@
 """The results pages, made of records and published numbers, never typed.
 
-    python results/report.py                 # writes README.md here, index.html, the root's table
+    python results/report.py                 # writes README.md here, index.html, the root's table,
+                                             # and draws the figures that are made of records
     python results/report.py --check         # says what is out of date and exits with 1
     python results/report.py compare RUN [RUN …] [--output compare.png]
 
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError, command
-from results import claims, compare, page, record, tables
+from results import claims, compare, curves, page, record, tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -49,22 +50,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
     arguments = parser.parse_args(argv)
     pages = build()
+    figures = curves.stale(load_figures(FIGURES), record.load_shown(), FIGURES)
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if arguments.check:
-        if stale:
-            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        if stale or figures:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in [*stale, *figures])
             raise UserError(f"out of date: {names}; run python results/report.py")
-        print("the pages say what the records say")
+        print("the pages and figures say what the records say")
         return None
     for path in stale:
         path.write_text(pages[path])
-    print("\n".join(f"wrote {path}" for path in stale) or "nothing has changed")
+    for path, numbers in figures.items():
+        curves.draw(path, numbers)
+    print("\n".join(f"wrote {path}" for path in [*stale, *figures]) or "nothing has changed")
 
 
 def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, str]:
     """The text of every page, made of published.yaml, records/ and figures/ in `folder`."""
     published = tables.load_published(folder / "published.yaml")
-    records = [(path.name, r) for path, r in record.load_all(folder / "records")]
+    records = record.load_shown(folder / "records")
     figures = load_figures(folder / "figures")
     of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
     others = [figure for figure in figures if figure not in of_claims]
