@@ -114,8 +114,7 @@ def compared(rows: list[tables.Row]) -> tuple[list[str], list[list[Cell]], tuple
     cells: list[list[Cell]] = []
     for row in rows:
         p = row.published
-        settings = "".join(f", {n} {v}" for n, v in (p.get("settings") or {}).items())
-        left: list[Cell] = [p["method"] + settings, p["arch"], p["protocol"], p["dataset"]]
+        left: list[Cell] = [tables.method_cell(p), p["arch"], p["protocol"], p["dataset"]]
         left.append(p["metric"])
         for name, text in zip(tables.BUDGET, tables.budget_cells(p), strict=True):
             left.append((text, number(p[name])[1]))
@@ -127,7 +126,8 @@ def compared(rows: list[tables.Row]) -> tuple[list[str], list[list[Cell]], tuple
                 continue
             ours = [number(r["value"]), number(tables.difference(r, p), signed=True)]
             ours.append(tables.spread_cell(r))
-            cells.append([*left, *ours, *origin, tables.commit_cell(r), link(name)])
+            what = [tables.method_cell(r), *left[1:]]
+            cells.append([*what, *ours, *origin, tables.commit_cell(r), link(name)])
     return head, cells, ("method", "protocol", "evaluated on")
 
 
