@@ -366,6 +366,22 @@ def two_runs(tmp_path):
     return folders
 
 
+def test_compare_has_the_results_of_a_run_that_was_stopped(two_runs):
+    """--max-steps ends within an epoch: the last metrics are of the epoch before, or of none."""
+    run = two_runs[0]
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (run / "metrics.jsonl").write_text(first + "\n")
+    assert compare.last_of(compare.load(run))["knn"] == "–"
+    results = {"knn": 0.3125, "epoch": 0.05, "hours": 0.1}
+    (run / "results.json").write_text(json.dumps(results))
+    text = compare.text(["a", "b"], [compare.load(folder) for folder in two_runs])
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert rows["knn"][1:] == ["31.2%", "60.0%"] and rows["knn before"][-2:] == ["20.0%", "20.0%"]
+    assert rows["epochs done"][-2:] == ["0.05", "2"]
+    (run / "results.json").write_text(json.dumps(results | {"knn": None}))  # no labels
+    assert compare.last_of(compare.load(run))["knn"] == "–"
+
+
 def test_compare_says_what_differs_first(two_runs, tmp_path):
     text = compare.text(["a", "b"], [compare.load(run) for run in two_runs]).splitlines()
     assert text[0].split() == ["a", "b"] and text[1].split() == ["lr", "0.1", "0.2"]
