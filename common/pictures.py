@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from common.errors import UserError, make_folder
 
@@ -137,14 +138,17 @@ def check_target(path: Path) -> None:
     make_folder(path.parent)
 
 
-def save(figure, path: Path, plt) -> None:
+def save(figure, path: Path, plt, facts: dict[str, str] | None = None) -> None:
     """Writes the picture beside and renames it, in 256 colours: a third of the size, small enough
-    to keep in a repository and inside a page.
+    to keep in a repository and inside a page. `facts` become the PNG's text chunks.
     """
+    chunks = PngInfo()
+    for name, text in (facts or {}).items():
+        chunks.add_text(name, text)
     beside = path.with_suffix(".partial.png")
     figure.savefig(beside, dpi=110)
     plt.close(figure)
     with Image.open(beside) as picture:
         few = picture.convert("RGB").quantize(256)
-    few.save(beside, optimize=True)
+    few.save(beside, optimize=True, pnginfo=chunks)
     beside.replace(path)

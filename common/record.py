@@ -4,8 +4,12 @@ An evaluation takes `of_runs`, adds what it measured, and writes a JSON file tha
 `python results/record.py add` stores; results/schema.json says what is in it.
 """
 
+import contextlib
+import dataclasses
 import datetime
+import functools
 import hashlib
+import importlib
 import json
 import re
 import statistics
@@ -16,6 +20,7 @@ from typing import Any
 import yaml
 
 from common import backbone, environment, metrics
+from common.config import RunConfig, numbers_of, parse, values_before
 from common.errors import UserError
 
 SCHEMA = Path(__file__).resolve().parent.parent / "results" / "schema.json"
@@ -28,8 +33,9 @@ METHODS = {
     "byol_gsg": "BYOL-GSG",
 }
 # flags that do not make another experiment: places, speed, and what has its own field in a record
-NOT_SETTINGS = {"recipe", "dataset", "arch", "seed", "epochs", "batch_size", "follow", "gsg"}
-NOT_SETTINGS |= {"precision", "train_images", "validation_share"}
+ROW = ("dataset", "arch", "epochs", "batch_size", "follow", "gsg")  # these choose the presets too
+NOT_SETTINGS = {"recipe", "seed", *ROW, "train_images", "validation_share"}
+NOT_SETTINGS |= {"precision", "augment_device", "compile"}  # where, and in which order of sums
 DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"}
 PLACES = {"data", "output", "workers", "download", "wandb", "knn_every", "checkpoint_minutes"}
 PLACES |= {"snapshot_epochs", "resume", "max_steps", "on_bad_image", "config"}
@@ -108,7 +114,7 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
         "seeds": [f["config"]["seed"] for f in facts],
         "seeds_of": "pretraining",
         "epoch": "last",
-        "settings": settings_of(config, seen["command"]),
+        "settings": settings_of(config),
         "commit": commits.pop(),
         "dirty": any(f["results"]["dirty"] is not False for f in facts),
         "config_hash": first["results"]["config_hash"],
@@ -179,12 +185,77 @@ def dataset_of(dataset: str, name: str) -> tuple[str, str | None]:
     return DATASETS.get(dataset, "other"), found.group(1) if found else None
 
 
-def settings_of(config: dict[str, Any], line: str) -> dict[str, Any]:
-    """The values of the flags that a command line gave, places and what has a field aside."""
-    given = re.findall(r"--(?:no-)?([a-z0-9-]+)", line.replace("_", "-"))
-    names = [name.replace("-", "_") for name in given]
-    skip = NOT_SETTINGS | PLACES
-    return {name: config[name] for name in names if name in config and name not in skip}
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run's configuration that enter its numbers and are not what its recipe has
+    for this data set, encoder, length and reading of the paper, however they were given.
+    """
+    own = preset_of(config["recipe"], config)
+    before = values_before(own)
+    found = {}
+    for name, value in numbers_of(own).items():
+        ours = config.get(name, before.get(name, value))  # a run that is older than the field
+        if name not in NOT_SETTINGS | PLACES and ours != value and is_setting(name, ours, config):
+            found[name] = ours
+    return found
+
+
+def is_setting(name: str, value: Any, config: dict[str, Any]) -> bool:
+    """False for the values that make nothing but speed: pieces of a batch where there is no batch
+    norm in the encoder, and the other way to the same views, bit for bit.
+    """
+    if name == "micro_batch":
+        return not config["arch"].startswith("vit")
+    return (name, value) != ("input", "reference")
+
+
+def preset_of(recipe: str, config: dict[str, Any]) -> RunConfig:
+    """What a recipe runs without any other flag than those that choose the row of a table."""
+    flags = []
+    for name in ROW:
+        flag, value = name.replace("_", "-"), config.get(name)
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", str(value)]
+    return resolved(recipe, tuple(flags))
+
+
+@functools.cache
+def resolved(recipe: str, flags: tuple[str, ...]) -> RunConfig:
+    """The configuration that a recipe makes of a command line; UserError where it refuses it."""
+    module = importlib.import_module(f"recipes.{recipe}")  # by name: nothing here knows a recipe
+    resolve = getattr(module, "resolve", None) or module.check
+    return parse(module.Config, module.PRESETS, flags, resolve)
+
+
+def as_shown(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as tables read it: without settings that are the recipe's own. Older records have
+    every flag of their command line there, also one that says what holds without it.
+    """
+    settings, what = record.get("settings"), record["pretraining"]
+    if not settings or record["recipe"] not in METHODS:
+        return record
+    scheduled = re.search(r"of (\S+) scheduled epochs", record.get("note", ""))
+    epochs = float(scheduled[1]) if scheduled else what["epochs"]
+    config = {
+        "dataset": {name: flag for flag, name in DATASETS.items()}.get(what["dataset"]),
+        "arch": record["arch"],
+        "epochs": None if epochs is None else round(epochs),
+        "batch_size": what["batch"],
+    }
+    if record["method"].endswith(" (official)"):
+        config["follow"] = "official"
+    if record["recipe"].endswith("_gsg"):
+        config["gsg"] = "GSG" in record["method"]
+    own: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # no row of this recipe: nothing is its own
+        own = dataclasses.asdict(preset_of(record["recipe"], config))
+    return record | {"settings": differing(settings, own)}
+
+
+def differing(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not a recipe's `own` values."""
+    return {n: v for n, v in settings.items() if n not in own or own[n] != v}
 
 
 def with_values(record: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:

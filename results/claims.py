@@ -1,15 +1,12 @@
 """The papers' claims at equal budget: cifar10.md, made of claims.yaml, plan.yaml and records.
 
-python results/report.py                                  # writes the page with the others
-python results/claims.py photos --output curves.png       # a tier's curves, from its records
+python results/report.py writes the page with the others.
 """
 
-import argparse
 import functools
 import math
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from common.errors import UserError, command
-from results import record, tables
+from common.errors import UserError
+from results import tables
 from results.reproduce import PROTOCOLS, Piece, is_of, load_plan
 
 HERE = Path(__file__).resolve().parent
@@ -390,73 +387,3 @@ are secondary), and the numbers of its CIFAR-10 table are not at hand. Its appen
 that the clusters of CIFAR-10 part better with guided stop-gradient, for SimSiam and BYOL; compare
 the pictures above, with their silhouettes. lightly's table is of its own benchmark, without guided
 stop-gradient; batch and epochs are as given there."""
-
-
-# -- curves ---------------------------------------------------------------------------------------
-
-PANELS = {"knn": "k-NN accuracy", PURITY: "retrieved with the query's label"}
-PANELS |= {"effective_rank": "effective rank"}
-
-
-def draw(path: Path, tier: dict[str, str], what: dict[str, Any], runs: Runs) -> None:
-    """k-NN, purity and effective rank over the epochs: a line for each run, the mean over seeds,
-    with the seeds in pale.
-    """
-    from common import pictures
-
-    plt = pictures.headless_pyplot()
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4.3 * len(PANELS), 3.9))
-    colours = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]
-    for (name, method), colour in zip(what["runs"].items(), colours, strict=False):
-        curves = histories(runs, tier["prefix"] + name)
-        for axis, metric in zip(axes, PANELS, strict=True):
-            points = [points_of(curve, metric) for curve in curves]
-            for xs, ys in points:
-                axis.plot(xs, ys, color=colour, alpha=0.3, lw=0.8)
-            epochs = (
-                [e for e in points[0][0] if average(curves, metric, e) is not None]
-                if points
-                else []
-            )
-            if epochs:
-                means = [average(curves, metric, e) for e in epochs]
-                axis.plot(epochs, means, color=colour, marker="o", ms=3, label=method)
-    for axis, label in zip(axes, PANELS.values(), strict=True):
-        axis.set_title(label, fontsize=10)
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    lines, labels = axes[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="lower center", ncols=5, fontsize=8, frameon=False)
-    figure.suptitle(tier["title"].replace("`", ""), fontsize=11)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    pictures.save(figure, path, plt)
-
-
-def points_of(curve: dict[str, list], metric: str) -> tuple[list[int], list[float]]:
-    """The epochs at which a metric was taken, and its values."""
-    pairs = zip(curve["epoch"], curve.get(metric, []), strict=False)
-    pairs = [(epoch, value) for epoch, value in pairs if value is not None]
-    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
-
-
-def main(argv: list[str] | None = None) -> None:
-    what = load()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = {tier["prefix"].rstrip("-") or "cifar10": tier for tier in what["tiers"]}
-    parser.add_argument("tier", choices=names, help="whose curves")
-    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
-    arguments = parser.parse_args(argv)
-    tier = names[arguments.tier]
-    runs = recorded([(path.name, one) for path, one in record.load_all()])
-    if not any(histories(runs, tier["prefix"] + name) for name in what["runs"]):
-        raise UserError(f"{arguments.tier}: no record of these runs has a history to draw")
-    draw(arguments.output, tier, what, runs)
-    print(f"wrote {arguments.output}")
-
-
-if __name__ == "__main__":
-    sys.exit(command(main))

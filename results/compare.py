@@ -82,7 +82,7 @@ MEASURED += ("neighbour_purity", "images_per_second", "hours")
 
 
 def last_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What the run's last epoch says."""
+    """What the run's last epoch says, and its results where it is finished."""
     epochs = [r for r in run["metrics"] if r["kind"] == "epoch"]
     steps = [r for r in run["metrics"] if r["kind"] == "step"]
     values: dict[str, Any] = {}
@@ -94,8 +94,10 @@ def last_of(run: dict[str, Any]) -> dict[str, Any]:
     trained = [r["knn"] for r in with_knn if r["epoch"] > 0]
     values["knn"] = f"{trained[-1]:.1%}" if trained else "–"
     values["epochs done"] = max((r["epoch"] for r in epochs), default=0)
-    if run["results"]:
-        values["hours"] = run["results"]["hours"]
+    if results := run["results"]:  # of the last step, which may be within an epoch (--max-steps)
+        values |= {"hours": results["hours"], "epochs done": results["epoch"]}
+        if results["knn"] is not None:
+            values["knn"] = f"{results['knn']:.1%}"
     return values
 
 

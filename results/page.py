@@ -3,7 +3,7 @@
 import base64
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,8 @@ def published_table(rows: list[tables.Row]) -> Table:
     for row in sorted(rows, key=position):
         for name, r in row.records or [("", None)]:
             cells = published_cells(row.published, notes)
+            if r:  # with the settings that the published number leaves open
+                cells[0] = replace(cells[0], html=escape(tables.method_cell(r)))
             if any_run:
                 cells[-1:-1] = ours_cells(r, row.published)
                 cells += [Cell(tables.commit_cell(r) if r else ""), links(name)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, command
-from common.record import facts_of, of_runs, problems, read, with_values
+from common.record import as_shown, facts_of, of_runs, problems, read, with_values
 
 HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
 HISTORY += ("images_per_second",)
@@ -77,6 +77,11 @@ def load_all(folder: Path = RECORDS) -> list[tuple[Path, dict[str, Any]]]:
             raise UserError(f"{path}: {found[0]}")
         records.append((path, record))
     return records
+
+
+def load_shown(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
+    """Every stored record with its file's name, as tables read it."""
+    return [(path.name, as_shown(record)) for path, record in load_all(folder)]
 
 
 def knn_record(runs: Sequence[Path]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The results pages, made of records and published numbers, never typed.
 
-    python results/report.py                 # writes README.md here, index.html, the root's table
+    python results/report.py                 # writes README.md here, index.html, the root's table,
+                                             # and draws the figures that are made of records
     python results/report.py --check         # says what is out of date and exits with 1
     python results/report.py compare RUN [RUN …] [--output compare.png]
 
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError, command
-from results import claims, compare, page, record, summary, tables
+from results import claims, compare, curves, page, record, summary, tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -51,22 +52,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
     arguments = parser.parse_args(argv)
     pages = build()
+    figures = curves.stale(load_figures(FIGURES), record.load_shown(), FIGURES)
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if arguments.check:
-        if stale:
-            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        if stale or figures:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in [*stale, *figures])
             raise UserError(f"out of date: {names}; run python results/report.py")
-        print("the pages say what the records say")
+        print("the pages and figures say what the records say")
         return None
     for path in stale:
         path.write_text(pages[path])
-    print("\n".join(f"wrote {path}" for path in stale) or "nothing has changed")
+    for path, numbers in figures.items():
+        curves.draw(path, numbers)
+    print("\n".join(f"wrote {path}" for path in [*stale, *figures]) or "nothing has changed")
 
 
 def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, str]:
     """The text of every page, made of published.yaml, records/ and figures/ in `folder`."""
     published = tables.load_published(folder / "published.yaml")
-    records = [(path.name, r) for path, r in record.load_all(folder / "records")]
+    records = record.load_shown(folder / "records")
     figures = load_figures(folder / "figures")
     of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
     others = [figure for figure in figures if figure not in of_claims]
@@ -191,7 +195,7 @@ def compared_cells(rows: Iterable[tables.Row], notes: Sequence[str]) -> Iterable
         for name, r in row.records:
             off = tables.difference(r, p)
             yield [
-                tables.method_cell({**p, "method": r["method"]}),
+                tables.method_cell(r),
                 p["arch"],
                 *tables.budget_cells(p),
                 tables.published_cell(p) + metric_cell(p),
@@ -257,7 +261,7 @@ def in_short(published, records) -> str:
     cells = []
     for row in main_rows:
         p = row.published
-        ours = ", ".join(tables.percent(r["value"]) for _, r in row.records) or "not run yet"
+        ours = ", ".join(summary_cell(r, p) for _, r in row.records) or "not run yet"
         left = [tables.method_cell(p), p["arch"], *tables.budget_cells(p)]
         cells.append([*left, tables.published_cell(p), p["source"] + note_mark(p, notes), ours])
     text = [f"- {said}" for said in summary.in_words(published, records)]
@@ -286,6 +290,16 @@ def whole_runs(rows: Sequence[tables.Row], apart: Sequence[tuple[str, dict]]) ->
         text += [f"Short runs ({budget}) that test the code and not the methods, beside which no"]
         text += ["paper has a number:\n", *side_by_side(short), ""]
     return text
+
+
+def summary_cell(record: tables.Record, row: dict[str, Any]) -> str:
+    """Our number, with the settings that the published one's source leaves open: 75.10
+    (multi crop).
+    """
+    told = tables.stated(record, row)
+    settings = {n: v for n, v in (record.get("settings") or {}).items() if n not in told}
+    more = tables.settings_words({"settings": settings})
+    return tables.percent(record["value"]) + (f" ({', '.join(more)})" if more else "")
 
 
 def is_whole(pretraining: dict[str, Any]) -> bool:

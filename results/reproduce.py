@@ -1,16 +1,19 @@
 """The plan of runs: what is recorded, running, missing; and the next piece of it.
 
-    python results/reproduce.py --list                               # the plan as YAML, with states
+    python results/reproduce.py --list                               # the plan as a table
     python results/reproduce.py --next --budget 9m --cifar10 PATH    # goes on with it
     python results/reproduce.py --next --only photos-nnclr           # this run and no other
+    python results/reproduce.py --next --only photos-nnclr --again   # though it is recorded
 
 --next continues an unfinished run first, else starts the first missing one whose data is given and
 which is planned for such a machine (with a GPU, or on a CPU; --only runs any); it trains, evaluates
 and stores the records. When the budget is spent it stops the run, which saves,
-and exits with 75; the same command continues. Nothing left to do: exit code 0.
+and exits with 75; the same command continues. Nothing left to do: exit code 0. --again leaves the
+stored records as they are: its own are under --runs, and it says both numbers.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -27,8 +30,16 @@ import yaml
 
 from common.config import gpu_is_there
 from common.errors import EXIT_STOPPED, Stopped, UserError, command, nearest_name
-from common.record import NOT_SETTINGS, PLACES
-from results import record
+from common.record import (
+    DATASETS,
+    differing,
+    method_of,
+    part_of,
+    preset_of,
+    resolved,
+    settings_of,
+)
+from results import record, tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -96,21 +107,34 @@ def pieces(plan: list[dict[str, Any]]) -> Iterator[Piece]:
 class Work:
     """The folders of the plan's runs and the records that exist."""
 
-    def __init__(self, runs: Path, records: Path = record.RECORDS):
-        self.runs, self.records = runs, records
+    def __init__(self, runs: Path, records: Path | None = None):
+        self.runs, self.records = runs, records or record.RECORDS
+        self.read: tuple[Any, list[tuple[Path, dict[str, Any]]]] = None, []
+
+    def stored(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Every record; read again only where a file has changed."""
+        files = sorted((p, p.stat().st_mtime_ns) for p in self.records.glob("*.json"))
+        if self.read[0] != files:
+            self.read = files, record.load_all(self.records)
+        return self.read[1]
 
     def folder(self, piece: Piece) -> Path:
         return self.runs / piece.name
 
-    def recorded(self, piece: Piece) -> list[str]:
-        """The evaluations of this piece that have a record, known by the backbone's checksum."""
+    def found(self, piece: Piece) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """The records of this piece by protocol, known by the backbone's checksum or by name."""
         results = self.folder(piece) / "results.json"
-        done = set()
         trained = json.loads(results.read_text()) if results.exists() else None
-        for _, one in record.load_all(self.records):
+        found = {}
+        for path, one in self.stored():
             of_this = trained and trained["backbone_sha256"] in one["backbone_sha256"]
             if of_this or is_of(one, piece):
-                done.add(one["protocol"])
+                found[one["protocol"]] = path, one
+        return found
+
+    def recorded(self, piece: Piece) -> list[str]:
+        """The evaluations of this piece that have a record."""
+        done = self.found(piece)
         return [e for e in piece.run["evaluations"] if PROTOCOLS[e] in done]
 
     def state(self, piece: Piece) -> str:
@@ -126,23 +150,33 @@ class Work:
 
 def is_of(one: dict[str, Any], piece: Piece) -> bool:
     """Whether a record, perhaps of another machine, is of this piece: by recipe, seed,
-    flags, and the name that its training command gave the run folder.
+    settings, and the name that its training command gave the run folder.
     """
-    flags = {name.replace("-", "_"): value for name, value in piece.run["flags"].items()}
     seeds = one["seeds"]
     if one.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
         seeds = one["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
     if one["recipe"] != piece.run["recipe"] or seeds != [piece.seed]:
         return False
-    if one["pretraining"]["epochs"] != flags.get("epochs", one["pretraining"]["epochs"]):
+    folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
+    if piece.name not in {Path(folder).name for folder in folders}:
         return False
     if "stopped after" in one.get("note", ""):
         return False
-    asked = {n: v for n, v in flags.items() if n not in NOT_SETTINGS | PLACES}
-    if one.get("settings", {}) != asked:
+    config = config_of(piece.run)
+    if one["pretraining"]["epochs"] != config["epochs"]:
         return False
-    folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
-    return piece.name in {Path(folder).name for folder in folders}
+    return differing(one.get("settings") or {}, own_of(piece.run)) == settings_of(config)
+
+
+def config_of(run: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run of the plan, as its run folder would have it."""
+    config = resolved(run["recipe"], tuple(flags_of(run)))
+    return {"recipe": run["recipe"], **dataclasses.asdict(config)}
+
+
+def own_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe has for the data set, encoder and length of a run of the plan."""
+    return dataclasses.asdict(preset_of(run["recipe"], config_of(run)))
 
 
 def is_locked(folder: Path) -> bool:
@@ -158,23 +192,51 @@ def is_locked(folder: Path) -> bool:
 # -- doing it -------------------------------------------------------------------------------------
 
 
-def listing(plan: list[dict[str, Any]], work: Work) -> list[dict[str, Any]]:
-    """The plan with the state of every seed and the hours that are left."""
-    rows = []
+def listing(plan: list[dict[str, Any]], work: Work) -> str:
+    """The plan as a table: what is recorded, what the rest takes, and what it is for."""
+    published = tables.load_published()
+    head = ("name", "for", "seeds", "hours left", "", "published number")
+    rows, total = [head], {}
+    done = of = 0
     for run in plan:
-        states = {seed: work.state(Piece(run, seed)) for seed in run["seeds"]}
-        left = sum(state not in ("recorded", "trained") for state in states.values())
-        shown = {"state": {f"seed {seed}": state for seed, state in states.items()}}
-        todo = {
-            f"seed {seed}": [e for e in run["evaluations"] if e not in done]
-            for seed in run["seeds"]
-            if (done := work.recorded(Piece(run, seed))) != run["evaluations"]
-            and states[seed] == "trained"
-        }
-        if todo:
-            shown["to evaluate"] = todo
-        rows.append({**run, **shown, "hours left": round(left * run["hours"], 3)})
-    return rows
+        states = [work.state(Piece(run, seed)) for seed in run["seeds"]]
+        hours = run["hours"] * sum(state not in ("recorded", "trained") for state in states)
+        seeds = f"{states.count('recorded')}/{len(states)}"
+        between = [f"{states.count(s)} {s}" for s in STATES[1:-1] if s in states]
+        seeds += f" ({', '.join(between)})" if between else ""
+        basis = run["basis"] if hours else ""
+        rows.append(
+            (run["name"], run["device"], seeds, f"{hours:.3g}", basis, aims(run, published))
+        )
+        total[run["device"]] = total.get(run["device"], 0.0) + hours
+        done, of = done + states.count("recorded"), of + len(states)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    hours = ", ".join(f"{h:.4g} h on {device}" for device, h in total.items() if h)
+    left = f"left to train: {hours}" if hours else "nothing is left to train"
+    return "\n".join([*lines, f"{done} of {of} seeds are recorded; {left}"])
+
+
+def aims(run: dict[str, Any], published: list[dict[str, Any]]) -> str:
+    """The published numbers beside which a run's own would stand, were its data set the original:
+    linear 75.6.
+    """
+    config, said = config_of(run), []
+    name = DATASETS.get(config["dataset"], "other")
+    what = {"dataset": name, "copy": None, "incomplete": part_of(config)}
+    what |= {"epochs": config["epochs"], "batch": config["batch_size"]}
+    on = {"name": name, "copy": None, "incomplete": None}
+    like = {"method": method_of(config), "arch": config["arch"], "pretraining": what, "dataset": on}
+    like |= {"metric": "top1", "epoch": "last", "settings": settings_of(config)}
+    for evaluation in run["evaluations"]:
+        one = like | {"protocol": PROTOCOLS[evaluation]}
+        rows = [row for row in published if tables.is_like(one, row)]
+        numbers = [tables.exact(row) for row in rows if row["value"] is not None]
+        numbers = numbers or ["not at hand"] * bool(rows)
+        said += [f"{evaluation} {number}" for number in dict.fromkeys(numbers)]
+    return ", ".join(said)
 
 
 def choose(plan: list[dict[str, Any]], work: Work, has_data: Callable[[str], bool]) -> Piece | None:
@@ -210,13 +272,65 @@ def nothing_left(plan: list[dict[str, Any]], here: list[dict[str, Any]], work: W
     return "; ".join(text)
 
 
-def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
+def nothing_of(run: dict[str, Any], work: Work, again: bool) -> str:
+    """Why there is nothing to do of this one run; UserError where its data is missing."""
+    states = {seed: work.state(Piece(run, seed)) for seed in run["seeds"]}
+
+    def having(*wanted: str) -> str:
+        seeds = [str(seed) for seed, state in states.items() if state in wanted]
+        return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
+
+    if left := having("unfinished", "trained", "missing"):
+        flag = f"--{Piece(run, 0).dataset} PATH"
+        raise UserError(f"{run['name']} needs {flag}, the folder of its images, for {left}")
+    if running := having("running"):
+        return f"{run['name']} is running in another process ({running})"
+    if again:
+        return f"{run['name']} was run again already ({having('recorded')}): {work.runs}"
+    return f"{run['name']} is recorded already ({having('recorded')}); --again runs it nevertheless"
+
+
+def recorded_part(run: dict[str, Any], work: Work) -> dict[str, Any]:
+    """The run with those of its seeds that are recorded; UserError where none is."""
+    seeds = [seed for seed in run["seeds"] if work.state(Piece(run, seed)) == "recorded"]
+    if not seeds:
+        raise UserError(f"{run['name']} is not recorded yet: run it without --again")
+    return run | {"seeds": seeds}
+
+
+def both_numbers(piece: Piece, again: Work, work: Work) -> str:
+    """What the repeated run has, and what is stored, for each evaluation."""
+    lines, stored = [], work.found(piece)
+    for protocol, (path, one) in again.found(piece).items():
+        old_path, old = stored[protocol]
+        now, then = value_of(one, piece.seed), value_of(old, piece.seed)
+        lines.append(
+            f"{piece.name}, {protocol}: {now:.2f} ({shown(path)}); "
+            f"recorded: {then:.2f} ({shown(old_path)})"
+        )
+    return "\n".join(lines)
+
+
+def value_of(one: dict[str, Any], seed: int) -> float:
+    """A record's number for one seed of the training."""
+    if one.get("seeds_of", "pretraining") == "pretraining" and seed in one["seeds"]:
+        return one["values"][one["seeds"].index(seed)]
+    return one["value"]
+
+
+def flags_of(run: dict[str, Any]) -> list[str]:
+    """The flags of a run of the plan as its command line has them."""
     flags = []
-    for name, value in piece.run["flags"].items():
+    for name, value in run["flags"].items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
             flags += [f"--{name}", str(value)]
+    return flags
+
+
+def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
+    flags = flags_of(piece.run)
     if data:
         flags += ["--data", shown(data)]
     script = ROOT / "recipes" / f"{piece.run['recipe']}.py"
@@ -310,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="print the plan with its states as YAML")
+    what.add_argument("--list", action="store_true", help="print the plan with its states")
     what.add_argument("--next", action="store_true", help="do the next piece of it")
     parser.add_argument(
         "--budget",
@@ -320,6 +434,11 @@ def main(argv: list[str] | None = None) -> None:
         help="stop and save after so long: 9m, 1.5h, 540 (default: none)",
     )
     parser.add_argument("--only", default="", metavar="NAME", help="a run of the plan by its name")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="with --only: run what is recorded once more, into RUNS/again, records and all",
+    )
     parser.add_argument("--imagenet", default="", metavar="PATH", help="its train/ and val/")
     parser.add_argument("--cifar10", default="", metavar="PATH", help="as the recipes' --data")
     parser.add_argument(
@@ -342,17 +461,22 @@ def main(argv: list[str] | None = None) -> None:
             hint = nearest_name(arguments.only, names)
             raise UserError(f"--only {arguments.only}: no such run in the plan{hint}")
         plan = [run for run in plan if run["name"] == arguments.only]
-    work = Work(arguments.runs.absolute())
+    work = stored = Work(arguments.runs.absolute())
     if arguments.list:
-        rows = listing(plan, work)
-        print(yaml.safe_dump(rows, sort_keys=False, width=100), end="")
+        print(listing(plan, work))
         return
+    if arguments.again:
+        if not arguments.only:
+            raise UserError("--again needs --only NAME: which run")
+        plan = [recorded_part(run, work) for run in plan]
+        work = Work(stored.runs / "again", stored.runs / "again" / "records")
     data = {"imagenet": arguments.imagenet, "cifar10": arguments.cifar10, "photos": ""}
     deadline = time.monotonic() + arguments.budget
     here = [run for run in plan if arguments.only or is_for_here(run)]
     piece = choose(here, work, lambda name: name == "photos" or bool(data.get(name)))
     if piece is None:
-        print(nothing_left(plan, here, work))
+        one = arguments.only
+        print(nothing_of(plan[0], work, arguments.again) if one else nothing_left(plan, here, work))
         return
     print(
         f"{piece.name}: {work.state(piece)}, {piece.run['hours']:g} h {piece.run['basis']} "
@@ -360,6 +484,9 @@ def main(argv: list[str] | None = None) -> None:
         flush=True,
     )
     work_on(piece, work, data[piece.dataset] or None, deadline, allow_dirty=arguments.allow_dirty)
+    if arguments.again:
+        print(both_numbers(piece, work, stored))
+        return
     print(f"{piece.name} is recorded; python results/report.py makes the pages anew")
 
 

@@ -1,8 +1,9 @@
 """What stands beside what: published numbers and records, like with like only.
 
 A record stands in a row with a published number when method, encoder, pre-training data, epochs,
-batch, evaluation data, protocol, metric and settings are equal, and both data sets are whole and no
-copy. Everything else is shown apart, with what sets it apart, and without a difference.
+batch, evaluation data, protocol, metric and settings are equal (but for settings that the number's
+source leaves open), and both data sets are whole and no copy. Everything else is shown apart, with
+what sets it apart, and without a difference.
 """
 
 import json
@@ -14,8 +15,9 @@ from typing import Any
 
 import yaml
 
+from common.config import numbers_of
 from common.errors import UserError
-from common.record import with_values
+from common.record import METHODS, NOT_SETTINGS, preset_of, with_values
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.yaml"
@@ -49,7 +51,18 @@ def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
             raise UserError(f"{path}: row {number} ({row['method']}): grade and value do not fit")
         if wrong := [n for n in row.get("assumed", []) if n not in BUDGET or row[n] is None]:
             raise UserError(f"{path}: row {number} assumes {', '.join(wrong)}, has none")
+        if wrong := [n for n in row.get("unstated", []) if not may_be_unstated(n, row)]:
+            raise UserError(
+                f"{path}: row {number} ({row['method']}) leaves {', '.join(wrong)} unstated: that "
+                "is a recipe's flag, as multi_crop, which the row's settings do not state"
+            )
     return rows
+
+
+def may_be_unstated(name: str, row: dict[str, Any]) -> bool:
+    """Whether a source may leave this open: a setting that records have, not stated in the row."""
+    known = {n for recipe in METHODS for n in numbers_of(preset_of(recipe, {}))}
+    return name in known - NOT_SETTINGS and name not in (row.get("settings") or {})
 
 
 def is_like(record: Record, row: dict[str, Any]) -> bool:
@@ -62,10 +75,16 @@ def is_like(record: Record, row: dict[str, Any]) -> bool:
     if record["epoch"] != "last" or row["epochs"] is None or row["batch"] is None:
         return False
     ours = (base_method(record), record["arch"], what["dataset"], what["epochs"], what["batch"])
-    ours += (on["name"], record["protocol"], record["metric"], record.get("settings") or {})
+    ours += (on["name"], record["protocol"], record["metric"], stated(record, row))
     theirs = tuple(row[n] for n in ("method", "arch", "pretraining", "epochs", "batch"))
     theirs += (row["dataset"], row["protocol"], row["metric"], row.get("settings") or {})
     return ours == theirs
+
+
+def stated(record: Record, row: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record but for those that the published row's source leaves open."""
+    settings = record.get("settings") or {}
+    return {name: v for name, v in settings.items() if name not in row.get("unstated", [])}
 
 
 def base_method(record: Record) -> str:

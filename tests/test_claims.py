@@ -5,11 +5,12 @@ import re
 
 import pytest
 from conftest import ROOT, run_script
+from PIL import Image
 from test_record import good
 
 from common.errors import UserError
 from common.record import NOT_SETTINGS, PLACES
-from results import claims, record, reproduce, tables
+from results import claims, curves, record, report, reproduce, tables
 
 WHAT = claims.load()
 
@@ -239,26 +240,75 @@ def test_of_many_epochs_a_few_are_shown_the_last_among_them():
     assert claims.spread_out([1, 2, 3], 6) == [1, 2, 3]
 
 
-def test_curves_are_drawn_from_records(tmp_path):
+def curves_of(*records):
     tier = next(t for t in WHAT["tiers"] if t["prefix"] == "photos-")
-    runs = claims.recorded([with_history("photos-nnclr", 0, 0.3), *pair([60.0], [50.0])])
-    claims.draw(tmp_path / "a.png", tier, WHAT, runs)
-    more = claims.recorded(
-        [with_history("photos-nnclr", 0, 0.3), with_history("photos-snclr", 0, 0.6)]
+    return curves.numbers_of(tier, WHAT, claims.recorded(records))
+
+
+def test_curves_are_the_seeds_and_their_mean_by_family():
+    numbers = curves_of(
+        with_history("photos-nnclr", 0, 0.3),
+        with_history("photos-nnclr", 1, 0.5),
+        with_history("photos-nnsiam", 0, 0.2),
+        *pair([60.0], [50.0]),  # these have no history
     )
-    claims.draw(tmp_path / "b.png", tier, WHAT, more)
-    first, second = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
-    assert first.startswith(b"\x89PNG") and first != second
+    assert {f: [*runs] for f, runs in numbers["families"].items()} == {
+        "without negatives": ["NNSiam"],
+        "contrastive": ["NNCLR"],
+    }
+    lines = numbers["families"]["contrastive"]["NNCLR"][claims.PURITY]
+    firsts, lasts = zip(*((seed[0], seed[-1]) for seed in lines["seeds"]), strict=True)
+    assert lines["mean"][-1][0] == lasts[0][0]
+    assert lines["mean"][-1][1] == pytest.approx((lasts[0][1] + lasts[1][1]) / 2)
+    assert lines["mean"][0][1] == pytest.approx((firsts[0][1] + firsts[1][1]) / 2)
+    assert len({*curves.MARKERS}) >= max(len(runs) for runs in families_of_the_plan().values())
+
+
+def families_of_the_plan():
+    """The runs of claims.yaml by their family: every one has exactly one."""
+    plan, found = claims.plan(), {}
+    for name in WHAT["runs"]:
+        runs = [t["prefix"] + name for t in WHAT["tiers"]]
+        recipe = next(plan[run]["recipe"] for run in runs if run in plan)
+        [family] = [f for f, recipes in curves.FAMILIES.items() if recipe in recipes]
+        found.setdefault(family, []).append(name)
+    return found
+
+
+def test_a_picture_knows_whether_the_records_have_other_numbers_by_now(tmp_path):
+    first, second = with_history("photos-nnclr", 0, 0.3), with_history("photos-nnclr", 1, 0.5)
+    curves.draw(tmp_path / "a.png", curves_of(first))
+    command = "python results/curves.py photos --output a.png"
+    figures = [{"file": "a.png", "command": command}, {"file": "b.png", "command": "python x.py"}]
+    assert curves.stale(figures, [first], tmp_path) == {}
+    found = curves.stale(figures, [first, second], tmp_path)
+    assert found == {tmp_path / "a.png": curves_of(first, second)}
+    curves.draw(tmp_path / "a.png", curves_of(first, second))
+    assert curves.stale(figures, [first, second], tmp_path) == {}
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.mode == "P"  # in 256 colours all the same
+        picture.save(tmp_path / "a.png")  # by another program: whose numbers it has is not known
+    assert [*curves.stale(figures, [first, second], tmp_path)] == [tmp_path / "a.png"]
+
+
+def test_the_check_names_a_figure_that_is_out_of_date(monkeypatch):
+    stored = record.load_shown()
+    without = [(n, one) for n, one in stored if "--output runs/plan/photos-nnclr-2" not in
+               " ".join(one["command"])]  # fmt: skip
+    assert len(without) < len(stored)
+    monkeypatch.setattr(record, "load_shown", lambda folder=None: without)
+    with pytest.raises(UserError, match=r"out of date: .*figures/claims-photos-curves\.png;"):
+        report.main(["--check"])
 
 
 def test_curves_of_a_tier_without_records_are_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "load_all", list)
+    monkeypatch.setattr(record, "load_shown", list)
     with pytest.raises(UserError, match="photos: no record"):
-        claims.main(["photos", "--output", str(tmp_path / "x.png")])
+        curves.main(["photos", "--output", str(tmp_path / "x.png")])
 
 
 def test_curves_are_of_a_tier_that_there_is():
-    done = run_script("results/claims.py", "mars", "--output", "x")
+    done = run_script("results/curves.py", "mars", "--output", "x")
     assert done.returncode == 2 and "invalid choice: 'mars'" in done.stderr
 
 

@@ -9,7 +9,7 @@ from conftest import QUEUE, ROOT, SMALL, only_error, run_script
 
 from common import record as common_record
 from common.errors import UserError
-from results import record
+from results import record, reproduce
 
 
 def good(**changes):
@@ -142,12 +142,17 @@ def test_every_stored_record_is_good():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two finished runs of three steps that differ in the seed, with another setting."""
+    """Two finished runs of three steps that differ in the seed, with another temperature by
+    --config and another branch by flag, beside flags that say what holds without them.
+    """
     folders = []
+    file = tmp_path_factory.mktemp("config") / "my.yaml"
+    file.write_text("temperature: 0.4\nprojector-layers: 3\n")
     for seed in (0, 1):
         folders.append(tmp_path_factory.mktemp("runs") / f"seed{seed}")
         flags = [*SMALL, *QUEUE, "--knn-every", "1", "--max-steps", "3", "--seed", seed]
-        done = run_script("recipes/nnclr.py", *flags, "--output", folders[-1], "--momentum-encoder")
+        flags += ["--config", file, "--momentum-encoder", "--lr", "0.02", "--no-multi-crop"]
+        done = run_script("recipes/nnclr.py", *flags, "--output", folders[-1])
         assert done.returncode == 0, done.stderr
     return folders
 
@@ -167,7 +172,8 @@ def test_the_k_nn_of_runs_becomes_a_record(runs, tmp_path):
     results = [json.loads((run / "results.json").read_text()) for run in runs]
     assert made["values"] == [round(100 * r["knn"], 3) for r in results]
     assert made["method"] == "NNCLR (momentum encoder)" and made["seeds"] == [0, 1]
-    assert made["settings"] == {"queue_size": 128, "momentum_encoder": True}
+    asked = {"queue_size": 128, "momentum_encoder": True, "temperature": 0.4}
+    assert made["settings"] == asked  # wherever it was said, and nothing that is the preset's
     assert made["pretraining"]["dataset"] == "photos" and made["pretraining"]["batch"] == 36
     assert (
         made["commit"]
@@ -215,3 +221,59 @@ def test_an_exchanged_backbone_is_noticed(runs, tmp_path):
 )
 def test_methods_are_named_as_in_the_published_numbers(config, expected):
     assert common_record.method_of(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "expected"),
+    [
+        ("snclr", {"temperature": 0.2, "neighbours": 30}, {}),
+        ("snclr", {"temperature": 0.4, "neighbours": 5}, {"temperature": 0.4, "neighbours": 5}),
+        ("snclr", {"dataset": "photos", "epochs": 5, "neighbour-free-epochs": 0.25}, {}),
+        ("snclr", {"dataset": "photos", "queue-size": 2048, "lr": 0.02}, {}),
+        ("snclr", {"dataset": "cifar10", "queue-size": 2048}, {"queue_size": 2048}),
+        ("snclr", {"arch": "vit_small", "follow": "official"}, {}),
+        ("snclr", {"arch": "vit_small", "loss": "official"}, {"loss": "official"}),
+        ("simsiam_gsg", {"gsg": False, "seed": 3, "max-steps": 5, "data": "x"}, {}),
+        ("simsiam_gsg", {"precision": "fp32", "compile": True, "augment-device": "cuda"}, {}),
+        ("nnclr", {"input": "reference", "workers": 3, "knn-every": 1}, {}),
+        ("nnclr", {"input": "fast"}, {"input": "fast"}),
+        ("nnclr", {"micro-batch": 512}, {"micro_batch": 512}),
+        ("snclr", {"arch": "vit_base", "micro-batch": 512}, {}),
+    ],
+)
+def test_settings_are_what_differs_from_the_recipes_own_values(recipe, flags, expected):
+    config = reproduce.config_of({"recipe": recipe, "flags": flags})
+    assert common_record.settings_of(config) == expected
+
+
+def test_a_run_that_is_older_than_a_flag_has_no_setting_of_it():
+    config = reproduce.config_of({"recipe": "nnclr", "flags": {"input": "fast"}})
+    del config["input"], config["augment_device"]
+    assert common_record.settings_of(config) == {}
+
+
+def test_tables_leave_out_settings_that_an_older_record_has_of_its_recipe():
+    """As records had them that took their settings from the command line."""
+    old = {"temperature": 0.2, "neighbours": 5}
+    assert common_record.as_shown(good(settings=old))["settings"] == {"neighbours": 5}
+    what = {"dataset": "photos", "copy": None, "incomplete": None, "epochs": 0.02, "batch": 64}
+    photos = {"arch": "tiny", "pretraining": what}
+    photos |= {"note": "stopped after 0.02 of 5 scheduled epochs"}
+    old = {"queue_size": 2048, "neighbour_free_epochs": 0.25, "lr": 0.3}  # 5 % of the 5 epochs
+    assert common_record.as_shown(good(settings=old, **photos))["settings"] == {"lr": 0.3}
+    old = {"exclude_self": False, "neighbour_free_epochs": 0}
+    official = good(method="SNCLR (official)", settings=old)
+    assert common_record.as_shown(official)["settings"] == {}
+    assert common_record.as_shown(good(settings=old))["settings"] == old
+    foreign = good(recipe=None, settings={"temperature": 0.2})
+    assert common_record.as_shown(foreign) == foreign
+
+
+def test_the_stored_records_own_values_are_no_reason_to_stand_apart():
+    shown = dict(record.load_shown())
+    scans = [
+        name
+        for name, one in ((path.name, one) for path, one in record.load_all())
+        if one["recipe"] == "snclr" and one.get("settings") == {"temperature": 0.2}
+    ]
+    assert scans and all(shown[name]["settings"] == {} for name in scans)

@@ -11,8 +11,9 @@ from conftest import ROOT, only_error, run_script
 from test_claims import of_run
 from test_record import good
 
+from common import record as common_record
 from common.errors import UserError
-from results import claims, compare, record, report, summary, tables
+from results import claims, compare, record, report, reproduce, summary, tables
 
 PUBLISHED = tables.load_published()
 
@@ -39,6 +40,61 @@ def test_a_budget_that_the_source_does_not_state_is_marked(tmp_path):
         (tmp_path / "published.yaml").write_text(yaml.safe_dump([row | wrong]))
         with pytest.raises(UserError, match="row 1 assumes"):
             tables.load_published(tmp_path / "published.yaml")
+
+
+NNCLR = next(
+    row for row in PUBLISHED if row["method"] == "NNCLR" and row["source"] == "NNCLR abstract"
+)
+
+
+def of_nnclr(value, **settings):
+    """A record that stands beside NNCLR's 75.6."""
+    what = {"dataset": "ImageNet-1k", "copy": None, "incomplete": None}
+    what |= {"epochs": 1000, "batch": 4096}
+    one = {"seeds": [0], "values": [value], "value": value, "spread": None, "settings": settings}
+    one["config_hash"] = f"{round(100 * value):012x}"  # each a run of its own
+    return good(method="NNCLR", recipe="nnclr", arch="resnet50", pretraining=what, **one)
+
+
+def test_a_setting_that_the_source_leaves_open_may_have_any_value(tmp_path):
+    assert NNCLR["value"] == 75.6 and NNCLR["unstated"] == ["multi_crop"]
+    small_crops = of_nnclr(75.1, multi_crop=True)
+    assert tables.is_like(small_crops, NNCLR) and tables.is_like(of_nnclr(74.0), NNCLR)
+    other = of_nnclr(75.0, multi_crop=True, temperature=0.2)
+    assert not tables.is_like(other, NNCLR)
+    assert not tables.is_like(small_crops, NNCLR | {"unstated": []})
+    golden(tmp_path)
+    for one in (small_crops, of_nnclr(74.0), other):
+        record.add(one, folder=tmp_path / "records")
+    pages = report.build(tmp_path, tmp_path / "ROOT.md")
+    compared, apart = pages[tmp_path / "README.md"].split("## Ours under other settings")
+    lines = [li for li in compared.splitlines() if li.startswith("| NNCLR") and "| 75.6 |" in li]
+    cells = sorted([cell.strip() for cell in li.split("|")[1:-1]][::6][:2] for li in lines)
+    assert cells == [["NNCLR", "74.00"], ["NNCLR, multi crop", "75.10"]]
+    assert "multi crop, temperature 0.2" in apart
+    line = next(li for li in pages[tmp_path / "ROOT.md"].splitlines() if "| 75.6 |" in li)
+    ours = {text.strip() for text in line.split("|")[-2].split(",")}
+    assert ours == {"74.00", "75.10 (multi crop)"}
+    assert "NNCLR, multi crop" in pages[tmp_path / "index.html"]
+
+
+@pytest.mark.parametrize("wrong", ["multicrop", "epochs", "data", "neighbours"])
+def test_what_a_source_may_leave_open_is_a_setting(wrong, tmp_path):
+    row = NNCLR | {"unstated": [wrong], "settings": {"neighbours": 0}}
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump([row]))
+    with pytest.raises(UserError, match=f"row 1 .NNCLR. leaves {wrong} unstated"):
+        tables.load_published(tmp_path / "published.yaml")
+
+
+def test_a_run_with_small_crops_is_planned_for_the_number_that_may_have_them():
+    runs = {run["name"]: run for run in reproduce.load_plan()}
+    for name, settings in (
+        ("imagenet-nnclr", {}),
+        ("imagenet-nnclr-multi-crop", {"multi_crop": True}),
+    ):
+        config = reproduce.config_of(runs[name])
+        assert common_record.settings_of(config) == settings
+        assert (config["epochs"], config["batch_size"]) == (NNCLR["epochs"], NNCLR["batch"])
 
 
 @pytest.mark.parametrize(
@@ -512,6 +568,22 @@ def two_runs(tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(li) + "\n" for li in lines))
         folders.append(folder)
     return folders
+
+
+def test_compare_has_the_results_of_a_run_that_was_stopped(two_runs):
+    """--max-steps ends within an epoch: the last metrics are of the epoch before, or of none."""
+    run = two_runs[0]
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (run / "metrics.jsonl").write_text(first + "\n")
+    assert compare.last_of(compare.load(run))["knn"] == "–"
+    results = {"knn": 0.3125, "epoch": 0.05, "hours": 0.1}
+    (run / "results.json").write_text(json.dumps(results))
+    text = compare.text(["a", "b"], [compare.load(folder) for folder in two_runs])
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert rows["knn"][1:] == ["31.2%", "60.0%"] and rows["knn before"][-2:] == ["20.0%", "20.0%"]
+    assert rows["epochs done"][-2:] == ["0.05", "2"]
+    (run / "results.json").write_text(json.dumps(results | {"knn": None}))  # no labels
+    assert compare.last_of(compare.load(run))["knn"] == "–"
 
 
 def test_compare_says_what_differs_first(two_runs, tmp_path):

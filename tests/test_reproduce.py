@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,8 +11,10 @@ import time
 import pytest
 import yaml
 from conftest import ROOT, environment, only_error, run_script
+from test_record import good
 
 from common import metrics
+from common import record as common_record
 from common.errors import Stopped, UserError
 from results import record, reproduce
 from results.reproduce import Piece, Work
@@ -159,9 +162,11 @@ def test_a_run_that_dies_half_way_is_continued_and_recorded(work):
     assert len(json.loads((folder / "environment.json").read_text())["restarts"]) >= 1
     # known by its name where the folder is on another machine
     assert Work(work.runs / "elsewhere", work.records).state(piece) == "recorded"
-    listed = reproduce.listing([RUN], work)[0]
-    assert listed["state"] == {"seed 0": "recorded", "seed 1": "missing"}
-    assert listed["hours left"] == RUN["hours"]
+    (begun := work.folder(Piece(RUN, 1))).mkdir()
+    (begun / "config.yaml").write_text("{}")
+    _, line, last = reproduce.listing([RUN], work).splitlines()
+    assert line.split() == ["photos-nnclr", "CPU", "1/2", "(1", "unfinished)", "0.01", "estimated"]
+    assert last == "1 of 2 seeds are recorded; left to train: 0.01 h on CPU"
 
 
 def test_the_probes_of_a_run_are_recorded_too(work, monkeypatch):
@@ -175,15 +180,86 @@ def test_the_probes_of_a_run_are_recorded_too(work, monkeypatch):
     assert set(stored) == {"linear", "kNN (k200,t.1)"} and work.state(piece) == "recorded"
 
 
-def test_the_command(tmp_path):
+def test_the_list_is_a_table_with_hours_and_the_papers_numbers(tmp_path):
     done = run_script("results/reproduce.py", "--list", "--runs", tmp_path)
     assert done.returncode == 0, done.stderr
-    listed = yaml.safe_load(done.stdout)
-    assert {run["name"] for run in listed} == {run["name"] for run in reproduce.load_plan()}
-    error = only_error(run_script("results/reproduce.py", "--list", "--only", "nnclrr"))
-    assert "did you mean nnclr" in error
-    done = run_script("results/reproduce.py", "--next", "--only", "nnclr", "--runs", tmp_path)
-    assert done.returncode == 0 and "--cifar10 PATH" in done.stdout
+    head, *lines, last = done.stdout.splitlines()
+    assert re.split("  +", head)[:4] == ["name", "for", "seeds", "hours left"]
+    rows = {line.split()[0]: line for line in lines}
+    plan = {run["name"]: run for run in reproduce.load_plan()}
+    assert [*rows] == [*plan] and max(map(len, lines)) < 140
+    assert re.split("  +", rows["photos-nnclr"]) == ["photos-nnclr", "2 CPU cores", "3/3", "0"]
+    columns = re.split("  +", rows["imagenet-snclr-vit-small-k0"])
+    assert columns[1:] == ["H200", "0/1", "71", "estimated", "linear 71.17"]
+    assert "linear 75.6" in rows["imagenet-nnclr-multi-crop"]
+    assert rows["imagenet-simsiam"].endswith("linear 68.1")
+    assert rows["imagenet-simsiam-gsg"].endswith("linear not at hand")
+    assert rows["snclr"].endswith("estimated")  # no paper has it
+    states = [seeds.split("/") for seeds in re.findall(r"\d+/\d+", "\n".join(lines))]
+    done, of = (sum(int(pair[i]) for pair in states) for i in (0, 1))
+    assert last.startswith(f"{done} of {of} seeds are recorded; left to train: ")
+    left = [
+        plan[name]["hours"] * (int(of) - int(done))
+        for (done, of), name in zip(states, plan, strict=True)
+        if plan[name]["device"] == "H200"
+    ]
+    assert f"{sum(left):.4g} h on H200" in last
+
+
+def test_what_one_run_lacks_is_said(tmp_path):
+    def only(name, *flags):
+        line = ["--next", "--only", name, "--runs", tmp_path, *flags]
+        return run_script("results/reproduce.py", *line)
+
+    done = only("photos-nnclr")
+    assert done.returncode == 0, done.stderr
+    assert "photos-nnclr is recorded already (seeds 0, 1, 2)" in done.stdout
+    assert "--again" in done.stdout
+    assert "simsiam needs --cifar10 PATH" in only_error(only("simsiam"))
+    assert "is not recorded yet" in only_error(only("simsiam", "--again"))
+    assert "did you mean nnclr" in only_error(only("nnclrr"))
+    error = only_error(run_script("results/reproduce.py", "--next", "--again"))
+    assert "--again needs --only" in error
+
+
+def test_nothing_to_do_without_data_is_no_mistake(work, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "load_plan", lambda: [OTHER])
+    monkeypatch.setattr(reproduce, "is_for_here", lambda run: True)
+    monkeypatch.setattr(record, "RECORDS", work.records)
+    reproduce.main(["--next", "--runs", str(work.runs)])
+    assert "what is missing needs --cifar10 PATH" in capsys.readouterr().out
+
+
+def test_again_runs_what_is_recorded_beside_it(work, monkeypatch, capsys):
+    """Its folders and records are its own: the stored record and the first run stay."""
+
+    def stored(piece, value, folder):
+        flags = " ".join(reproduce.flags_of(piece.run))
+        line = f"nnclr.py {flags} --seed {piece.seed} --output runs/plan/{piece.name}"
+        one = good(recipe="nnclr", protocol="kNN (k200,t.1)", command=[line], settings={})
+        one |= {"seeds": [piece.seed], "value": value, "values": [value], "spread": None}
+        one["settings"] = common_record.settings_of(reproduce.config_of(piece.run))
+        one["pretraining"]["epochs"] = 1
+        record.add(one | {"config_hash": f"{round(value):012x}"}, folder=folder)
+
+    began = []
+
+    def work_on(piece, at, data, deadline, allow_dirty):
+        began.append(at.folder(piece))
+        stored(piece, 51.0, at.records)
+
+    monkeypatch.setattr(reproduce, "load_plan", lambda: [RUN])
+    monkeypatch.setattr(reproduce, "work_on", work_on)
+    monkeypatch.setattr(record, "RECORDS", work.records)
+    stored(Piece(RUN, 0), 50.0, work.records)
+    line = ["--next", "--only", "photos-nnclr", "--again", "--runs", str(work.runs)]
+    reproduce.main(line)
+    assert began == [work.runs / "again" / "photos-nnclr-0"]
+    said = capsys.readouterr().out
+    assert re.search(r"photos-nnclr-0, kNN \(k200,t.1\): 51.00 .*; recorded: 50.00 ", said)
+    assert [one["value"] for _, one in record.load_all(work.records)] == [50.0]
+    reproduce.main(line)  # seed 1 is not recorded, so not run again
+    assert "was run again already (seed 0)" in capsys.readouterr().out and len(began) == 1
 
 
 @pytest.mark.parametrize(("text", "expected"), [("540", 540), ("9m", 540), ("1.5h", 5400)])

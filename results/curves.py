@@ -1,0 +1,156 @@
+"""Curves of a tier of claims.yaml, drawn from its records.
+
+    python results/curves.py photos --output results/figures/claims-photos-curves.png
+
+The picture carries a digest of the numbers that it shows, so that `python results/report.py` can
+say when the records have others, and draw it anew.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common import pictures
+from common.errors import UserError, command
+from results import claims, record
+
+PANELS = {"knn": "k-NN accuracy", claims.PURITY: "retrieved with the query's label"}
+PANELS |= {"effective_rank": "effective rank"}
+# a row of panels each: they have different numbers of epochs, so no line of one is compared with
+# one of the other
+FAMILIES = {
+    "without negatives": ("simsiam_gsg", "byol_gsg", "nnsiam"),
+    "contrastive": ("nnclr", "snclr"),
+}
+MARKERS = "os^Dvp*X"  # with a colour each: told apart without colours too
+DIGEST = "numbers"  # the PNG's text chunk
+SCRIPT = "results/curves.py"
+
+Points = list[tuple[int, float]]
+
+
+def numbers_of(tier: dict[str, str], what: dict[str, Any], runs: claims.Runs) -> dict[str, Any]:
+    """All that the picture shows: its title, and for each family, run and metric the points
+    (epoch, value) of each seed and of the mean over the seeds that have the epoch.
+    """
+    families: dict[str, Any] = {}
+    for family, recipes in FAMILIES.items():
+        for name, method in what["runs"].items():
+            run = tier["prefix"] + name
+            seeds = claims.histories(runs, run)
+            if seeds and claims.plan()[run]["recipe"] in recipes:
+                lines = {metric: lines_of(seeds, metric) for metric in PANELS}
+                families.setdefault(family, {})[method] = lines
+    return {"title": tier["title"].replace("`", ""), "families": families}
+
+
+def lines_of(seeds: Sequence[dict[str, list]], metric: str) -> dict[str, Any]:
+    """A run's points of one metric."""
+    epochs = sorted({epoch for curve in seeds for epoch, _ in points_of(curve, metric)})
+    means = [(epoch, round(claims.average(seeds, metric, epoch), 6)) for epoch in epochs]
+    return {"mean": means, "seeds": [points_of(curve, metric) for curve in seeds]}
+
+
+def points_of(curve: dict[str, list], metric: str) -> Points:
+    """The epochs at which a metric was taken, with its values."""
+    pairs = zip(curve["epoch"], curve.get(metric, []), strict=False)
+    return [(epoch, value) for epoch, value in pairs if value is not None]
+
+
+def digest(numbers: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def draw(path: Path, numbers: dict[str, Any]) -> None:
+    """A row of panels for each family, in them a line for each run: the mean over seeds, with the
+    seeds in pale.
+    """
+    plt = pictures.headless_pyplot()
+    families = numbers["families"]
+    size = (15.5, 3.9 * len(families))
+    figure, axes = plt.subplots(len(families), len(PANELS), figsize=size, squeeze=False)
+    for row, (family, methods) in zip(axes, families.items(), strict=True):
+        for axis, (metric, label) in zip(row, PANELS.items(), strict=True):
+            drawn = [lines[metric] for lines in methods.values()]
+            draw_panel(axis, dict(zip(methods, drawn, strict=True)))
+            axis.set_title(f"{label}, {family}", fontsize=10)
+            if not any(lines["mean"] for lines in drawn):
+                axis.clear()
+                axis.axis("off")
+                axis.text(0.5, 0.5, f"{label}:\nnone of these runs has it", ha="center", fontsize=9)
+        lines, labels = row[0].get_legend_handles_labels()
+        row[-1].legend(
+            lines, labels, loc="center left", bbox_to_anchor=(1.03, 0.5), fontsize=9, frameon=False
+        )
+    figure.suptitle(numbers["title"], fontsize=11)
+    figure.tight_layout()
+    pictures.save(figure, path, plt, {DIGEST: digest(numbers)})
+
+
+def draw_panel(axis, methods: dict[str, dict[str, Any]]) -> None:
+    """One metric of one family; a run has the same colour and marker in every panel of it."""
+    for number, (method, lines) in enumerate(methods.items()):
+        colour = f"C{number}"
+        for points in lines["seeds"]:
+            axis.plot(
+                *zip(*points, strict=True) if points else ([], []), c=colour, alpha=0.25, lw=0.7
+            )
+        xs, ys = zip(*lines["mean"], strict=True) if lines["mean"] else ((), ())
+        axis.plot(xs, ys, color=colour, marker=MARKERS[number], ms=5, lw=1.8, label=method)
+    axis.set_xlabel("epoch", fontsize=8)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+
+
+# -- what is out of date --------------------------------------------------------------------------
+
+
+def stale(
+    figures: Iterable[dict[str, str]], records: Sequence[tuple[str, dict]], folder: Path
+) -> dict[Path, dict[str, Any]]:
+    """The pictures in `folder` that this script drew of other numbers than the records have, with
+    the numbers that they should show.
+    """
+    what, runs, found = claims.load(), claims.recorded(records), {}
+    for figure in figures:
+        words = shlex.split(figure["command"])
+        if SCRIPT not in words:
+            continue
+        numbers = numbers_of(tiers(what)[words[words.index(SCRIPT) + 1]], what, runs)
+        with Image.open(folder / figure["file"]) as picture:
+            if picture.info.get(DIGEST) != digest(numbers):
+                found[folder / figure["file"]] = numbers
+    return found
+
+
+def tiers(what: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The tiers of claims.yaml by the names that this command has for them."""
+    return {tier["prefix"].rstrip("-") or "cifar10": tier for tier in what["tiers"]}
+
+
+def main(argv: list[str] | None = None) -> None:
+    what = claims.load()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tier", choices=tiers(what), help="whose curves")
+    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    arguments = parser.parse_args(argv)
+    runs = claims.recorded(record.load_shown())
+    numbers = numbers_of(tiers(what)[arguments.tier], what, runs)
+    if not numbers["families"]:
+        raise UserError(f"{arguments.tier}: no record of these runs has a history to draw")
+    draw(arguments.output, numbers)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
