@@ -6,18 +6,25 @@ device's matrix rate that is.
     python benchmarks/throughput.py --only tiny --processes 1,2    # scaling, on CPU too
 
 Each row is a run of a recipe as a user starts it, from the loader to the queue; its own metrics
-give the rate, the share of time that waited for data and the peak memory. The matrix rate is that
-of a square product in the run's precision, measured before each row; the share counts what the
+give the rate, the share of time that waited for data and the peak memory. GPU busy is the share of
+time in which any kernel ran, as nvidia-smi samples it over the counted steps. The matrix rate is
+that of a square product in the run's precision, measured after each row; the share counts what the
 encoder's forward and backward passes multiply, both views, nothing else. Photographs are JPEG files
 of 500x375 made once from those inside scikit-image: as many pixels to decode as ImageNet's.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10  # steps that are not counted: allocation, kernels, the loader's first batches
 FILES = 2048  # photographs on disk, in 16 class folders; further names are links to them
 CIFAR_IMAGES = 50_000
+RESULT = Path(__file__).resolve().parent / "results" / "throughput.json"
+NVIDIA_SMI = "nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 100"
 
 
 @dataclass
@@ -74,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--images", default="", help="folder for the made photographs, to keep them"
     )
-    parser.add_argument("--json", default="", help="file for the figures")
+    parser.add_argument("--json", type=Path, default=RESULT, help="for the figures (%(default)s)")
     arguments, flags = parser.parse_known_args()
     unknown = set(arguments.only.split(",")) - set(SETTINGS)
     if unknown:
@@ -88,17 +97,16 @@ def main() -> None:
             for processes in map(int, arguments.processes.split(",")):
                 rows.append(measure(SETTINGS[name], arguments, processes, images, flags))
                 print(line_of(rows[-1]), flush=True)
-    if arguments.json:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        figures = {"flags": flags, "rows": rows, **describe(device, 1)}
-        Path(arguments.json).write_text(json.dumps(figures, indent=1, default=str))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = {"flags": flags, "rows": rows, **describe(device, 1)}
+    arguments.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
 
 def measure(
     setting: Setting, arguments: argparse.Namespace, processes: int, images: Path, flags: list[str]
 ) -> dict:
     batch = arguments.batch_size or setting.batch
-    rate, steps = matrix_rate(), arguments.steps + WARM_UP
+    steps = arguments.steps + WARM_UP
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable]
         if processes > 1:
@@ -113,17 +121,21 @@ def measure(
             folder,
         ]
         command += ["--epochs", "1000", "--max-steps", str(steps), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        with gpu_use(processes) as samples:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(done.stderr.strip() or done.stdout)
         config = yaml.safe_load((Path(folder) / "config.yaml").read_text())
-        records = [r for r in metrics.read(Path(folder) / metrics.NAME) if r["kind"] == "step"]
+        path = Path(folder) / metrics.NAME
+        records = [r for r in metrics.read(path) if r["kind"] == "step"]
+        ended = path.stat().st_mtime  # when the last step was written
     counted = records[WARM_UP:]
     # launches run ahead of a GPU and catch up at each reading of the metrics: single steps' times
     # say little, their sum is true
     seconds = np.array([batch / r["images_per_second"] for r in counted])
     waited = np.array([r["data_wait"] for r in counted]) * seconds
     per_second = batch * len(counted) / seconds.sum()
+    rate = matrix_rate(config["precision"])
     flops = 2 * encoder_flops(setting.arch, setting.image_size) * per_second
     return asdict(setting) | {
         "batch": batch,
@@ -133,6 +145,7 @@ def measure(
         "views_per_second": 2 * per_second,
         "seconds_per_50000_images": CIFAR_IMAGES / per_second,
         "data_wait": waited.sum() / seconds.sum(),
+        "gpu_busy": mean_use(samples, ended - seconds.sum(), ended),
         "memory_gb": counted[-1]["memory_gb"],
         "matrix_tflops": rate / 1e12,
         "share_of_matrix_rate": flops / rate / processes,
@@ -169,11 +182,45 @@ def make_photographs(folder: Path, names: int) -> None:
         crop.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def matrix_rate(side: int = 0, repeats: int = 10) -> float:
-    """Operations per second of a square matrix product: bf16 on a GPU, float32 on CPU."""
+@contextlib.contextmanager
+def gpu_use(processes: int) -> Iterator[list[tuple[float, float]]]:
+    """(time, percent of the time before it in which a kernel ran) of the GPUs of so many ranks,
+    while the block runs; none where there is no nvidia-smi.
+    """
+    samples: list[tuple[float, float]] = []
+    if shutil.which("nvidia-smi") is None:
+        yield samples
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(processes)))
+    command = [*NVIDIA_SMI.split(), "-i", visible]
+    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def read() -> None:
+        for line in watch.stdout:
+            with contextlib.suppress(ValueError):  # "[N/A]"
+                samples.append((time.time(), float(line)))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield samples
+    finally:
+        watch.terminate()
+        reader.join()
+
+
+def mean_use(samples: list[tuple[float, float]], start: float, end: float) -> float | None:
+    """The mean share of the samples between two times; None without any."""
+    shares = [percent / 100 for when, percent in samples if start <= when <= end]
+    return statistics.fmean(shares) if shares else None
+
+
+def matrix_rate(precision: str, side: int = 0, repeats: int = 10) -> float:
+    """Operations per second of a square matrix product in the precision of a run."""
     gpu = torch.cuda.is_available()
     side = side or (8192 if gpu else 1024)
-    kind = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {}
+    kind = {"dtype": {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision)}
+    kind["device"] = "cuda" if gpu else "cpu"
     a, b = torch.randn(side, side, **kind), torch.randn(side, side, **kind)
     best = float("inf")
     for _ in range(repeats):
@@ -201,7 +248,8 @@ def line_of(row: dict) -> str:
         f"({row['views_per_second']:.0f} views/s, 50 000 images in "
         f"{row['seconds_per_50000_images']:.1f} s), {row['share_of_matrix_rate']:.0%} of "
         f"{row['matrix_tflops']:.3g} TFLOP/s, {row['data_wait']:.1%} waiting for data, "
-        f"{row['memory_gb']:.1f} GB"
+        + (f"GPU busy {row['gpu_busy']:.1%}, " if row["gpu_busy"] is not None else "")
+        + f"{row['memory_gb']:.1f} GB"
     )
 
 
