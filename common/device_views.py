@@ -225,9 +225,8 @@ def box_filter(x: Tensor, radius: int, full: Tensor, edge: Tensor) -> Tensor:
     """One box filter along the last axis, rounded to whole levels; border pixels are repeated."""
     width, reach = x.shape[3], radius + 1
     padded = F.pad(x, (reach, reach, 0, 0), mode="replicate")
-    total = padded[..., 1 : 1 + width]  # not sum(): it begins with a pass that adds 0
-    for n in range(2, 2 * reach):
-        total = total + padded[..., n : n + width]
+    # sums of whole levels, exact in any order: one pass over memory instead of one per pixel
+    total = F.avg_pool2d(padded, (1, 2 * radius + 1), stride=1, divisor_override=1)[..., 1:-1]
     ends = padded[..., :width] + padded[..., 2 * reach :]
     return round_half_up(total * full + ends * edge)
 

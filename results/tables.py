@@ -74,7 +74,7 @@ def is_like(record: Record, row: dict[str, Any]) -> bool:
         return False
     if record["epoch"] != "last" or row["epochs"] is None or row["batch"] is None:
         return False
-    ours = (base_method(record), record["arch"], what["dataset"], what["epochs"], what["batch"])
+    ours = (base_method(record), base_arch(record), what["dataset"], what["epochs"], what["batch"])
     ours += (on["name"], record["protocol"], record["metric"], stated(record, row))
     theirs = tuple(row[n] for n in ("method", "arch", "pretraining", "epochs", "batch"))
     theirs += (row["dataset"], row["protocol"], row["metric"], row.get("settings") or {})
@@ -90,6 +90,14 @@ def stated(record: Record, row: dict[str, Any]) -> dict[str, Any]:
 def base_method(record: Record) -> str:
     """The paper's method: the reading of the released code is compared with the paper's number."""
     return record["method"].removesuffix(" (official)")
+
+
+def base_arch(record: Record) -> str:
+    """The paper's encoder: what the released code builds under the name of its ViT-S stands for it,
+    as its loss does for the paper's.
+    """
+    official = record["method"].endswith(" (official)")
+    return record["arch"].removesuffix("_mocov3") if official else record["arch"]
 
 
 SAME = ("method", "recipe", "arch", "pretraining", "dataset", "protocol", "metric", "settings")
@@ -166,7 +174,7 @@ def why_apart(record: Record, published: list[dict[str, Any]], settings: bool = 
         == (base_method(record), on["name"], record["protocol"], what["dataset"])
     ]
     if same:
-        ours = (record["arch"], what["epochs"], what["batch"], record["metric"])
+        ours = (base_arch(record), what["epochs"], what["batch"], record["metric"])
         words = (
             record["arch"],
             f"{number_cell(what['epochs'])} epochs",

@@ -56,6 +56,15 @@ def of_nnclr(value, **settings):
     return good(method="NNCLR", recipe="nnclr", arch="resnet50", pretraining=what, **one)
 
 
+def test_the_released_codes_vit_stands_beside_the_papers():
+    row = next(r for r in PUBLISHED if r["method"] == "SNCLR" and r["value"] == 73.38)
+    what = {"dataset": "ImageNet-1k", "copy": None, "incomplete": None}
+    what |= {"epochs": 300, "batch": 4096}
+    one = good(recipe="snclr", arch="vit_small_mocov3", pretraining=what)
+    assert tables.is_like(one | {"method": "SNCLR (official)"}, row)
+    assert not tables.is_like(one | {"method": "SNCLR"}, row)  # another encoder than the paper's
+
+
 def test_a_setting_that_the_source_leaves_open_may_have_any_value(tmp_path):
     assert NNCLR["value"] == 75.6 and NNCLR["unstated"] == ["multi_crop"]
     small_crops = of_nnclr(75.1, multi_crop=True)
