@@ -33,7 +33,7 @@ def papers_numbers(rows: Sequence[tables.Row]) -> str:
         said.append(text + (f", ours {span(known, '+.2f')} points off" if known else ""))
     text = "; ".join(said)
     missing = sum(row.published["value"] is None for row in aims)
-    more = f" The papers' tables of {missing} were not available to us." if missing else ""
+    more = f" {missing} of them stand in tables that were not available to us." if missing else ""
     return f"**{text[0].upper()}{text[1:]}.**{more}"
 
 
