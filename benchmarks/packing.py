@@ -47,7 +47,7 @@ from common.data import (
     subset,
 )
 from common.environment import describe
-from common.errors import UserError, command
+from common.errors import UserError, command, make_folder
 from common.photos import PHOTOS, read_photo
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "packing.json"
@@ -313,7 +313,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     arguments.scratch = arguments.scratch.expanduser()
-    arguments.scratch.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.scratch, "--scratch")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # they wait, mostly
     files = folder_images(arguments)

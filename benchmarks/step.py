@@ -28,6 +28,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import statistics
 import sys
@@ -53,7 +54,7 @@ WARM_UP = 4  # turns that are not counted: allocation, the first kernels
 BATCHES = 4  # different ones, again and again
 PAUSE = 0.005  # seconds between turns of processes: OpenMP's threads spin on for a while
 PEERS = ("ours", "needed", "lightly")
-RESULT = Path(__file__).resolve().parent / "results" / "step.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--queue-sizes", default="4096", help="two table rows each, with commas")
     parser.add_argument("--turns", type=int, default=30, help="turns counted per row")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, default=RESULT, help="for the figures (%(default)s)")
+    parser.add_argument("--json", type=Path, help="for the figures (results/step[FLAGS].json)")
     arguments, flags = parser.parse_known_args()
     if importlib.util.find_spec("lightly") is None:
         sys.exit("error: lightly is not installed: pip install lightly==1.6.0")
@@ -79,7 +80,9 @@ def main() -> None:
     print(table(arguments, rows))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = {"arguments": vars(arguments), "flags": flags, "rows": rows, **describe(device, 1)}
-    arguments.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    name = re.sub(r"\W+", "-", " ".join(flags))  # -compile, -arch-resnet50
+    path = arguments.json or RESULTS / f"step{name}.json"
+    path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
 
 def measure(

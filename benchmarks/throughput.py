@@ -135,7 +135,8 @@ def measure(
     seconds = np.array([batch / r["images_per_second"] for r in counted])
     waited = np.array([r["data_wait"] for r in counted]) * seconds
     per_second = batch * len(counted) / seconds.sum()
-    rate = matrix_rate(config["precision"])
+    devices = processes if torch.cuda.is_available() else 1  # ranks on a CPU share it
+    rate = matrix_rate(config["precision"]) * devices
     flops = 2 * encoder_flops(setting.arch, setting.image_size) * per_second
     return asdict(setting) | {
         "batch": batch,
@@ -148,7 +149,7 @@ def measure(
         "gpu_busy": mean_use(samples, ended - seconds.sum(), ended),
         "memory_gb": counted[-1]["memory_gb"],
         "matrix_tflops": rate / 1e12,
-        "share_of_matrix_rate": flops / rate / processes,
+        "share_of_matrix_rate": flops / rate,
     }
 
 

@@ -205,7 +205,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     @torch.compiler.disable  # numpy arrays are no part of a graph
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if not self.training and self.running_mean is not None:
+        if not self.training:  # without running statistics too: those of this rank's batch
             return super().forward(x)
         if x.numel() // (self.views * x.shape[1]) < 2 and world_size() == 1:
             raise ValueError(f"batch norm over one value of each channel: (N,C,…) is {(*x.shape,)}")

@@ -186,10 +186,10 @@ def in_full_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(*args, **named):
-        tensors = [v for v in (*args, *named.values()) if isinstance(v, Tensor)]
+        device = next(v for v in (*args, *named.values()) if isinstance(v, Tensor)).device
         args = [full_precision(v)[0] if isinstance(v, Tensor) else v for v in args]
         named = {n: full_precision(v)[0] if isinstance(v, Tensor) else v for n, v in named.items()}
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return function(*args, **named)
 
     return wrapped

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import shards
 from common.data import FolderImages, load_dataset
-from common.errors import UserError, command
+from common.errors import UserError, command, make_folder
 
 BLOCK = 512  # tar's
 
@@ -164,7 +164,7 @@ def pack(arguments: argparse.Namespace) -> None:
 def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) -> None:
     """Checks everything that can be checked, then writes."""
     output = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     about = {
         "version": shards.VERSION,
         "source": arguments.data.expanduser().name,

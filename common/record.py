@@ -169,7 +169,7 @@ def part_of(config: dict[str, Any]) -> str | None:
 def method_of(config: dict[str, Any]) -> str:
     """The paper's name of what a configuration runs."""
     recipe = config["recipe"]
-    name = METHODS[recipe]
+    name = METHODS.get(recipe, recipe)  # a recipe of somebody else's
     if recipe.endswith("_gsg") and not config["gsg"]:
         name = "BYOL (SimSiam heads)" if recipe == "byol_gsg" else "SimSiam"
     if config.get("momentum_encoder"):

@@ -29,12 +29,12 @@ def is_finished(run: "Run") -> bool:
     path = run.folder / backbone.NAME
     try:
         results = json.loads((run.folder / NAME).read_text())
+        if not isinstance(results, dict) or results.get("step") != run.last_step:
+            return False
         file = path.stat()
+        return results.get("backbone_sha256") == sha256(path, file.st_mtime_ns, file.st_size)
     except (OSError, ValueError):
         return False
-    if not isinstance(results, dict) or results.get("step") != run.last_step:
-        return False
-    return results.get("backbone_sha256") == sha256(path, file.st_mtime_ns, file.st_size)
 
 
 @functools.cache  # asked several times of one file: for as long as neither time nor size changes

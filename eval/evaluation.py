@@ -291,7 +291,15 @@ class Evaluation:
 
     def saved_config(self) -> dict[str, Any] | None:
         path = self.folder / "config.yaml"
-        return yaml.safe_load(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            saved = yaml.safe_load(path.read_bytes())
+        except yaml.YAMLError:
+            saved = None
+        if not isinstance(saved, dict):
+            raise UserError(f"{path} is damaged: remove it, or use another --output", True)
+        return saved
 
     def restore(self) -> dict[str, Any] | None:
         """The state that an interrupted evaluation left in this folder, or None."""

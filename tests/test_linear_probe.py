@@ -443,6 +443,14 @@ def test_a_run_that_has_trained_further_is_said(run, tmp_path, capsys):
     assert "seed was 0, is 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [b"a: [1", b"- 1", b"\xff\xfe\x00"])
+def test_a_damaged_configuration_is_named(damage, run, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes(damage)
+    flags = ["--workers", "0", "--measure", "knn", "--backbone", run, "--output", str(tmp_path)]
+    assert in_process(flags) == 2
+    assert f"{tmp_path / 'config.yaml'} is damaged" in capsys.readouterr().err
+
+
 def test_every_flag_has_its_line_of_help(capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])

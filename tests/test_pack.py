@@ -327,6 +327,12 @@ def interrupt(*_args, **_named):
     raise KeyboardInterrupt
 
 
+def test_an_output_that_is_a_file_is_one_line(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["--data", folder, "--output", tmp_path / "file"]
+    assert f"{tmp_path / 'file'} is a file" in only_error(run_script("common/pack.py", *flags))
+
+
 def test_a_tar_file_beside_a_folder_of_images_does_not_matter(folder, tmp_path):
     data = Path(shutil.copytree(folder, tmp_path / "imagenet"))
     (data / "train-images.tar.gz").write_bytes(b"")

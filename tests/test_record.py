@@ -223,6 +223,13 @@ def test_methods_are_named_as_in_the_published_numbers(config, expected):
     assert common_record.method_of(config) == expected
 
 
+def test_a_recipe_of_somebody_elses_is_recorded_by_its_name():
+    assert common_record.method_of({"recipe": "mine"}) == "mine"
+    assert common_record.method_of({"recipe": "nnclr", "momentum_encoder": True}) == (
+        "NNCLR (momentum encoder)"
+    )
+
+
 @pytest.mark.parametrize(
     ("recipe", "flags", "expected"),
     [
