@@ -85,8 +85,5 @@ def record_start(folder: Path, description: dict[str, Any]) -> None:
             path.replace(damaged)
             description["earlier starts"] = f"unreadable, kept as {damaged.name}"
     beside = path.with_suffix(".partial")
-    with open(beside, "w") as file:
-        file.write(json.dumps(description, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    beside.write_text(json.dumps(description, indent=2) + "\n")
     beside.replace(path)

@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one JSON object per line, exactly resumable; and the same to wandb."""
 
+import itertools
 import json
 import math
 import secrets
@@ -20,7 +21,7 @@ def read(path: Path) -> list[dict[str, Any]]:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if not isinstance(record, dict) or not {"kind", "epoch", "step"} <= set(record):
+            if not isinstance(record, dict):
                 break
             records.append(record)
     return records
@@ -28,7 +29,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def cut(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops what was logged after `step`, so that a resumed run logs it again, once."""
-    kept = [record for record in read(path) if record["step"] <= step]
+    whole = itertools.takewhile(lambda record: "step" in record, read(path))
+    kept = [record for record in whole if record["step"] <= step]
     beside = path.with_suffix(".partial")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
     beside.replace(path)

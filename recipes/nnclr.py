@@ -215,8 +215,8 @@ def main(argv: list[str] | None = None) -> None:
                 zq1, zq2 = z1, z2
         z1, p1, p2, zq1, zq2, *ps = full_precision(z1, p1, p2, zq1, zq2, *ps)
 
-        NN, found = Q.nearest(torch.cat([zq1, zq2]))  # top-1 look-ups, in one product with Q
-        (NN1, NN2), (found1, found2) = NN[:, 0].chunk(2), found.chunk(2)
+        (NN1, found1), (NN2, found2) = Q.nearest(zq1), Q.nearest(zq2)  # top-1 look-up
+        NN1, NN2 = NN1[:, 0], NN2[:, 0]
 
         pairs = [(NN1, p2), (NN2, p1)]  # L(NN1, p2)/2 + L(NN2, p1)/2
         pairs += [(NN, p) for p in ps for NN in (NN1, NN2)]  # small crops: both neighbours

@@ -164,10 +164,8 @@ def main(argv: list[str] | None = None) -> None:
             p1, p2 = model.h(z1), model.h(z2)  # predictions, n-by-d
         z1, z2, p1, p2 = full_precision(z1, z2, p1, p2)
 
-        # both look-ups in one product with Q; hard ones, the implicit stop-gradient
-        near, found = Q.nearest(torch.cat([z1, z2]))
-        (nn1, nn2), (found1, found2) = near[:, 0].chunk(2), found.chunk(2)
-        loss = nnsiam_loss(p1, p2, nn1, nn2)
+        (nn1, found1), (nn2, found2) = Q.nearest(z1), Q.nearest(z2)  # the implicit stop-gradient
+        loss = nnsiam_loss(p1, p2, nn1[:, 0], nn2[:, 0])
 
         optimizer.zero_grad()
         loss.backward()
