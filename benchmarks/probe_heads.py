@@ -5,10 +5,13 @@
 
 Times the training of eval/linear_probe as it is, with ten rates and with one in turn, (a) by the
 protocol: random crops, one forward of the encoder per image; (b) as --cache-features does it, the
-one forward per image included; (c) the heads alone, on features that are already there. Medians.
+one forward per image included; (c) the heads alone, on features that are already there. Medians;
+prints a table, stores every time.
 """
 
 import argparse
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -17,9 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from common.config import parse
+from common.environment import describe
 from eval.linear_probe.protocols import GRID
 from eval.linear_probe.run import Probe, ProbeConfig
 
+RESULT = Path(__file__).resolve().parent / "results" / "probe_heads.json"
 STORED_EPOCHS = 90  # SNCLR's and SimSiam's number, for (b) and (c)
 
 
@@ -30,9 +35,12 @@ def main() -> None:
     parser.add_argument("--arch", default="tiny", help="encoder with random weights")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of (a)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, in turn")
+    parser.add_argument("--json", type=Path, default=RESULT, help="for the figures (%(default)s)")
     arguments = parser.parse_args()
+    load, rows = os.getloadavg()[0], []
     rates = [0.1 * factor for factor in GRID]
     cases = {"(a) crops": [], "(b) stored features": ["--cache-features"], "(c) heads alone": None}
+    print(f"| | images | epochs | {len(rates)} rates, s | one, s | ratio |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for case, extra in cases.items():
             epochs = arguments.epochs if case.startswith("(a)") else STORED_EPOCHS
@@ -50,12 +58,12 @@ def main() -> None:
                     if turn:  # the first of each is a warm-up
                         times.append(taken)
             ten, one = (statistics.median(times) for times in seconds.values())
-            images = len(probe.job.train)
-            print(
-                f"{case}, {images} images x {probe.job.encoder.embed_dim}, {epochs} epochs: "
-                f"{ten:.3f} s with {len(rates)} rates, {one:.3f} s with one, ratio {ten / one:.2f}",
-                flush=True,
-            )
+            images = f"{len(probe.job.train)} x {probe.job.encoder.embed_dim}"
+            cells = (case, images, str(epochs), f"{ten:.3f}", f"{one:.3f}", f"{ten / one:.2f}")
+            print(f"| {' | '.join(cells)} |", flush=True)
+            rows.append({"case": case, "images": images, "epochs": epochs, "seconds": seconds})
+    about = {"arch": arguments.arch, "load": load, **describe(probe.job.device, 1)}
+    arguments.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 def train(probe: Probe, rates: list[float], forget: bool) -> float:

@@ -1,7 +1,7 @@
 """Convolutions of small feature maps on CPU: common/small_maps.py beside oneDNN's.
 
     python benchmarks/small_maps.py                      # ResNets' widths at each side, batch 128
-    python benchmarks/small_maps.py --batch-sizes 8,1024 --json small_maps.json
+    python benchmarks/small_maps.py --batch-sizes 8,1024
 
 Forward and backward of one 3x3 or 1x1 convolution, channels last, float32, in turns; medians of the
 times and of the turns' ratios. `LARGEST_OUTPUT` and `FEWEST_CHANNELS` of common/small_maps.py come
@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from common.small_maps import FEWEST_CHANNELS, LARGEST_OUTPUT, convolve_small_ma
 
 # (channels in, channels out, kernel, stride, side of the map): ResNet-18's and -50's at 32 pixels,
 # and what lies beyond on both sides
+RESULT = Path(__file__).resolve().parent / "results" / "small_maps.json"
 LAYERS = (
     (512, 512, 3, 1, 1),
     (256, 512, 3, 2, 2),
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="128", help="images, with commas")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", default="", help="file for the figures")
+    parser.add_argument("--json", type=Path, default=RESULT, help="for the figures (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.threads} threads, torch {torch.__version__}, forward and backward\n")
@@ -61,10 +63,8 @@ def main() -> None:
         for layer in LAYERS:
             rows.append(row := measure(batch, *layer, arguments.turns))
             print(line(row), flush=True)
-    if arguments.json:
-        figures = {"arguments": vars(arguments), "rows": rows}
-        with open(arguments.json, "w") as file:
-            json.dump(figures | describe(torch.device("cpu"), 1), file, indent=1, default=str)
+    figures = {"arguments": vars(arguments), "rows": rows} | describe(torch.device("cpu"), 1)
+    arguments.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
 
 def measure(

@@ -22,13 +22,16 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.environment import describe
 from eval.transfer.classifier import Sklearn, Split
 from eval.transfer.solver import DECAYS, TOLERANCE, fit_path, gradient_norm
 
+RESULT = Path(__file__).resolve().parent / "results" / "transfer_solver.json"
 LATENT = 64  # of a ResNet's 512 pooled features few directions hold most of the variance
 NAMES = {
     "torch": "--solver torch, converged",
@@ -134,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, default=6.0, help="scikit-learn's, times our seconds"
     )
+    parser.add_argument("--json", type=Path, default=RESULT, help="for the figures (%(default)s)")
     parser.add_argument("--sweep", choices=SWEEPS, help="one sweep only, for the processes above")
     arguments = parser.parse_args()
     if arguments.sweep:
@@ -147,11 +151,12 @@ def main() -> None:
         f"{'':34} {'seconds':>8} {'CPU s':>7} {'iterations':>10} {'converged':>9} {'norm':>8} "
         f"{'peak MB':>8}"
     )
-    seconds = {}
+    seconds, load, rows = {}, os.getloadavg()[0], []
     for sweep, name in NAMES.items():
         limit = arguments.limit * seconds.get("torch", 0)
         found = run(sweep, arguments, limit)
         seconds[sweep] = found["seconds"]
+        rows.append({"sweep": name, **found})
         part = "" if found["done"] == len(DECAYS) else f" (stopped after {found['done']} decays)"
         print(
             f"{name:34} {found['seconds']:8.1f} {found['cpu']:7.1f} {found['iterations']:10} "
@@ -161,6 +166,9 @@ def main() -> None:
         if sweep != "torch":
             least = "at least " if part else ""
             print(f"{'':34} {least}{found['seconds'] / seconds['torch']:.2f} times ours")
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    about = {"settings": settings, "load": load, **describe(torch.device("cpu"), 1)}
+    arguments.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

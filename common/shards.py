@@ -22,6 +22,7 @@ from common.errors import UserError
 
 NAME = "packed.json"
 VERSION = 1
+# what reading a damaged npz file raises (zipfile: a method of compression that does not exist)
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile)
 ARRAYS = ("paths", "labels", "shard", "offset", "length")
 AHEAD = 16  # images that a process has asked for before their turn

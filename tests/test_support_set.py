@@ -227,6 +227,26 @@ def test_ids_of_any_integer_type(kind):
     assert found[2] == 2 and found[0] != 0 and found[1] != 1
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_search_makes_no_copy_of_the_queue(k):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    queue, made = SupportSet(2000, 64), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                memory = tensor.untyped_storage()
+                if memory.data_ptr() != queue.embeddings.untyped_storage().data_ptr():
+                    made.append(memory.nbytes())
+            return out
+
+    with Watch():
+        queue.nearest(torch.randn(3, 64), k, exclude_ids=torch.tensor([1, 2, 3]))
+    assert len(made) > 5 and max(made) < queue.embeddings.nbytes / 5
+
+
 def test_exclude_ids_must_be_one_for_each_row():
     with pytest.raises(ValueError, match="one for each"):
         SupportSet(5, 3).nearest(torch.randn(2, 3), exclude_ids=torch.tensor([1]))
