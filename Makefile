@@ -16,7 +16,7 @@ evaluate: .venv/installed
 detection segmentation: .venv/installed
 	@test -n "$(RUN)" -a -n "$(DATA)" || \
 		{ echo "error: make $@ RUN=runs/RECIPE/NAME DATA=FOLDER"; exit 2; }
-	$(VENV)/python eval/$@/$(if $(filter detection,$@),train,run).py --backbone $(RUN) \
+	$(VENV)/python eval/$@/run.py --backbone $(RUN) \
 		--data $(DATA) $(FLAGS)
 
 test: .venv/installed-dev

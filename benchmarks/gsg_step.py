@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from common import metrics
-from common.environment import describe
+from common.run import metrics
+from common.run.environment import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -9,7 +9,7 @@ one thread; they take turns, a round of all images each, and the ratios are medi
 the time beside torchvision's PIL pipeline in the same round. torchvision's PIL pipeline is composed
 as moco-v3 composes it, with PILToTensor at its end; torchvision v2 has the same list on tensors;
 lightly is its BYOLTransform without normalisation (shown where lightly is installed; it is no
-requirement). Of ours, what `--input` calls reference, exact and fast, through the loader's own
+requirement). Of ours, what `--input` calls reference and exact, through the loader's own
 dataset; draws included.
 """
 
@@ -30,11 +30,13 @@ import torchvision
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
-from common import pixels
 from common.augment import byol_views
-from common.data import ArrayImages, FolderImages, Images, ViewDataset, as_bytes
-from common.environment import describe
-from common.photos import PHOTOS, SIDE, patches, read_photo
+from common.data.images import ArrayImages, FolderImages, Images
+from common.data.loaders import ViewDataset
+from common.data.photos import PHOTOS, SIDE, patches, read_photo
+from common.data.sets import as_bytes
+from common.fast import pixels
+from common.run.environment import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEER = "torchvision, PIL, as moco-v3"
@@ -162,7 +164,7 @@ def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, in
     if peer is not None:
         found["lightly, BYOLTransform"] = lambda epoch, n: peer(pil(data[n]))
     images = images_of(data)
-    for name in ("reference", "exact", "fast"):
+    for name in ("reference", "exact"):
         dataset = ViewDataset(images, byol_views(size), 0, False, name)
         found[f"ours, --input {name}"] = lambda epoch, n, d=dataset: d[epoch, n]
     if not isinstance(data[0], bytes):
@@ -173,11 +175,11 @@ def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, in
 
 
 def differences(data: Sequence[Picture], size: int) -> dict[str, dict[str, float]]:
-    """How far the values of exact and fast are from the reference's, in levels of 255."""
+    """How far the values of exact are from the reference's, in levels of 255."""
     images, views, table = images_of(data), byol_views(size), {}
-    names = ("reference", "exact", "fast")
+    names = ("reference", "exact")
     sets = {name: ViewDataset(images, views, 0, False, name) for name in names}
-    for name in ("exact", "fast"):
+    for name in ("exact",):
         off = []
         for n in range(min(50, len(data))):
             ours, theirs = (torch.stack(sets[k][0, n][0]).short() for k in (name, "reference"))

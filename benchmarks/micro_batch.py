@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from common import metrics
+from common.run import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

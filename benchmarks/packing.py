@@ -1,5 +1,5 @@
-"""Images per second from a folder of files and from its shards (`python -m common.pack`), where
-your data lies.
+"""Images per second from a folder of files and from its shards (`python -m common.data.pack`),
+where your data lies.
 
     python benchmarks/packing.py --scratch /lustre/me/try                 # 5 000 files of 110 kB
     python benchmarks/packing.py --scratch /lustre/me/try --cold          # page cache dropped
@@ -9,7 +9,7 @@ Files and shards lie below --scratch and stay there for the next time; with --im
 train/, --limit of its files stand for the folder and only shards are written. Both are read in the
 recipes' keyed order, by the loader's own processes, batch by batch, in turns; what is timed goes
 from the start of these processes to the last batch. *shards, one by one* is what shards give
-without the reading ahead of common/shards.py. --decode also decodes, as the recipes do. Before
+without the reading ahead of common/data/shards.py. --decode also decodes, as the recipes do. Before
 anything is timed every image is compared, file with shard.
 
 --cold tells the system to forget the pages of all files before each turn (no root needed) and
@@ -36,19 +36,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import pack, pixels, shards
-from common.data import (
-    FolderImages,
-    ImageDataset,
-    PackedImages,
-    RankBatches,
-    ignore_stop_signals,
-    load_dataset,
-    subset,
-)
-from common.environment import describe
+from common.data import pack, shards
+from common.data.images import FolderImages, PackedImages, subset
+from common.data.loaders import ImageDataset, RankBatches, ignore_stop_signals
+from common.data.photos import PHOTOS, read_photo
+from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
-from common.photos import PHOTOS, read_photo
+from common.fast import pixels
+from common.run.environment import describe
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "packing.json"
 NAMES = {"files": "files", "single": "shards, one by one", "shards": "shards"}

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import parse
-from common.environment import describe
+from common.run.environment import describe
 from eval.linear_probe.protocols import GRID
 from eval.linear_probe.run import Probe, ProbeConfig
 
@@ -40,7 +40,9 @@ def main() -> None:
     load, rows = os.getloadavg()[0], []
     rates = [0.1 * factor for factor in GRID]
     cases = {"(a) crops": [], "(b) stored features": ["--cache-features"], "(c) heads alone": None}
-    print(f"| | images | epochs | {len(rates)} rates, s | one, s | ratio |\n|---|---|---|---|---|---|")
+    print(
+        f"| | images | epochs | {len(rates)} rates, s | one, s | ratio |\n|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for case, extra in cases.items():
             epochs = arguments.epochs if case.startswith("(a)") else STORED_EPOCHS

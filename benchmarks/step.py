@@ -15,8 +15,8 @@ lightly  its NNCLR example built of its own modules: memory bank, heads, NTXentL
 
 All three have the sizes of lightly's example: heads 512-512-512-128 and 128-512-128, SGD. They are
 measured twice. Apart: each is a process of its own, asleep while it is another's turn; what users
-of each get, with what a run sets for its process (on CPU common/allocator.py). Together: all three
-within one process of the recipe, so that what it sets serves all; what the code alone gives.
+of each get, with what a run sets for its process (on CPU common/run/allocator.py). Together: all
+three within one process of the recipe, so that what it sets serves all; what the code alone gives.
 Medians of the step times, and medians over turns of the ratios.
 """
 
@@ -42,12 +42,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from common import run
-from common.augment import to_input
 from common.config import parse
-from common.data import Images, RankBatches, load_dataset, view_loader
-from common.environment import describe
-from common.micro_batch import Pieces
+from common.data.images import Images
+from common.data.loaders import RankBatches, view_loader
+from common.data.sets import load_dataset
+from common.fast.micro_batch import Pieces
+from common.fast.pixels import to_input
+from common.run import run
+from common.run.environment import describe
 from recipes import nnclr
 
 WARM_UP = 4  # turns that are not counted: allocation, the first kernels

@@ -35,10 +35,10 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import metrics
-from common.environment import describe
+from common.data.photos import PHOTOS, read_photo
 from common.models import build_encoder
-from common.photos import PHOTOS, read_photo
+from common.run import metrics
+from common.run.environment import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10  # steps that are not counted: allocation, kernels, the loader's first batches

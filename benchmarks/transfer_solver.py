@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.environment import describe
+from common.run.environment import describe
 from eval.transfer.classifier import Sklearn, Split
 from eval.transfer.solver import DECAYS, TOLERANCE, fit_path, gradient_norm
 

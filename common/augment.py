@@ -2,13 +2,12 @@
 
 A view is drawn first (`View.draw`, from a generator keyed by seed, epoch, sample and view) and
 applied after (`View.apply`), so that the number of workers, of ranks and a restart change nothing,
-and so that a faster path can use the same draws: `View.render`, by the kernels of pixels.py.
+and so that a faster path can use the same draws: `render` of fast/pixels.py.
 `View.apply` goes through Pillow, as the released code of SimSiam, MoCo-v3 and SNCLR does. Both give
-the same uint8; `to_input` normalises a batch on the device.
+the same uint8.
 """
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
-
-from common import pixels
 
 # The mean and standard deviation of ImageNet, in [0, 1]; GSG App. B.2 uses them on CIFAR-10 too.
 MEAN = (0.485, 0.456, 0.406)
@@ -99,13 +96,6 @@ class View:
         if draw.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
-
-    def render(self, image: np.ndarray, draw: Draw, fused: bool = False) -> Tensor:
-        """`apply` by compiled kernels: uint8 (H,W,4) -> the same uint8 (3,size,size); `fused` as
-        `--input fast`, not the same.
-        """
-        cubic = self.interpolation == "bicubic"
-        return torch.from_numpy(pixels.render(image, self.size, cubic, draw, fused))
 
     def small(self, size: int, scale: tuple[float, float]) -> "View":
         """The same view as a small crop of multi-crop."""
@@ -219,27 +209,3 @@ def center_view(
         image = F.resize(image, [side, side] if square else side, mode)
         image = F.center_crop(image, [size, size])
     return to_tensor(image)
-
-
-def to_input(views: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (N,3,H,W) -> normalised input of the encoder on `device`, channels last."""
-    if views.device.type == device.type == "cpu" and dtype in (torch.float32, torch.float64):
-        # three channels innermost are slow in PyTorch's loops: a look-up of the same values
-        out = torch.empty((len(views), *views.shape[2:], 3), dtype=dtype)
-        pixels.look_up(views.contiguous().numpy(), levels(dtype), out.numpy())
-        return out.permute(0, 3, 1, 2)
-    views = views.to(device, non_blocking=True).to(dtype, memory_format=torch.channels_last)
-    mean, std = mean_and_std(device, dtype)
-    return views.div_(255).sub_(mean).div_(std)
-
-
-@functools.cache
-def levels(dtype: torch.dtype) -> np.ndarray:
-    """(3,256): what each of the 256 values of a channel becomes in the encoder's input."""
-    mean, std = mean_and_std(torch.device("cpu"), dtype).view(2, 3, 1)
-    return torch.arange(256, dtype=dtype).div(255).sub(mean).div(std).numpy()
-
-
-@functools.cache  # sent to a GPU once: each sending would wait for the step before
-def mean_and_std(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor((MEAN, STD), device=device, dtype=dtype).view(2, 3, 1, 1)

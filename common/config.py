@@ -66,9 +66,8 @@ class RunConfig:
     download: bool = free(False)  # cifar10: download torchvision's python batches into --data
     arch: ARCHS = "resnet50"  # encoder, one exact network per name
     image_size: int = 224  # side of a view in pixels
-    # how views are computed. exact: compiled, Pillow's values bit for bit; reference: Pillow;
-    # fast: colour in one map, large images at half scale (benchmarks/README.md says how far off)
-    input: Literal["exact", "reference", "fast"] = later("exact")
+    # how views are computed. exact: compiled, Pillow's values bit for bit; reference: Pillow
+    input: Literal["exact", "reference"] = later("exact")
     # train on this many images, equally many of each class, the same for every seed; 0: all
     train_images: int = later(0)
     # hold this share of each class's training images out and score k-NN on them instead of the
@@ -164,7 +163,7 @@ def check_flag_names(config_class: type, argv: Sequence[str]) -> None:
         if name in names or name == "help" or (name.startswith("no-") and name[3:] in names):
             continue
         hint = nearest_name(name, names).replace("mean ", "mean --")
-        raise UserError(f"unknown flag --{name}{hint} (--help lists all)", every_rank=True)
+        raise UserError(f"unknown flag --{name}{hint} (--help lists all)")
 
 
 def last_value(argv: Sequence[str], name: str) -> str | None:
@@ -201,7 +200,7 @@ def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
             if not line or set(line) <= set("─-"):
                 break
             text.append(line)
-        raise UserError(" ".join(text) or "the flags cannot be read", every_rank=True) from None
+        raise UserError(" ".join(text) or "the flags cannot be read") from None
 
 
 def read_config_file(config_class: type, path: str) -> dict[str, Any]:
@@ -211,11 +210,11 @@ def read_config_file(config_class: type, path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}", every_rank=True) from None
+        raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}", every_rank=True) from None
+        raise UserError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold 'flag: value' lines", every_rank=True)
+        raise UserError(f"--config {path} must hold 'flag: value' lines")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     values.pop("recipe", None)  # a run's own config.yaml names its recipe
     return {n: coerce(config_class, n, v, f"{path}: {n}") for n, v in values.items()}
@@ -226,7 +225,7 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(config_class)
     if name not in hints:
         hint = nearest_name(name, hints)
-        raise UserError(f"{where}: no such flag{hint}", every_rank=True)
+        raise UserError(f"{where}: no such flag{hint}")
     options = [hints[name]]
     if typing.get_origin(options[0]) in (typing.Union, types.UnionType):
         options = [*typing.get_args(options[0])]  # a union
@@ -247,9 +246,9 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
     if choices:
         hint = nearest_name(str(value), choices)
         wanted = ", ".join(map(str, choices))
-        raise UserError(f"{where}: {value!r} is none of {wanted}{hint}", every_rank=True)
+        raise UserError(f"{where}: {value!r} is none of {wanted}{hint}")
     wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise UserError(f"{where}: {value!r} is not {wanted}", every_rank=True)
+    raise UserError(f"{where}: {value!r} is not {wanted}")
 
 
 def check_values(config: Any) -> None:
@@ -265,25 +264,25 @@ def check_values(config: Any) -> None:
             continue
         flag = "--" + name.replace("_", "-")
         if value != value or value in (float("inf"), float("-inf")):
-            raise UserError(f"{flag} {value}: must be a finite number", every_rank=True)
+            raise UserError(f"{flag} {value}: must be a finite number")
         if name in positive and value <= 0:
-            raise UserError(f"{flag} {value}: must be above 0", every_rank=True)
+            raise UserError(f"{flag} {value}: must be above 0")
         if name == "seed" and value >= 2**63:
-            raise UserError(f"{flag} {value}: must be below 2**63", every_rank=True)
+            raise UserError(f"{flag} {value}: must be below 2**63")
         if name in not_negative and value < 0:
-            raise UserError(f"{flag} {value}: must not be negative", every_rank=True)
+            raise UserError(f"{flag} {value}: must not be negative")
         if name in shares and not 0 <= value <= 1:
-            raise UserError(f"{flag} {value}: must lie between 0 and 1", every_rank=True)
+            raise UserError(f"{flag} {value}: must lie between 0 and 1")
         if name == "validation_share" and not 0 <= value < 1:
-            raise UserError(f"{flag} {value}: must be 0 or more and below 1", every_rank=True)
+            raise UserError(f"{flag} {value}: must be 0 or more and below 1")
     side = getattr(config, "image_size", None)
     if side is not None and getattr(config, "arch", "").startswith("vit") and side % 16:
         text = f"--image-size {side}: a ViT takes multiples of its 16-pixel patches"
-        raise UserError(f"{text}, {max(16, side // 16 * 16)} for example", every_rank=True)
+        raise UserError(f"{text}, {max(16, side // 16 * 16)} for example")
     if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
         snapshot_epochs(config)
     if config.workers < -1:
-        raise UserError(f"--workers {config.workers}: must be -1 or more", every_rank=True)
+        raise UserError(f"--workers {config.workers}: must be -1 or more")
 
 
 def snapshot_epochs(config: Any) -> set[int]:
@@ -293,7 +292,6 @@ def snapshot_epochs(config: Any) -> set[int]:
     except ValueError:
         raise UserError(
             f"--snapshot-epochs {config.snapshot_epochs}: whole numbers with commas, as 0,1,10",
-            every_rank=True,
         ) from None
 
 

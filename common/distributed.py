@@ -1,22 +1,17 @@
-"""Ranks: start-up from torchrun, Slurm or nothing; gathers; batch-norm statistics over ranks.
+"""Ranks: start-up from torchrun, Slurm or nothing; gathers; what ranks agree on.
 
 Everything here works without a process group, as one rank. gloo serves CPU tensors, nccl CUDA
 tensors. A rank's loss is the mean over its own rows; the mean of the ranks' losses and gradients
 is the loss and gradient of the global batch.
 """
 
-import contextlib
 import os
 import subprocess
 import zlib
-from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from common import batch_norm
 
 
 def rank() -> int:
@@ -160,150 +155,6 @@ def same_on_all_ranks(module: nn.Module) -> None:
     if world_size() > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=0)
-
-
-def rank_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Batch norms that take their statistics over all ranks: PyTorch's on CUDA, ours on CPU.
-
-    Ours also on one rank: PyTorch's CPU kernel sums (N,C) inputs in float32, and gradients of the
-    first step were once 2 % off the float64 ones on one rank, 2e-6 on two.
-    """
-    if device.type == "cuda":
-        several = world_size() > 1
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module) if several else module
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(module, name, RankBatchNorm.of(child))
-        else:
-            rank_batch_norm(child, device)
-    return module
-
-
-class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all ranks on CPU, where PyTorch's SyncBatchNorm has no path.
-
-    Mean first, then the variance about it: two small all-reduces, and no cancellation. Sums are
-    taken in float64, so that one rank and several round alike. Within `views_apart` a batch is
-    several views one after another, each with statistics of its own.
-    """
-
-    views = 1  # equal parts of the batch that are normalised apart
-
-    @classmethod
-    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "RankBatchNorm":
-        """The same layer, sharing the parameters and buffers of `norm`."""
-        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        new.weight, new.bias = norm.weight, norm.bias
-        new.running_mean, new.running_var = norm.running_mean, norm.running_var
-        new.num_batches_tracked, new.training = norm.num_batches_tracked, norm.training
-        return new
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.ndim < 2:
-            raise ValueError(f"batch norm takes (N,C,…), got {(*x.shape,)}")
-
-    @torch.compiler.disable  # numpy arrays are no part of a graph
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training:  # without running statistics too: those of this rank's batch
-            return super().forward(x)
-        if x.numel() // (self.views * x.shape[1]) < 2 and world_size() == 1:
-            raise ValueError(f"batch norm over one value of each channel: (N,C,…) is {(*x.shape,)}")
-        if x.dtype in (torch.bfloat16, torch.float16):  # autocast: statistics in full precision
-            x = x.float()
-        return _BatchNorm.apply(x, self.weight, self.bias, self)
-
-    def track(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
-        """Moves the running statistics by the views' mean and variance (views, C), over `count`
-        values each, in the views' order, as one forward after another does.
-        """
-        if not self.track_running_stats or self.running_mean is None or not self.training:
-            return
-        unbiased = var * (count / max(1, count - 1))
-        running = [buffer.detach().numpy() for buffer in (self.running_mean, self.running_var)]
-        for values in zip(mean, unbiased, strict=True):
-            self.num_batches_tracked.add_(1)
-            share = self.momentum  # None: the mean of all batches
-            share = 1 / int(self.num_batches_tracked) if share is None else share
-            for average, value in zip(running, values, strict=True):
-                average += share * (value - average)
-
-
-@contextlib.contextmanager
-def views_apart(module: nn.Module, views: int) -> Iterator[None]:
-    """Within it, the batch norms of `module` take a batch as so many views one after another and
-    normalise each by itself: one forward then gives what one forward for each view gives. Only
-    where `can_keep_views_apart` holds.
-    """
-    norms = [m for m in module.modules() if isinstance(m, RankBatchNorm)]
-    for norm in norms:
-        norm.views = views
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.views
-
-
-def can_keep_views_apart(module: nn.Module) -> bool:
-    """Whether all of its batch norms, if any, are ours."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return all(isinstance(norm, RankBatchNorm) for norm in norms)
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Batch norm in training with the statistics of all ranks, of each view of `norm` apart."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: RankBatchNorm):
-        x, threads = channels_last(x), torch.get_num_threads()
-        parts = as_rows(x, norm.views)
-        own, squares = batch_norm.moments(parts, threads)
-        rows = parts.shape[1]
-        ctx.count = rows * world_size()  # ranks hold equally many images
-        mean = sum_over_ranks(own) / world_size()
-        var = sum_over_ranks(squares + rows * (own - mean) ** 2) / ctx.count
-        norm.track(mean, var, ctx.count)
-        ctx.mean, ctx.inverse_std = mean.astype(parts.dtype), 1 / np.sqrt(var + norm.eps)
-        ctx.scale = ctx.inverse_std if weight is None else ctx.inverse_std * weight.numpy()
-        ctx.scale = ctx.scale.astype(parts.dtype)
-        shift = np.zeros_like(ctx.mean[0]) if bias is None else bias.numpy()
-        y = torch.empty_like(x)
-        out = as_rows(y, norm.views)
-        batch_norm.normalise(parts, ctx.mean, ctx.scale, shift, out, threads)
-        ctx.save_for_backward(x)
-        ctx.affine = weight is not None
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (x,), mean, threads = ctx.saved_tensors, ctx.mean, torch.get_num_threads()
-        parts, grads = as_rows(x, len(mean)), as_rows(channels_last(grad), len(mean))
-        grad_bias, products = batch_norm.gradient_sums(grads, parts, mean, threads)
-        grad_weight = products * ctx.inverse_std
-        offset, slope = sum_over_ranks(np.stack([grad_bias, grad_weight])) / ctx.count
-        columns = [c.astype(parts.dtype) for c in (offset, slope * ctx.inverse_std)]
-        grad_x = torch.empty_like(x)
-        out = as_rows(grad_x, len(mean))
-        batch_norm.input_gradient(grads, parts, mean, *columns, ctx.scale, out, threads)
-        if not ctx.affine:
-            return grad_x, None, None, None
-        totals = (torch.from_numpy(g.sum(axis=0)).to(x.dtype) for g in (grad_weight, grad_bias))
-        return grad_x, *totals, None
-
-
-def sum_over_ranks(values: np.ndarray) -> np.ndarray:
-    return all_reduce_sum(torch.from_numpy(values.copy())).numpy() if world_size() > 1 else values
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(N,C,…) with its channels last in memory, a copy only where they are not."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def as_rows(x: Tensor, views: int) -> np.ndarray:
-    """(N,C,…) with its channels last in memory -> (views, rows, C), the same memory."""
-    return x.movedim(1, -1).view(views, -1, x.shape[1]).numpy()
 
 
 class _Gather(torch.autograd.Function):

@@ -19,13 +19,17 @@ DISK_ERRORS = {*FULL, errno.EROFS}
 class UserError(Exception):
     """Something the user can mend: what is wrong, where, and what to do, in one line.
 
-    `every_rank=True` marks an error that all ranks meet alike (a wrong flag), so that only rank 0
-    says it; an error of one rank (a corrupt image) is said by that rank.
+    Rank 0 says it, since all ranks meet it alike (a wrong flag). `this_rank=True` marks what one
+    rank alone meets (a corrupt image, a killed loader worker): that rank says it.
     """
 
-    def __init__(self, message: str, every_rank: bool = False):
+    def __init__(self, message: str, this_rank: bool = False):
         super().__init__(message)
-        self.every_rank = every_rank
+        self.this_rank = this_rank
+
+
+class PeerFailed(Exception):  # noqa: N818, another rank says the error
+    """Another rank has met an error and says it: this one ends without a word."""
 
 
 class Stopped(Exception):  # noqa: N818, it is no error
@@ -110,8 +114,10 @@ def command(main: Callable[[], None]) -> int:
         main()
         return 0
     except UserError as error:
-        if not (error.every_rank and os.environ.get("RANK", "0") != "0"):
+        if error.this_rank or os.environ.get("RANK", "0") == "0":
             say_error(str(error))
+        return EXIT_USER_ERROR
+    except PeerFailed:
         return EXIT_USER_ERROR
     except Stopped:
         return EXIT_STOPPED

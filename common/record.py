@@ -19,9 +19,9 @@ from typing import Any
 
 import yaml
 
-from common import backbone, environment, metrics
 from common.config import RunConfig, numbers_of, parse, values_before
 from common.errors import UserError
+from common.run import backbone, environment, metrics
 
 SCHEMA = Path(__file__).resolve().parent.parent / "results" / "schema.json"
 

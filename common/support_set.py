@@ -56,7 +56,7 @@ class SupportSet(nn.Module):
         the next `check` does.
         """
         if not 1 <= k <= self.size:
-            raise TooFewNeighboursError(f"{k} neighbours asked of a queue of {self.size}", True)
+            raise TooFewNeighboursError(f"{k} neighbours asked of a queue of {self.size}")
         if exclude_ids is not None and exclude_ids.shape != z.shape[:1]:
             raise ValueError(f"exclude_ids {(*exclude_ids.shape,)} for {len(z)} rows: one for each")
         with torch.autocast(z.device.type, enabled=False):  # the search stays in full precision
@@ -94,7 +94,8 @@ class SupportSet(nn.Module):
             raise TooFewNeighboursError(
                 f"{self.asked} neighbours asked, but only {self.asked - missing} of the "
                 f"{self.size} entries of the queue come from other images: a longer queue or "
-                "fewer neighbours"
+                "fewer neighbours",
+                this_rank=True,
             )
 
     @torch.no_grad()
@@ -139,6 +140,5 @@ class SupportSet(nn.Module):
             raise UserError(
                 f"the checkpoint holds one private queue for each of {len(ranks)} ranks, this run "
                 f"has {distributed.world_size()}: continue with {len(ranks)} ranks",
-                every_rank=True,
             )
         self.load_state_dict(ranks[0 if self.shared else distributed.rank()])

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import photos
-from common.backbone import load_backbone
-from common.data import photo_patches
+from common.data import photos
+from common.data.sets import photo_patches
 from common.errors import UserError, command
 from common.knn import extract_features, knn_accuracy
 from common.models import build_encoder
+from common.run.backbone import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,10 +15,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from common import backbone, distributed
+from common import distributed
 from common.config import free
 from common.errors import UserError
-from common.results import in_words
+from common.run import backbone
+from common.run.results import in_words
 from eval.encoders import PIXELS
 from eval.evaluation import Evaluation, TrainingConfig
 
@@ -51,7 +52,6 @@ class DenseEvaluation(Evaluation):
             raise UserError(
                 f"{config.backbone}: {what} no pyramid of feature maps: dense transfer takes "
                 f"{' and '.join(RESNETS)}",
-                every_rank=True,
             )
 
     def with_defaults(self, config: Any) -> Any:
@@ -75,7 +75,7 @@ class DenseEvaluation(Evaluation):
         if self.ranks == 1:
             return model
         if self.device.type != "cuda":
-            raise UserError("several ranks need a GPU each here: start one process", True)
+            raise UserError("several ranks need a GPU each here: start one process")
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def check_body(self, body: nn.Module, features: Callable[[Tensor], Tensor]) -> None:
@@ -168,8 +168,8 @@ class DenseEvaluation(Evaluation):
 def same_features(
     encoder: nn.Module, features: Callable[[Tensor], Tensor], device: torch.device
 ) -> None:
-    """UserError unless both give the same features (1,D) for the fixed input of common/backbone.py:
-    a network with its stride elsewhere has the same names and shapes.
+    """UserError unless both give the same features (1,D) for the fixed input of
+    common/run/backbone.py: a network with its stride elsewhere has the same names and shapes.
     """
     with torch.no_grad():
         x = backbone.fixed_input(64).to(device)
@@ -179,7 +179,6 @@ def same_features(
         raise UserError(
             "the detector computes other features than the backbone, though its tensors are equal: "
             "the stride belongs in the 3x3 convolutions (MODEL.RESNETS.STRIDE_IN_1X1 False)",
-            every_rank=True,
         )
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import backbone, record
+from common import record
 from common.errors import UserError, nearest_name
 from common.models import EMBED_DIMS, build_encoder
+from common.run import backbone
 
 IMAGE_SIZE = 224  # of checkpoints that do not say their own
 PIXELS, RANDOM = "pixels", "random"  # controls: no encoder at all, and an untrained one
@@ -49,18 +50,18 @@ def load_encoder(
     """
     if arch is not None and arch not in EMBED_DIMS:
         near = nearest_name(arch, EMBED_DIMS)
-        raise UserError(f"--arch {arch}: none of {', '.join(EMBED_DIMS)}{near}", True)
+        raise UserError(f"--arch {arch}: none of {', '.join(EMBED_DIMS)}{near}")
     if str(source) in (PIXELS, RANDOM):
         return control(str(source), arch, image_size or IMAGE_SIZE)
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / backbone.NAME).exists():
             raise UserError(
-                f"{path} has no {backbone.NAME}: not a run folder, or the run is not finished", True
+                f"{path} has no {backbone.NAME}: not a run folder, or the run is not finished"
             )
         path = path / backbone.NAME
     if not path.is_file():
-        raise UserError(f"{path}: no such file or run folder", every_rank=True)
+        raise UserError(f"{path}: no such file or run folder")
     if path.suffix == ".safetensors" and "feature_check" in safetensors_metadata(path):
         return own_backbone(path, arch)
     return foreign(path, arch, image_size)
@@ -70,7 +71,7 @@ def own_backbone(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any
     """An encoder that one of our runs exported; its features are checked on load."""
     encoder, metadata = backbone.load_backbone(path)
     if arch not in (None, metadata["arch"]):
-        raise UserError(f"{path} holds {metadata['arch']}, not --arch {arch}", every_rank=True)
+        raise UserError(f"{path} holds {metadata['arch']}, not --arch {arch}")
     run = path.absolute().parent
     return encoder, {
         "arch": metadata["arch"],
@@ -116,12 +117,12 @@ def read_tensors(path: Path) -> dict[str, Any]:
         try:
             return {"tensors": load_file(path), "arch": None, "epoch": None}
         except Exception as error:
-            raise UserError(f"{path} is no safetensors file: {error}", every_rank=True) from None
+            raise UserError(f"{path} is no safetensors file: {error}") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and stream errors of many types
         raise UserError(
-            f"{path} cannot be read as a checkpoint of weights ({type(error).__name__})", True
+            f"{path} cannot be read as a checkpoint of weights ({type(error).__name__})"
         ) from None
     found = {"arch": None, "epoch": None}
     if isinstance(state, dict):
@@ -135,7 +136,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
                 break
     tensors = state if isinstance(state, dict) else {}
     if not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{path} holds no state_dict of tensors", every_rank=True)
+        raise UserError(f"{path} holds no state_dict of tensors")
     return found | {"tensors": dict(tensors)}
 
 
@@ -159,15 +160,14 @@ def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str
             raise UserError(
                 f"{path} does not say which encoder it holds: give --arch "
                 f"({', '.join(EMBED_DIMS)})",
-                every_rank=True,
             )
         return arch
     if named == "vit_small" and layout.startswith("moco-v3"):
         named = "vit_small_mocov3"  # moco-v3 vits.py: 12 heads, fixed positions
     if named not in EMBED_DIMS:
-        raise UserError(f"{path} holds {named}, which is none of {', '.join(EMBED_DIMS)}", True)
+        raise UserError(f"{path} holds {named}, which is none of {', '.join(EMBED_DIMS)}")
     if arch not in (None, named):
-        raise UserError(f"{path} ({layout} layout) holds {named}, not --arch {arch}", True)
+        raise UserError(f"{path} ({layout} layout) holds {named}, not --arch {arch}")
     return named
 
 
@@ -244,9 +244,9 @@ class Pixels(nn.Module):
 def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
     """Raw pixels, or a random encoder: what an evaluation gives without any training."""
     if name == RANDOM and arch is None:
-        raise UserError("--backbone random needs --arch", every_rank=True)
+        raise UserError("--backbone random needs --arch")
     if name == PIXELS and arch is not None:
-        raise UserError("--backbone pixels has no --arch", every_rank=True)
+        raise UserError("--backbone pixels has no --arch")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = Pixels(image_size) if name == PIXELS else build_encoder(arch, image_size)

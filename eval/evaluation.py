@@ -28,15 +28,19 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoint, distributed, environment, metrics, record
+from common import distributed, record
 from common.augment import center_view
 from common.config import DATASETS, changed_fields, free
-from common.data import Images, default_workers, load_dataset
+from common.data.images import Images
+from common.data.loaders import default_workers
+from common.data.sets import load_dataset
+from common.data.splits import split_classes
 from common.errors import Stopped, UserError, make_folder
+from common.files import write
 from common.knn import extract_features, rank_share
-from common.results import in_words
-from common.signals import StopRequests
-from common.splits import split_classes
+from common.run import checkpoint, environment, metrics
+from common.run.results import in_words
+from common.run.signals import StopRequests
 from eval.encoders import RANDOM, load_encoder, record_fields
 
 RECORD = "record.json"
@@ -92,9 +96,9 @@ class Evaluation:
 
     def __init__(self, config: Any):
         if not config.backbone:
-            raise UserError("--backbone RUN_OR_FILE is missing", every_rank=True)
+            raise UserError("--backbone RUN_OR_FILE is missing")
         if getattr(config, "seeds", 1) < 1:
-            raise UserError(f"--seeds {config.seeds}: must be 1 or more", every_rank=True)
+            raise UserError(f"--seeds {config.seeds}: must be 1 or more")
         self.started = time.monotonic()
         self.device = distributed.start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
@@ -102,7 +106,7 @@ class Evaluation:
             config.backbone, config.arch or None, getattr(config, "image_size", None)
         )
         if self.facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
-            raise UserError("--method and --pretrained-on are for checkpoints of others", True)
+            raise UserError("--method and --pretrained-on are for checkpoints of others")
         self.config = config = self.with_defaults(config)
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoder.to(self.device, self.dtype).eval()
@@ -140,7 +144,7 @@ class Evaluation:
             values["image_size"] = self.facts["image_size"]
         elif config.image_size != self.facts["image_size"] and "vit" in self.facts["arch"]:
             raise UserError(
-                f"--image-size {config.image_size}: this ViT takes {self.facts['image_size']}", True
+                f"--image-size {config.image_size}: this ViT takes {self.facts['image_size']}"
             )
         return dataclasses.replace(config, **values)
 
@@ -151,7 +155,6 @@ class Evaluation:
             raise UserError(
                 f"{self.config.data} has no labelled train/ and val/: evaluations need class "
                 "folders in both",
-                every_rank=True,
             )
         return train, test
 
@@ -259,20 +262,16 @@ class Evaluation:
                     f"{self.folder} holds this evaluation of an earlier state of "
                     f"{self.facts['run']}: the run has trained further since; use another "
                     "--output, or --resume never",
-                    every_rank=True,
                 )
             if changes:
                 raise UserError(
                     f"{self.folder} holds another evaluation ({'; '.join(changes)}): use the same "
                     "flags, another --output, or --resume never",
-                    every_rank=True,
                 )
         if self.rank == 0:
             make_folder(self.folder)
-            beside = self.folder / "config.partial"
             config = now | dataclasses.asdict(self.config)
-            beside.write_text(yaml.safe_dump(config, sort_keys=False))
-            beside.replace(self.folder / "config.yaml")
+            write(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         distributed.barrier()
         self.say(
             f"{self.name} · {self.facts['arch']} · {self.train.name}: {len(self.train):,} training "
@@ -298,7 +297,7 @@ class Evaluation:
         except yaml.YAMLError:
             saved = None
         if not isinstance(saved, dict):
-            raise UserError(f"{path} is damaged: remove it, or use another --output", True)
+            raise UserError(f"{path} is damaged: remove it, or use another --output")
         return saved
 
     def restore(self) -> dict[str, Any] | None:
@@ -438,9 +437,7 @@ class Evaluation:
             found["scores"] = [record.with_values(score, score["values"]) for score in scores]
         path = self.folder / file
         if self.rank == 0:
-            beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-            beside.replace(path)
+            write(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             for problem in record.problems(found):
                 self.warn(f"{path} cannot be stored as it is: {problem}")
         return path
@@ -525,7 +522,7 @@ def parse_numbers(text: str, flag: str) -> list[float]:
     except ValueError:
         numbers = []
     if not numbers or not all(0 <= n < float("inf") for n in numbers):
-        raise UserError(f"{flag} {text}: numbers with commas between them, like 0.1,0.3", True)
+        raise UserError(f"{flag} {text}: numbers with commas between them, like 0.1,0.3")
     return list(dict.fromkeys(numbers))
 
 

@@ -26,6 +26,7 @@ from common.augment import View, cifar_view, simsiam_view
 from common.config import RunConfig, parse
 from common.distributed import average_gradients
 from common.errors import UserError, command
+from common.fast.micro_batch import Pieces
 from common.gsg import (
     Pairing,
     choice_statistics,
@@ -34,7 +35,6 @@ from common.gsg import (
     guiding_distances,
     symmetric_loss,
 )
-from common.micro_batch import Pieces
 from common.models import (
     build_encoder,
     full_precision,
@@ -43,7 +43,7 @@ from common.models import (
     update_momentum,
 )
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
-from common.run import Run
+from common.run.run import Run
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def views_of(config: Config) -> list[View]:
 
 def check(config: Config) -> Config:
     if config.projector_layers < 1:
-        raise UserError("--projector-layers must be 1 or more", every_rank=True)
+        raise UserError("--projector-layers must be 1 or more")
     return config
 
 

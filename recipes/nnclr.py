@@ -26,7 +26,7 @@ from common.augment import View, byol_views, cifar_view
 from common.config import RunConfig, parse
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
-from common.micro_batch import Pieces
+from common.fast.micro_batch import Pieces
 from common.models import (
     build_encoder,
     full_precision,
@@ -36,7 +36,7 @@ from common.models import (
     update_momentum,
 )
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
-from common.run import Run
+from common.run.run import Run
 from common.support_set import SupportSet
 
 
@@ -167,11 +167,11 @@ def views_of(config: Config) -> list[View]:
 
 def check(config: Config) -> Config:
     if config.multi_crop and config.arch.startswith("vit"):
-        raise UserError("--multi-crop needs a ResNet: a ViT's positions fit one size", True)
+        raise UserError("--multi-crop needs a ResNet: a ViT's positions fit one size")
     if config.projector_layers < 1:
-        raise UserError("--projector-layers must be 1 or more", True)
+        raise UserError("--projector-layers must be 1 or more")
     if config.multi_crop and not 0.05 < config.multi_crop_scale < 1:
-        raise UserError("--multi-crop-scale must lie between 0.05 and 1", True)
+        raise UserError("--multi-crop-scale must lie between 0.05 and 1")
     return config
 
 

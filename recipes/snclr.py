@@ -27,7 +27,8 @@ from common.augment import View, byol_views, cifar_view
 from common.config import RunConfig, parse
 from common.distributed import average_gradients
 from common.errors import UserError, command
-from common.micro_batch import Pieces
+from common.fast.micro_batch import Pieces
+from common.fast.tiled import cosines, logsumexp_of_cosines
 from common.models import (
     build_encoder,
     freeze_patch_embedding,
@@ -38,9 +39,8 @@ from common.models import (
     update_momentum,
 )
 from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
-from common.run import Run
+from common.run.run import Run
 from common.support_set import SupportSet
-from common.tiled import cosines, logsumexp_of_cosines
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,9 @@ def resolve(config: Config) -> Config:
     if config.neighbours > config.queue_size:
         raise UserError(
             f"--neighbours {config.neighbours} is more than --queue-size {config.queue_size} holds",
-            every_rank=True,
         )
     if config.positiveness_scale <= 0:
-        raise UserError("--positiveness-scale must be above 0", every_rank=True)
+        raise UserError("--positiveness-scale must be above 0")
     return dataclasses.replace(config, **changes)
 
 

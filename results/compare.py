@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from common import metrics
 from common.errors import UserError
 from common.record import PLACES, read
+from common.run import metrics
 
 CURVES = (
     ("loss", "loss"),
@@ -109,7 +109,7 @@ def show(value: Any) -> str:
 
 def draw(path: Path, names: list[str], runs: list[dict[str, Any]]) -> None:
     """Epoch means over epochs, a line for each run, a panel for each metric that any has."""
-    from common.pictures import headless_pyplot, save
+    from common.run.pictures import headless_pyplot, save
 
     plt = headless_pyplot()
     panels = [c for c in CURVES if any(c[0] in r for run in runs for r in epochs_of(run))]

@@ -17,8 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from common import pictures
 from common.errors import UserError, command
+from common.run import pictures
 from results import claims, record
 
 PANELS = {"knn": "k-NN accuracy", claims.PURITY: "retrieved with the query's label"}

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, command
+from common.files import write
 from common.record import as_shown, facts_of, of_runs, problems, read, with_values
 
 HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
@@ -62,9 +63,7 @@ def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORD
         raise UserError(f"not a record: {found[0]}{more}; see results/schema.json")
     path = folder / name_of(record)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    beside.replace(path)
+    write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from common.config import changed_fields, parse
 from common.errors import UserError, command
-from common.run import check_batch, default_folder
+from common.run.run import check_batch, default_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

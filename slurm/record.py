@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import write
 
 RECORD = "runs.json"
 
@@ -51,9 +52,7 @@ def records_in(scratch: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{RECORD}.partial"
-    beside.write_text(json.dumps(record, indent=1) + "\n")
-    beside.replace(folder / RECORD)
+    write(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def log_path(folder: Path, submission: dict[str, Any], run: str, rank: int = 0) -> Path:

@@ -1,7 +1,7 @@
 """The code that a job runs: the commit it was submitted with, whatever the tree becomes later.
 
 A snapshot is a folder with the tree's files and `.commit`, one line: the commit, and "dirty" where
-the files are not quite its own. `common/environment.py` reads it, so a run knows what it ran.
+the files are not quite its own. `common/run/environment.py` reads it, so a run knows what it ran.
 """
 
 import io

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.data import subset
+from common.data.images import subset
 from common.knn import gather_shares
 from eval import evaluation
 from eval.linear_probe import run as script

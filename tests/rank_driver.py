@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common import distributed, results
+from common import distributed
+from common.run import results
 from common.support_set import SupportSet
 
 folder, recipe_name, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]

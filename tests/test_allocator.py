@@ -8,14 +8,14 @@ import sys
 import pytest
 from conftest import ROOT, environment
 
-from common import allocator
-from common.allocator import VARIABLES
+from common.run import allocator
+from common.run.allocator import VARIABLES
 
 # blocks as a step has them: many large ones, freed together; prints what it set, the page faults
 # of every later round and the resident MB after the first and the last round
 SCRIPT = """
 import json, resource, sys, numpy as np
-from common.allocator import keep_freed_memory
+from common.run.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def resident(): return next(int(l.split()[1]) for l in open("/proc/self/status") if "VmRSS" in l)

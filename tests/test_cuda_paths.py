@@ -16,12 +16,14 @@ from pretend_cuda import CUDA, PretendCuda, is_fake, pretend_cuda
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from common import checkpoint, knn, metrics
+from common import knn
 from common.augment import byol_views, cifar_view
-from common.data import ArrayImages, RankBatches, subset, view_loader
-from common.device_views import DeviceViews
-from common.photos import PHOTOS, read_photo
-from common.run import Run
+from common.data.images import ArrayImages, subset
+from common.data.loaders import RankBatches, view_loader
+from common.data.photos import PHOTOS, read_photo
+from common.fast.device_views import DeviceViews
+from common.run import checkpoint, metrics
+from common.run.run import Run
 from eval.linear_probe import run as probe
 from recipes import nnsiam
 
@@ -131,7 +133,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretendCud
     """
     folder = tmp_path_factory.mktemp("finished") / "run"
     flags = [*small("nnclr"), "--workers", "0", "--knn-every", "1", "--output", str(folder)]
-    with mock.patch("common.run.knn_of_encoder", side_effect=knn_of_few):
+    with mock.patch("common.run.run.knn_of_encoder", side_effect=knn_of_few):
         train("nnclr", *flags, "--max-steps", "1", whole=True)
         (folder / "backbone.safetensors").unlink()  # as of a run that was stopped
         saved = checkpoint.load(folder / checkpoint.NAME)["state"]

@@ -15,19 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import photos
 from common.augment import cifar_view, view_rng
-from common.data import (
-    SKIP_LIMIT,
-    ArrayImages,
-    FolderImages,
-    RankBatches,
-    as_bytes,
-    center_batches,
-    epoch_order,
-    load_dataset,
-    view_loader,
-)
+from common.data import photos
+from common.data.images import ArrayImages, FolderImages
+from common.data.loaders import SKIP_LIMIT, RankBatches, center_batches, epoch_order, view_loader
+from common.data.sets import as_bytes, load_dataset
 from common.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -253,7 +245,7 @@ def refused(dataset: str, data: str) -> str:
     """The message of the one error; every rank meets it alike, so only rank 0 says it."""
     with pytest.raises(UserError) as error:
         load_dataset(dataset, data)
-    assert error.value.every_rank
+    assert not error.value.this_rank
     assert "\n" not in str(error.value)
     return str(error.value)
 

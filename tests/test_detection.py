@@ -13,17 +13,17 @@ from conftest import interrupted, only_error, run_script
 from dense_miniatures import COCO_IDS, ELLIPSE, HEIGHT, RECTANGLE, WIDTH, coco, picture, voc
 from torch import nn
 
-from common import metrics
 from common.errors import UserError, command
 from common.models import build_encoder
 from common.record import problems
+from common.run import metrics
 from eval.dense import same_features
 from eval.detection import convert as converter
 from eval.detection import data, scores, torchvision_backend, train
 from eval.detection.settings import PROTOCOLS, Settings, parse_overrides
 from results import tables
 
-SCRIPT = "eval/detection/train.py"
+SCRIPT = "eval/detection/run.py"
 SMALL = "SOLVER.WARMUP_ITERS=4 MODEL.RPN.BATCH_SIZE_PER_IMAGE=32 "
 SMALL += "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=16 MODEL.RPN.PRE_NMS_TOPK_TRAIN=200 "
 SMALL += "MODEL.RPN.POST_NMS_TOPK_TRAIN=100 MODEL.RPN.PRE_NMS_TOPK_TEST=100 "

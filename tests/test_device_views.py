@@ -11,10 +11,15 @@ import torch
 from conftest import SHARED_IMAGES, run_script, small
 from PIL import Image
 
-from common import augment, data, device_views, run
+from common import augment
 from common.augment import Draw, View, draw_row, view_rng
-from common.data import ArrayImages, RankBatches, load_dataset, view_loader
-from common.photos import PHOTOS, read_photo
+from common.data import loaders as data
+from common.data.images import ArrayImages
+from common.data.loaders import RankBatches, view_loader
+from common.data.photos import PHOTOS, read_photo
+from common.data.sets import load_dataset
+from common.fast import device_views
+from common.run import run
 from recipes import nnsiam
 
 SIZE = 96

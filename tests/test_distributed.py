@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import distributed
-from common.distributed import RankBatchNorm
+from common.fast import batch_norm
+from common.fast.batch_norm import RankBatchNorm
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 5, 3, 2)])
@@ -79,7 +80,7 @@ def test_batch_norm_is_more_exact_than_float32_sums():
 def test_every_batch_norm_on_cpu_is_replaced_and_shares_its_parameters():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4)))
     weight = net[2][0].weight
-    net = distributed.rank_batch_norm(net, torch.device("cpu"))
+    net = batch_norm.rank_batch_norm(net, torch.device("cpu"))
     assert isinstance(net[1], RankBatchNorm) and isinstance(net[2][0], RankBatchNorm)
     assert net[2][0].weight is weight
 

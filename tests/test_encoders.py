@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.backbone import export_backbone
 from common.errors import UserError
 from common.models import build_encoder
+from common.run.backbone import export_backbone
 from eval.encoders import load_encoder
 
 

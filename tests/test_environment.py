@@ -2,7 +2,7 @@
 
 import json
 
-from common import environment
+from common.run import environment
 
 
 def test_each_start_is_kept(tmp_path):

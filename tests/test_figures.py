@@ -9,11 +9,10 @@ import yaml
 from conftest import SMALL, only_error, run_script, small
 from PIL import Image
 
-from common import checkpoint, photos
-from common.data import load_dataset
-from eval.ablation import run as ablation
-from eval.neighbours import run as neighbours
-from eval.tsne import run as tsne
+from common.data import photos
+from common.data.sets import load_dataset
+from common.run import checkpoint
+from eval.figures import ablation, neighbours, tsne
 
 TINY_HEADS = ["--projector-hidden", "64", "--predictor-hidden", "64", "--output-dim", "32"]
 RECIPES = {
@@ -62,7 +61,7 @@ def test_snapshots_are_the_checkpoints_of_their_epochs(runs):
 @pytest.mark.parametrize("recipe", ["nnclr", "nnsiam", "snclr"])
 def test_evolution_shows_the_nearest_entries_of_each_snapshot(recipe, runs, tmp_path):
     run, picture = runs(recipe), tmp_path / "evolution.png"
-    done = run_script("eval/neighbours/run.py", "evolution", run, "--output", picture)
+    done = run_script("eval/figures/neighbours.py", "evolution", run, "--output", picture)
     assert done.returncode == 0, done.stderr
     is_picture(picture)
     lines = done.stdout.splitlines()
@@ -94,7 +93,7 @@ def test_evolution_shows_the_nearest_entries_of_each_snapshot(recipe, runs, tmp_
 def test_positiveness_is_sorted_and_over_all_neighbours_of_the_run(runs, tmp_path):
     run, picture = runs("snclr"), tmp_path / "positiveness.png"
     flags = ["positiveness", run, "--output", picture, "--neighbours", "3"]
-    done = run_script("eval/neighbours/run.py", *flags)
+    done = run_script("eval/figures/neighbours.py", *flags)
     assert done.returncode == 0, done.stderr
     is_picture(picture)
     images, _ = load_dataset("photos", "")
@@ -111,7 +110,7 @@ def test_positiveness_is_sorted_and_over_all_neighbours_of_the_run(runs, tmp_pat
 def test_mistakes_of_the_neighbour_figures(runs, tmp_path):
     def error(*flags):
         line = [*flags, "--output", tmp_path / "x.png"]
-        return only_error(run_script("eval/neighbours/run.py", *line))
+        return only_error(run_script("eval/figures/neighbours.py", *line))
 
     assert "no run folder" in error("evolution", tmp_path)
     assert "no support set" in error("evolution", runs("simsiam_gsg"))
@@ -123,7 +122,7 @@ def test_mistakes_of_the_neighbour_figures(runs, tmp_path):
 def test_tsne_of_runs_side_by_side(runs, tmp_path):
     picture = tmp_path / "tsne.png"
     line = [runs("nnclr"), runs("simsiam_gsg"), "--images", "180", "--output", picture]
-    done = run_script("eval/tsne/run.py", *line)
+    done = run_script("eval/figures/tsne.py", *line)
     assert done.returncode == 0, done.stderr
     is_picture(picture, wide=400)
     knn = json.loads((runs("nnclr") / "results.json").read_text())["knn"]
@@ -131,7 +130,7 @@ def test_tsne_of_runs_side_by_side(runs, tmp_path):
     assert first.startswith(f"NNCLR (momentum encoder), 1 epochs: k-NN {knn:.1%}, silhouette")
     assert second.startswith("SimSiam-GSG, 1 epochs")
     line = [tmp_path, "--output", picture]
-    assert "no finished run" in only_error(run_script("eval/tsne/run.py", *line))
+    assert "no finished run" in only_error(run_script("eval/figures/tsne.py", *line))
 
 
 def test_tsne_is_the_same_twice_and_its_images_are_balanced(runs):
@@ -169,11 +168,11 @@ def test_ablation_gathers_seeds_by_value_and_shows_the_papers_points(tmp_path):
     assert published == [(0, 71.17), (30, 73.38)] and "vit_small" in what
     assert ablation.published_points("NNCLR", "neighbours") == ("", [])
     line = [*folders, "--over", "neighbours", "--output", tmp_path / "k.png"]
-    done = run_script("eval/ablation/run.py", *line)
+    done = run_script("eval/figures/ablation.py", *line)
     assert done.returncode == 0 and "neighbours 5: 50.00, 60.00 %" in done.stdout, done.stderr
     is_picture(tmp_path / "k.png")
     other = fake_run(tmp_path / "other", 0.5, neighbours=7, temperature=0.1)
     line = [*folders, other, "--over", "neighbours", "--output", tmp_path / "x.png"]
-    assert "in temperature too" in only_error(run_script("eval/ablation/run.py", *line))
+    assert "in temperature too" in only_error(run_script("eval/figures/ablation.py", *line))
     line = [*folders, "--over", "neighbors", "--output", tmp_path / "k.png"]
-    assert "did you mean neighbours" in only_error(run_script("eval/ablation/run.py", *line))
+    assert "did you mean neighbours" in only_error(run_script("eval/figures/ablation.py", *line))

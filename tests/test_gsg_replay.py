@@ -18,7 +18,7 @@ from common.config import parse
 from common.errors import UserError
 from common.gsg import draw_pairs
 from common.models import build_encoder
-from common.run import Run
+from common.run.run import Run
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 32  # of 160 images
 FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]

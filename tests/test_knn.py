@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from common import knn, photos
-from common.data import ArrayImages
+from common import knn
+from common.data import photos
+from common.data.images import ArrayImages
 from common.knn import extract_features, knn_accuracy, knn_of_encoder
 from common.models import build_encoder
-from common.monitors import (
+from common.run.monitors import (
     RANK_ROWS,
     effective_rank,
     embedding_std,

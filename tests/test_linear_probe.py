@@ -12,9 +12,11 @@ import torch.nn.functional as F
 import yaml
 from conftest import run_ranks, run_script, start_ranks
 
-from common import photos
 from common.augment import center_view, crop_view, view_rng
-from common.data import RankBatches, load_dataset, subset
+from common.data import photos
+from common.data.images import subset
+from common.data.loaders import RankBatches
+from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.knn import knn_accuracy
 from common.record import problems

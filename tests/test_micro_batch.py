@@ -14,12 +14,12 @@ import torch
 from conftest import only_error, run_ranks, run_script, small
 from torch import nn
 
-from common import metrics
-from common.distributed import rank_batch_norm
 from common.errors import UserError
-from common.micro_batch import Pieces, autocast_of
+from common.fast.batch_norm import rank_batch_norm
+from common.fast.micro_batch import Pieces, autocast_of
 from common.models import build_encoder, mlp
-from common.run import Run, check_batch
+from common.run import metrics
+from common.run.run import Run, check_batch
 from recipes.nnclr import nnclr_loss
 
 BATCH, VIEWS, DIM = 12, 2, 8
@@ -339,7 +339,7 @@ WITH_TINY_VIT = """
 import runpy, sys
 sys.path[:0] = {paths}
 from common import distributed
-from common.run import Run
+from common.run.run import Run
 from recipes import snclr
 from test_micro_batch import tiny_vit
 snclr.build_encoder = tiny_vit

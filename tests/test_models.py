@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.backbone import export_backbone, load_backbone
 from common.errors import UserError
 from common.models import (
     build_encoder,
@@ -20,6 +19,7 @@ from common.models import (
     momentum_copy,
     update_momentum,
 )
+from common.run.backbone import export_backbone, load_backbone
 
 WIDTHS = {  # embed_dim, and the number of weights of torchvision's and timm's encoders
     "resnet50": (2048, 23_508_032),

@@ -15,9 +15,11 @@ import torch
 from conftest import only_error, run_script
 from PIL import Image
 
-from common import pack, shards
 from common.augment import cifar_view
-from common.data import PackedImages, RankBatches, center_batches, load_dataset, subset, view_loader
+from common.data import pack, shards
+from common.data.images import PackedImages, subset
+from common.data.loaders import RankBatches, center_batches, view_loader
+from common.data.sets import load_dataset
 from common.errors import UserError
 
 NEVER = float("inf")  # no read is slow
@@ -330,7 +332,7 @@ def interrupt(*_args, **_named):
 def test_an_output_that_is_a_file_is_one_line(folder, tmp_path):
     (tmp_path / "file").write_text("")
     flags = ["--data", folder, "--output", tmp_path / "file"]
-    assert f"{tmp_path / 'file'} is a file" in only_error(run_script("common/pack.py", *flags))
+    assert f"{tmp_path / 'file'} is a file" in only_error(run_script("common/data/pack.py", *flags))
 
 
 def test_a_tar_file_beside_a_folder_of_images_does_not_matter(folder, tmp_path):
@@ -350,7 +352,7 @@ def test_a_cut_index_is_named(packed, tmp_path, keep):
 def refused(data: Path) -> str:
     with pytest.raises(UserError) as error:
         load_dataset("imagenet", str(data))
-    assert "\n" not in str(error.value) and error.value.every_rank
+    assert "\n" not in str(error.value) and not error.value.this_rank
     return str(error.value)
 
 
@@ -411,7 +413,7 @@ def test_full_disk_is_said_before_anything_is_written(folder, tmp_path, monkeypa
 
 
 def command(*flags: object) -> subprocess.CompletedProcess:
-    return run_script("common/pack.py", *flags)
+    return run_script("common/data/pack.py", *flags)
 
 
 def test_command_packs_says_so_and_a_run_takes_it(folder, packed, tmp_path):

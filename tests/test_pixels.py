@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from common import augment, pixels
+from common import augment
 from common.augment import Draw, View, view_rng
-from common.data import ArrayImages, FolderImages, RankBatches, as_bytes, load_dataset, view_loader
-from common.photos import PHOTOS, read_photo
+from common.data.images import ArrayImages, FolderImages
+from common.data.loaders import RankBatches, view_loader
+from common.data.photos import PHOTOS, read_photo
+from common.data.sets import as_bytes, load_dataset
+from common.fast import pixels
 
 SIZE = 64
 PLAIN = Draw((0, 0, SIZE, SIZE), None, (1.0, 1.0, 1.0, 0.0), False, None, False, False)
@@ -51,7 +54,7 @@ def samples():
 
 
 def rendered(image: Image.Image, draw: Draw, view: View) -> np.ndarray:
-    return view.render(pixels.four_channels(np.asarray(image)), draw).numpy()
+    return pixels.render(view, pixels.four_channels(np.asarray(image)), draw).numpy()
 
 
 def by_pillow(image: Image.Image, draw: Draw, view: View) -> np.ndarray:
@@ -270,13 +273,13 @@ def test_damaged_files_get_the_same_message_in_all_inputs(tmp_path):
     images = folder_of(tmp_path, **files)
     for number in range(len(images)):
         said = []
-        for name in ("reference", "exact", "fast"):
+        for name in ("reference", "exact"):
             order = RankBatches(4, 4, 0, 0, 1, 0, 1)
             loader = view_loader(images, [augment.cifar_view(32)], order, 0, input=name)
             views, _, problems = loader.dataset[0, number]
             assert views is None
             said.append(problems)
-        assert said[0] == said[1] == said[2] and len(said[0]) == 1
+        assert said[0] == said[1] and len(said[0]) == 1
         assert images.path(number) in said[0][0] and "\n" not in said[0][0]
 
 
@@ -311,46 +314,3 @@ def test_arrays_give_the_same_batches_in_exact_and_reference():
     few = ArrayImages(train.pixels[::500], None, [], "")
     for ours, theirs in zip(batch(few, "exact"), batch(few, "reference"), strict=True):
         assert torch.equal(ours, theirs)
-
-
-# -- fast ---------------------------------------------------------------------------------------
-
-
-def test_fast_draws_the_same_and_comes_near(files):
-    for ours, exact in zip(batch(files, "fast"), batch(files, "exact"), strict=True):
-        difference = (ours.int() - exact.int()).abs().float()
-        assert 0 < difference.mean() < 12  # of 255; another crop or flip would give about 50
-
-
-def test_fast_decodes_at_half_scale_where_every_crop_is_large():
-    data = jpeg(read_photo("coffee"))  # 600x400
-    asked = []
-    half = pixels.decode_jpeg(data, lambda w, h: asked.append((w, h)) or True)
-    assert asked == [(600, 400)] and half.shape == (200, 300, 4)
-    assert pixels.decode_jpeg(data, lambda w, h: False).shape == (400, 600, 4)
-    odd = jpeg(noise(101, 77))
-    assert pixels.decode_jpeg(odd, lambda w, h: True).shape == (51, 39, 4)
-    assert pixels.halved((0, 0, 77, 101), 39, 51) == (0, 0, 39, 51)
-    assert pixels.halved((11, 20, 30, 41), 39, 51) == (5, 10, 16, 21)
-
-
-def test_fused_colour_is_the_steps_one_after_the_other_without_clipping():
-    rng = np.random.default_rng(0)
-    colours = rng.integers(100, 140, (3, 400)).astype(float)  # far from 0 and 255
-    draw = replace(PLAIN, colour_order=(1, 0, 2), colour=(1.2, 0.8, 1.3, 0.0))
-    matrix = pixels.fused_colour(colours.mean(1), draw)
-    weights = np.array([0.299, 0.587, 0.114])
-    x = colours
-    x = 0.8 * x + 0.2 * (weights @ x).mean()
-    x = 1.2 * x
-    x = 1.3 * x - 0.3 * (weights @ x)
-    ours = matrix[:, :3] @ colours + matrix[:, 3:] - 0.5
-    np.testing.assert_allclose(ours, x, atol=1e-3)
-
-
-def test_fused_hue_keeps_greys_and_turns_red_to_yellow():
-    draw = replace(PLAIN, colour_order=(3,), colour=(1, 1, 1, 1 / 6))
-    matrix = pixels.fused_colour(np.zeros(3), draw)[:, :3]
-    np.testing.assert_allclose(matrix @ [90, 90, 90], 90, atol=0.5)
-    red, green, blue = matrix @ [100, 0, 0]
-    assert green > blue and red > blue

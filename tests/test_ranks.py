@@ -8,8 +8,8 @@ import torch
 from conftest import run_ranks, small
 from test_gsg import algorithm_1
 
-from common import checkpoint, metrics
 from common.gsg import draw_pairs
+from common.run import checkpoint, metrics
 
 RECIPES = {
     "nnclr": [],

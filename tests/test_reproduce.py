@@ -13,9 +13,9 @@ import yaml
 from conftest import ROOT, environment, only_error, run_script
 from test_record import good
 
-from common import metrics
 from common import record as common_record
 from common.errors import Stopped, UserError
+from common.run import metrics
 from results import record, reproduce
 from results.reproduce import Piece, Work
 

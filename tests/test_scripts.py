@@ -16,13 +16,13 @@ import yaml
 from conftest import SMALL, only_error, run_fresh, run_ranks, run_script, small
 from PIL import Image
 
-from common import checkpoint, metrics, photos
-from common.backbone import load_backbone
-from common.data import ArrayImages
+from common.data import photos
+from common.data.images import ArrayImages
 from common.errors import UserError, command
-from eval.ablation import run as ablation
+from common.run import checkpoint, metrics
+from common.run.backbone import load_backbone
+from eval.figures import ablation, tsne
 from eval.linear_probe import run as linear_probe
-from eval.tsne import run as tsne
 from recipes import byol_gsg, nnclr, nnsiam, simsiam_gsg, snclr
 
 RECIPES = (nnclr, nnsiam, snclr, simsiam_gsg, byol_gsg)

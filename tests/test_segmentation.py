@@ -12,10 +12,10 @@ from conftest import interrupted, only_error, run_script
 from dense_miniatures import HEIGHT, WIDTH, ade20k
 from PIL import Image
 
-from common import metrics
 from common.errors import UserError, command
 from common.models import build_encoder
 from common.record import problems
+from common.run import metrics
 from eval.segmentation import ade20k as scenes
 from eval.segmentation import model, picture, run
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from conftest import run_ranks, run_script, start_ranks
 from PIL import Image
 
-from common import photos
-from common.data import RankBatches, load_dataset
+from common.data import photos
+from common.data.loaders import RankBatches
+from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.models import build_encoder
 from common.record import problems

@@ -419,7 +419,7 @@ def test_a_snapshot_within_a_checkout_knows_its_own_commit(repository):
     line = snapshot.take(repository, repository / "runs" / "code")
     (repository / "NEW").write_text("")
     assert commit_all(repository) != line
-    code = "from common import environment; print(*environment.commit(), environment.__file__)"
+    code = "from common.run import environment; print(*environment.commit(), environment.__file__)"
     for where, expected in (
         ("runs/code", f"{line} False"),
         (".", git(repository, "rev-parse", "HEAD")),
@@ -610,7 +610,7 @@ def test_each_job_step_and_attempt_has_its_own_port(monkeypatch):
 
 
 def test_loader_workers_are_those_that_slurm_gave_the_task(monkeypatch):
-    from common.data import default_workers
+    from common.data.loaders import default_workers
 
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
     assert default_workers(8) == 12

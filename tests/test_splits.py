@@ -8,9 +8,10 @@ import pytest
 import yaml
 from conftest import QUEUE, SMALL, only_error, run_script
 
-from common.data import ArrayImages, load_dataset
+from common.data.images import ArrayImages
+from common.data.sets import load_dataset
+from common.data.splits import parts
 from common.errors import UserError
-from common.splits import parts
 from results import record
 
 
@@ -121,9 +122,9 @@ def test_the_k_nn_of_a_run_is_that_of_the_held_out_images(run):
     """Again from the exported encoder, by the definition."""
     import torch
 
-    from common import backbone
-    from common.augment import to_input
-    from common.data import center_batches
+    from common.data.loaders import center_batches
+    from common.fast.pixels import to_input
+    from common.run import backbone
 
     train, validation = parts(*load_dataset("photos", ""), 864, 0.2)
     encoder = backbone.load_backbone(run / "backbone.safetensors")[0].eval()

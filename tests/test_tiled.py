@@ -8,7 +8,7 @@ from conftest import run_ranks, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import tiled
+from common.fast import tiled
 from recipes.snclr import snclr_loss
 
 TAU = 0.2
@@ -116,7 +116,7 @@ def test_without_gradient_there_is_none():
 
 RANKS = """
 import sys, torch, torch.distributed as dist
-from common import tiled
+from common.fast import tiled
 from recipes.snclr import snclr_loss
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common import files
 from common.errors import UserError, command, make_folder
 from eval.encoders import load_encoder
 
@@ -51,7 +52,7 @@ def convert(tensors: dict[str, Tensor], where: str = "the backbone") -> dict[str
     }
     problems = differences({n: tuple(t.shape) for n, t in found.items()}, expected_shapes())
     if problems:
-        raise UserError(f"{where} is no ResNet-50 of torchvision's: {listed(problems)}", True)
+        raise UserError(f"{where} is no ResNet-50 of torchvision's: {listed(problems)}")
     return found
 
 
@@ -92,7 +93,7 @@ def check_loaded(state: dict[str, Tensor], converted: dict[str, Tensor]) -> None
             problems.append(f"{name} was not loaded")
     problems += [f"{name} was not in the backbone" for name in own if name not in converted]
     if problems:
-        raise UserError(f"the detector did not take the backbone: {listed(problems)}", True)
+        raise UserError(f"the detector did not take the backbone: {listed(problems)}")
 
 
 def write(path: Path, converted: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -103,16 +104,14 @@ def write(path: Path, converted: dict[str, Tensor], facts: dict[str, Any]) -> No
         "matching_heuristics": True,
     }
     make_folder(path.parent)
-    beside = path.with_suffix(".partial")
-    beside.write_bytes(pickle.dumps(content))
-    beside.replace(path)
+    files.write(path, pickle.dumps(content))
 
 
 def take(backbone: str, arch: str | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
     """(encoder, facts) of `load_encoder`; UserError for anything but a ResNet-50."""
     encoder, facts = load_encoder(backbone, arch)
     if facts["arch"] != "resnet50":
-        raise UserError(f"{backbone} is {facts['arch']}: detectron2 takes a resnet50", True)
+        raise UserError(f"{backbone} is {facts['arch']}: detectron2 takes a resnet50")
     return encoder, facts
 
 

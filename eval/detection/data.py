@@ -77,7 +77,7 @@ def folder_of(split: str, data: str) -> Path:
     for folder in (root, root / inner):
         if data and (folder / mark).is_dir():
             return folder
-    raise UserError(f"--data {data or 'is missing'}: a folder with {LAYOUTS[kind]}", True)
+    raise UserError(f"--data {data or 'is missing'}: a folder with {LAYOUTS[kind]}")
 
 
 def load(splits: list[str], data: str, name: str) -> Detections:
@@ -103,9 +103,9 @@ def read_coco(folder: Path, year: str, part: str) -> dict[str, Any]:
         needed = ("images", "annotations", "categories")
         content = {name: content[name] for name in needed}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --data wants {LAYOUTS['coco']}", True) from None
+        raise UserError(f"{path}: no such file; --data wants {LAYOUTS['coco']}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no COCO annotation file ({error})", True) from None
+        raise UserError(f"{path} is no COCO annotation file ({error})") from None
     images = folder / f"{part}{year}"
     for image in content["images"]:
         image["file_name"] = str(images / image["file_name"])
@@ -121,7 +121,7 @@ def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
     try:
         names = lists.read_text().split()
     except OSError:
-        raise UserError(f"{lists}: no such file; --data wants {LAYOUTS['voc']}", True) from None
+        raise UserError(f"{lists}: no such file; --data wants {LAYOUTS['voc']}") from None
     images, annotations = [], []
     for name in names:
         path = root / "Annotations" / f"{name}.xml"
@@ -130,7 +130,7 @@ def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
             found = [voc_object(one, part) for one in tree.findall("object")]
             size = {n: int(tree.findtext(f"size/{n}")) for n in ("width", "height")}
         except (OSError, ElementTree.ParseError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read as VOC's annotation ({error})", True) from None
+            raise UserError(f"{path} cannot be read as VOC's annotation ({error})") from None
         identity = int(year) * 10**8 + int(name.replace("_", ""))  # 2007: 6 digits, 2012: 4 + 6
         file = str(root / "JPEGImages" / f"{name}.jpg")
         images.append({"id": identity, "file_name": file, **size})

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
+from common import files
 from common.errors import EXIT_STOPPED, Stopped, UserError
-from common.signals import StopRequests
+from common.run.signals import StopRequests
 from eval.dense import same_features, step_seed
 from eval.detection import data
 from eval.detection.convert import check_loaded, convert, write
@@ -36,7 +37,7 @@ from eval.detection.settings import Settings
 from eval.transfer.readers import VOC_CLASSES
 
 if TYPE_CHECKING:
-    from eval.detection.train import Detection
+    from eval.detection.run import Detection
 
 FOLDER = "detectron2"  # its OUTPUT_DIR in the evaluation's folder
 RESULTS = "results.json"
@@ -202,11 +203,11 @@ def processes(job: "Detection") -> int:
     there, batch = torch.cuda.device_count(), job.settings["SOLVER.IMS_PER_BATCH"]
     gpus = job.config.gpus if job.config.gpus >= 0 else there
     if job.ranks > 1:
-        raise UserError("detectron2 starts its own processes: use --gpus, not torchrun", True)
+        raise UserError("detectron2 starts its own processes: use --gpus, not torchrun")
     if gpus > max(1, there):
-        raise UserError(f"--gpus {gpus}: there are {there} here", True)
+        raise UserError(f"--gpus {gpus}: there are {there} here")
     if batch % max(1, gpus):
-        raise UserError(f"SOLVER.IMS_PER_BATCH {batch} does not divide over {gpus} GPUs", True)
+        raise UserError(f"SOLVER.IMS_PER_BATCH {batch} does not divide over {gpus} GPUs")
     return gpus
 
 
@@ -259,13 +260,11 @@ def train_with(cfg: CfgNode, requests: StopRequests, output: Path) -> None:
     trainer.resume_or_load(resume=True)
     trainer.train()
     if comm.is_main_process():
-        beside = output / (RESULTS + ".partial")
-        beside.write_text(json.dumps(trainer._last_eval_results))
-        beside.replace(output / RESULTS)
+        files.write(output / RESULTS, json.dumps(trainer._last_eval_results))
 
 
 def in_our_words(results: dict[str, dict[str, float]], masks: bool) -> dict[str, dict[str, float]]:
-    """detectron2's results as train.py wants them; its NaN for "no detection at all" is 0."""
+    """detectron2's results as run.py wants them; its NaN for "no detection at all" is 0."""
     kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
     return {
         kind: {m: finite(results.get(name, {}).get(m, 0.0)) for m in MEASURES}

@@ -96,12 +96,11 @@ def parse_overrides(text: str, task: str) -> dict[str, Any]:
             raise UserError(
                 f"--override {word}: give NAME=VALUE with a name of configs/{task}.yaml, no space "
                 f"within{near}",
-                every_rank=True,
             )
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"--override {word}: the value is not YAML", every_rank=True) from None
+            raise UserError(f"--override {word}: the value is not YAML") from None
         number = isinstance(known[name], int | float) and not isinstance(known[name], bool)
         if number and isinstance(found[name], str):
             with contextlib.suppress(ValueError):
@@ -113,7 +112,5 @@ def parse_overrides(text: str, task: str) -> dict[str, Any]:
         if name == "SOLVER.IMS_PER_BATCH" and found[name] == 0:
             found[name] = None
         if not isinstance(found[name], kind) or (number and isinstance(found[name], bool)):
-            raise UserError(
-                f"--override {word}: {known[name]!r} is in the file, of another type", True
-            )
+            raise UserError(f"--override {word}: {known[name]!r} is in the file, of another type")
     return found

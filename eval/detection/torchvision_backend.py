@@ -14,14 +14,14 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import distributed
-from common.data import RankBatches, ignore_stop_signals
+from common.data.loaders import RankBatches, ignore_stop_signals
 from common.errors import UserError
 from eval.dense import gathered, or_error, per_rank, raise_errors
 from eval.detection import data, scores
 from eval.detection.settings import Settings
 
 if TYPE_CHECKING:
-    from eval.detection.train import Detection
+    from eval.detection.run import Detection
 
 NORMS = {"": None, "FrozenBN": FrozenBatchNorm2d, "SyncBN": nn.BatchNorm2d, "BN": nn.BatchNorm2d}
 # what of a task's file has a meaning here; --override of anything else is refused
@@ -35,14 +35,13 @@ def check(settings: Settings) -> None:
         raise UserError(
             f"--task {settings.task}: torchvision has no C4 detector, so this task needs "
             "detectron2; eval/detection/README.md says how to install it",
-            every_rank=True,
         )
     for name in settings.overrides:
         if not name.startswith(TAKEN):
-            raise UserError(f"--override {name}: torchvision's detector has no such setting", True)
+            raise UserError(f"--override {name}: torchvision's detector has no such setting")
     for name in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM"):
         if settings[name] not in NORMS:
-            raise UserError(f"{name} {settings[name]}: none of {', '.join(NORMS)}", True)
+            raise UserError(f"{name} {settings[name]}: none of {', '.join(NORMS)}")
 
 
 def run(job: "Detection") -> dict[str, dict[str, float]]:
@@ -128,7 +127,6 @@ def loader(job: "Detection", first: int, last: int) -> torch.utils.data.DataLoad
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {batch} for {len(examples)} images with objects and {job.ranks} "
             "ranks: --override it by one that ranks divide and images fill",
-            every_rank=True,
         )
     return torch.utils.data.DataLoader(
         examples,

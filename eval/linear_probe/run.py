@@ -26,14 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common import distributed
-from common.augment import crop_view, to_input
+from common.augment import crop_view
 from common.config import free, parse
-from common.data import ArrayImages, RankBatches, epoch_order, subset, view_loader
+from common.data.images import ArrayImages, subset
+from common.data.loaders import RankBatches, epoch_order, view_loader
 from common.errors import UserError, command
+from common.fast.pixels import to_input
+from common.files import replacing
 from common.knn import gather_shares, knn_over_ranks, rank_share
 from common.models import full_precision
-from common.results import in_words
-from common.run import check_batch, report_problems
+from common.run.results import in_words
+from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
     Evaluation,
@@ -108,7 +111,7 @@ class Probe:
         name = config.protocol or OF_RECIPE.get(self.job.facts["recipe"])
         if name is None:
             raise UserError(
-                f"{config.backbone} is of no recipe: give --protocol ({', '.join(PROTOCOLS)})", True
+                f"{config.backbone} is of no recipe: give --protocol ({', '.join(PROTOCOLS)})"
             )
         protocol = PROTOCOLS[name]
         batch = PHOTOS_BATCH if config.dataset == "photos" else protocol.batch
@@ -156,9 +159,8 @@ class Probe:
                 images = self.job.train
                 stored = gather_shares(self.job.features(images, "train", **view), len(images))
                 if self.job.rank == 0:
-                    beside = path.with_suffix(".partial")
-                    save_file({"train": stored.cpu().contiguous()}, beside)
-                    beside.replace(path)
+                    with replacing(path) as beside:
+                        save_file({"train": stored.cpu().contiguous()}, beside)
             self.stored[("train",)] = stored
         return self.stored[("train",)]
 
@@ -186,7 +188,7 @@ class Probe:
                 result["held_out_top1"] = percent(right[:, 0])
                 place = best(result["held_out_top1"], last_losses)
             elif not math.isfinite(last_losses[0]):
-                raise UserError(f"the head of lr {lrs[0]:g} diverged: try another --lrs", True)
+                raise UserError(f"the head of lr {lrs[0]:g} diverged: try another --lrs")
             test = self.share("test", np.arange(len(job.test)), **view)
             right = job.correct(heads, test, job.test)[place]
             result["top1"], result["top5"] = percent(right)
@@ -206,7 +208,6 @@ class Probe:
             raise UserError(
                 f"{len(samples)} training images are fewer than one batch: use a --batch-size "
                 f"below {batch}",
-                every_rank=True,
             )
         total = steps_per_epoch * config.epochs
         weight = linear_weights(job.classes, job.encoder.embed_dim, protocol.init, seed)
@@ -412,7 +413,7 @@ def best(accuracies: list[float], last_losses: list[float]) -> int:
     """The place of the best head that did not diverge; of equal ones the smallest rate."""
     finite = [i for i, loss in enumerate(last_losses) if math.isfinite(loss)]
     if not finite:
-        raise UserError("every head diverged: try smaller --lrs", every_rank=True)
+        raise UserError("every head diverged: try smaller --lrs")
     return max(finite, key=lambda i: (accuracies[i], -i))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.augment import MEAN, STD, to_tensor, view_rng
-from common.data import epoch_order
+from common.data.loaders import epoch_order
 from common.errors import UserError
 from eval.dense import load_image, or_error
 
@@ -63,16 +63,13 @@ def load(data: str, part: str) -> Scenes:
         raise UserError(
             f"--data {data or 'is missing'}: {FOLDER} with images/ and annotations/, each with "
             "training/ and validation/",
-            every_rank=True,
         )
     images = sorted((folders[0] / "images" / part).glob("*.jpg"))
     labels = [folders[0] / "annotations" / part / f"{path.stem}.png" for path in images]
     missing = [path for path in labels if not path.is_file()]
     if missing or not images:
         what = f"{missing[0]} is missing" if missing else f"{folders[0]}/images/{part} is empty"
-        raise UserError(
-            f"{what}: --data wants every .jpg of images/ as a .png of annotations/", True
-        )
+        raise UserError(f"{what}: --data wants every .jpg of images/ as a .png of annotations/")
     return Scenes("ADE20K", images, labels)
 
 

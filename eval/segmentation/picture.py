@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.pictures import headless_pyplot, save
+from common.run.pictures import headless_pyplot, save
 
 SHOWN = 10
 HEADS = ("image", "truth", "prediction")

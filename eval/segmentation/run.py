@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common import distributed
 from common.config import parse
-from common.data import ignore_stop_signals
+from common.data.loaders import ignore_stop_signals
 from common.errors import UserError, command
 from eval.dense import DenseConfig, DenseEvaluation, per_rank, raise_errors
 from eval.evaluation import RECORD, forget_checkpoint, parse_numbers
@@ -64,16 +64,15 @@ class Segmentation(DenseEvaluation):
         self.test_sides = whole_numbers(config.test_sizes, "--test-sizes")
         for name in ("decay_every", "longest"):
             if getattr(config, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: must be 1 or more", True)
+                raise UserError(f"--{name.replace('_', '-')}: must be 1 or more")
         if config.deep_supervision < 0:
-            raise UserError("--deep-supervision: must not be negative", every_rank=True)
+            raise UserError("--deep-supervision: must not be negative")
         super().__init__(config)
         batch = config.batch_size
         if batch % self.ranks or batch > len(self.train):
             raise UserError(
                 f"--batch-size {batch} is the batch over all {self.ranks} ranks, which must divide "
                 f"it, of {len(self.train)} training images",
-                every_rank=True,
             )
 
     def load_images(self) -> tuple[ade20k.Scenes, ade20k.Scenes]:
@@ -235,7 +234,7 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
 def whole_numbers(text: str, flag: str) -> list[int]:
     numbers = parse_numbers(text, flag)
     if not all(n == int(n) > 0 for n in numbers):
-        raise UserError(f"{flag} {text}: whole numbers above 0", every_rank=True)
+        raise UserError(f"{flag} {text}: whole numbers above 0")
     return list(map(int, np.asarray(numbers, dtype=int)))
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import FolderImages, Images
+from common.data.images import FolderImages, Images
+from common.data.splits import split_classes
 from common.errors import UserError
-from common.splits import split_classes
+from common.files import write
 
 # google-research/simclr, imagenet_subsets/: 12 811 and 128 116 files
 URL = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/{}"
@@ -36,9 +37,7 @@ def simclr_list(percent: int) -> Path:
             ) from None
         check(content, name, url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial")
-        beside.write_bytes(content)
-        beside.replace(path)
+        write(path, content)
     check(path.read_bytes(), name, str(path))
     return path
 
@@ -59,25 +58,24 @@ def read_list(path: Path, images: Images) -> np.ndarray:
     underscore, or `folder/file`. Raises UserError for a line that names no image on disk.
     """
     if not isinstance(images, FolderImages):
-        raise UserError("--list needs image files: --dataset imagenet or imagefolder", True)
+        raise UserError("--list needs image files: --dataset imagenet or imagefolder")
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--list {path} cannot be read: {error}", every_rank=True) from None
+        raise UserError(f"--list {path} cannot be read: {error}") from None
     wanted = [n if "/" in n else f"{n.split('_')[0]}/{n}" for n in lines if n]
     if not wanted:
-        raise UserError(f"--list {path} names no image", every_rank=True)
+        raise UserError(f"--list {path} names no image")
     places = {os.fsdecode(p): i for i, p in enumerate(images.paths.tolist())}
     missing = [name for name in wanted if name not in places]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(wanted)} images in {path} are not in {images.root}, "
             f"the first is {missing[0]}: complete the data set, or give another --list",
-            every_rank=True,
         )
     if len(set(wanted)) < len(wanted):
         twice = next(name for i, name in enumerate(wanted) if name in wanted[:i])
-        raise UserError(f"--list {path} names {twice} twice", every_rank=True)
+        raise UserError(f"--list {path} names {twice} twice")
     return np.array([places[name] for name in wanted])
 
 

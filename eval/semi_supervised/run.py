@@ -26,13 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
-from common.augment import crop_view, to_input
+from common.augment import crop_view
 from common.config import parse
-from common.data import Images, RankBatches, subset, view_loader
+from common.data.images import Images, subset
+from common.data.loaders import RankBatches, view_loader
 from common.errors import UserError, command
+from common.fast.pixels import to_input
 from common.models import full_precision
-from common.results import in_words
-from common.run import check_batch, report_problems
+from common.run.results import in_words
+from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
     Evaluation,
@@ -113,15 +115,13 @@ class FineTuning:
             name = OF_RECIPE.get(self.job.facts["recipe"])
             if name is None:
                 raise UserError(
-                    f"no paper's protocol here: give --protocol ({', '.join(PROTOCOLS)})", True
+                    f"no paper's protocol here: give --protocol ({', '.join(PROTOCOLS)})"
                 )
         name = name or "small"
         self.protocol = PROTOCOLS[name]
         percent = config.percent
         if percent not in self.protocol.head_lrs:
-            raise UserError(
-                f"--protocol {name} has no source for {percent} %: take another", every_rank=True
-            )
+            raise UserError(f"--protocol {name} has no source for {percent} %: take another")
         self.config = dataclasses.replace(
             config,
             protocol=name,
@@ -138,7 +138,7 @@ class FineTuning:
         if config.epochs:
             numbers = parse_numbers(config.epochs, "--epochs")
             if not all(n == int(n) > 0 for n in numbers):
-                raise UserError(f"--epochs {config.epochs}: whole numbers above 0", True)
+                raise UserError(f"--epochs {config.epochs}: whole numbers above 0")
             epochs = tuple(map(int, numbers))
         heads, encoders = protocol.head_lrs[percent], protocol.encoder_lrs[percent]
         tied = protocol.tied and not (config.head_lrs or config.encoder_lrs)
@@ -176,7 +176,7 @@ class FineTuning:
             except UserError as problem:
                 error = str(problem)
         if (error := distributed.from_rank_zero(error)) is not None:
-            raise UserError(error, every_rank=True)
+            raise UserError(error)
         return distributed.from_rank_zero(path)
 
     # -- training -------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class FineTuning:
                 state["best"] = {n: t.clone() for n, t in model.state_dict().items()}
             state = self.after_training(state, tried=accuracy)
         if state["best"] is None:
-            raise UserError("every setting diverged: try smaller --head-lrs, --encoder-lrs", True)
+            raise UserError("every setting diverged: try smaller --head-lrs, --encoder-lrs")
         chosen = self.candidates[best_of(state["tried"])[0]]
         while len(state["results"]) < config.seeds:
             number = len(state["results"])
@@ -253,7 +253,6 @@ class FineTuning:
             raise UserError(
                 f"{len(images)} labelled images are fewer than one batch: use a --batch-size "
                 f"of at most {len(images)}",
-                every_rank=True,
             )
         total = steps_per_epoch * candidate.epochs
         model = self.model(seed)

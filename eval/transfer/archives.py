@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 from torchvision.datasets.utils import check_integrity, download_url
 
 from common.errors import UserError, is_disk_error
+from common.files import replacing
 
 REFUSED = getattr(tarfile, "FilterError", ())  # of Python 3.11.4 and newer
 ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -25,17 +26,14 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
         return path
     if path.exists():
         print(f"{path} is not whole ({path.stat().st_size} bytes): downloading it again")
-    beside = path.with_name(path.name + ".partial")
-    beside.unlink(missing_ok=True)  # torchvision would take it for whole where no md5 is known
     try:
-        download_url(url, str(folder), beside.name, md5)
+        with replacing(path) as beside:
+            download_url(url, str(folder), beside.name, md5)
     except (OSError, RuntimeError, RecursionError, http.client.HTTPException) as error:
         if is_disk_error(error):
             raise
-        beside.unlink(missing_ok=True)
         text = "what came is not the archive" if "corrupted" in str(error) else str(error)
         raise UserError(f"{url} cannot be downloaded ({text})") from None
-    beside.replace(path)
     return path
 
 

@@ -13,9 +13,12 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common.augment import to_input, to_tensor
-from common.data import ArrayImages, Images, ignore_stop_signals
+from common.augment import to_tensor
+from common.data.images import ArrayImages, Images
+from common.data.loaders import ignore_stop_signals
 from common.errors import UserError
+from common.fast.pixels import to_input
+from common.files import replacing
 
 IMAGE_SIZE = 224  # GSG App. D.1
 BATCH = 64  # images; ssl-transfer linear.py. It moves nothing: the encoder is in eval mode
@@ -115,10 +118,8 @@ def cached(
     started = time.monotonic()
     features = extract(encoder, images, size, workers, between)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    with open(beside, "wb") as file:
+    with replacing(path) as beside, open(beside, "wb") as file:
         np.save(file, features.numpy())
-    beside.replace(path)
     return features, time.monotonic() - started
 
 

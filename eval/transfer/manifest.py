@@ -55,7 +55,5 @@ def chosen(names: str) -> list[str]:
     for name in given:
         if name not in DATASETS:
             near = nearest_name(name, DATASETS)
-            raise UserError(
-                f"--datasets {name}: none of {', '.join(DATASETS)}{near}", every_rank=True
-            )
+            raise UserError(f"--datasets {name}: none of {', '.join(DATASETS)}{near}")
     return [key for key in DATASETS if key in given] if given else list(DATASETS)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
-from common.data import ArrayImages, FolderImages, Images, as_bytes, load_cifar10
+from common.data.images import ArrayImages, FolderImages, Images
+from common.data.sets import as_bytes, load_cifar10
 from common.errors import UserError, is_disk_error
 from eval.transfer.manifest import Manifest
 

@@ -21,11 +21,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import environment, record
+from common import record
 from common.config import free, parse
-from common.data import default_workers
+from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
-from common.signals import StopRequests
+from common.files import write
+from common.run import environment
+from common.run.signals import StopRequests
 from eval.encoders import load_encoder, record_fields
 from eval.evaluation import EncoderConfig
 from eval.transfer import classifier, few_shot, manifest, readers, scores, splits
@@ -334,9 +336,7 @@ class Transfer:
     def write(self, path: Path, found: dict[str, Any]) -> None:
         for problem in record.problems(found):
             print(f"  {path.name} cannot be stored as it is: {problem}")
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-        beside.replace(path)
+        write(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
     def encoder_fields(self) -> dict[str, Any]:
         """The record's fields about the encoder, and how it was evaluated."""

@@ -25,18 +25,23 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoint, distributed, environment, metrics, results
-from common.allocator import keep_freed_memory
-from common.augment import View, to_input
+from common import distributed
+from common.augment import View
 from common.config import changed_fields, gpu_is_there, snapshot_epochs
-from common.data import Images, RankBatches, default_workers, load_dataset, view_loader
-from common.device_views import DeviceViews
-from common.errors import Stopped, UserError, make_folder, say_error
+from common.data.images import Images
+from common.data.loaders import RankBatches, default_workers, view_loader
+from common.data.sets import load_dataset
+from common.data.splits import parts
+from common.errors import PeerFailed, Stopped, UserError, make_folder, say_error
+from common.fast.batch_norm import rank_batch_norm
+from common.fast.device_views import DeviceViews
+from common.fast.pixels import to_input
+from common.files import write
 from common.knn import knn_of_encoder
-from common.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
-from common.signals import StopRequests
-from common.small_maps import small_map_convolutions
-from common.splits import parts
+from common.run import checkpoint, environment, metrics, results
+from common.run.allocator import keep_freed_memory
+from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
+from common.run.signals import StopRequests
 from common.support_set import SupportSet
 
 FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they are read
@@ -53,10 +58,9 @@ def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
         raise UserError(
             f"--batch-size {batch} is the global batch and does not divide over {ranks} "
             f"ranks: take {below or above} or {above}",
-            every_rank=True,
         )
     if batch // ranks < 2:
-        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images", True)
+        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images")
     if not micro_batch:
         return
     fits = [size for size in range(2 * ranks, batch + 1, ranks) if batch % size == 0]
@@ -66,7 +70,6 @@ def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
         raise UserError(
             f"--micro-batch {micro_batch} must cut --batch-size {batch} into equal pieces of 2 or "
             f"more images for each of {ranks} ranks: take {' or '.join(map(str, near))}",
-            every_rank=True,
         )
 
 
@@ -87,7 +90,7 @@ class Run:
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         if config.augment_device == "cuda" and not gpu_is_there():
             text = "--augment-device cuda: no GPU is visible here; use cpu"
-            raise UserError(text, every_rank=True)
+            raise UserError(text)
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         check_batch(config.batch_size, self.ranks, config.micro_batch)
         self.train, self.test = self.load_images()
@@ -96,7 +99,6 @@ class Run:
             raise UserError(
                 f"{self.train.name} has {len(self.train)} training images, fewer than "
                 f"--batch-size {config.batch_size}",
-                every_rank=True,
             )
         self.total_steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
@@ -127,7 +129,7 @@ class Run:
             except UserError as problem:
                 error = str(problem)
         if (error := distributed.from_rank_zero(error)) is not None:
-            raise UserError(error, every_rank=True)
+            raise UserError(error)
         images = load_dataset(config.dataset, config.data)
         return parts(*images, config.train_images, config.validation_share)
 
@@ -150,12 +152,9 @@ class Run:
             torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions is True
 
     def place(self, module: nn.Module) -> nn.Module:
-        """The module on this run's device, in its precision, with batch norms over all ranks and,
-        on CPU, convolutions that know small maps.
-        """
+        """The module on this run's device, in its precision, with batch norms over all ranks."""
         module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
-        module = distributed.rank_batch_norm(module, self.device)
-        module = small_map_convolutions(module, self.device)
+        module = rank_batch_norm(module, self.device)
         distributed.same_on_all_ranks(module)
         return module
 
@@ -199,11 +198,10 @@ class Run:
             raise UserError(
                 f"{self.folder} holds the results of another length or a damaged backbone, and no "
                 "checkpoint to go on from: use another --output",
-                every_rank=True,
             )
         if self.step > self.last_step:
             raise UserError(
-                f"{self.folder} is at step {self.step}, beyond --max-steps {self.last_step}", True
+                f"{self.folder} is at step {self.step}, beyond --max-steps {self.last_step}"
             )
         description = environment.describe(self.device, self.ranks)
         description["steps"] = {"per_epoch": self.steps_per_epoch, "last": self.last_step}
@@ -216,9 +214,7 @@ class Run:
             ]
             environment.record_start(self.folder, description)
             saved = {"recipe": self.recipe, **dataclasses.asdict(self.config)}
-            beside = self.folder / "config.partial"
-            beside.write_text(yaml.safe_dump(saved, sort_keys=False))
-            beside.replace(self.folder / "config.yaml")
+            write(self.folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
         self.wandb = metrics.Wandb(
             self.config.wandb and self.rank == 0 and not results.is_finished(self),
             self.folder,
@@ -237,7 +233,7 @@ class Run:
         except yaml.YAMLError:
             saved = None
         if not isinstance(saved, dict):
-            raise UserError(f"{path} is damaged: remove it, or use another --output", True)
+            raise UserError(f"{path} is damaged: remove it, or use another --output")
         changes = changed_fields(self.config, saved)
         if saved.get("recipe") != self.recipe:
             changes = [f"recipe was {saved.get('recipe')}, is {self.recipe}"]
@@ -245,7 +241,6 @@ class Run:
             raise UserError(
                 f"{self.folder} holds a run with another configuration ({'; '.join(changes)}): "
                 "use the same flags, another --output, or --resume never",
-                every_rank=True,
             )
 
     def restore(self, path: Path) -> None:
@@ -257,13 +252,11 @@ class Run:
                 raise UserError(
                     f"{path} is of another run (recipe {state['recipe']}; "
                     f"{'; '.join(changes) or 'same configuration'}): use another --output",
-                    every_rank=True,
                 )
             if not same_images:
                 raise UserError(
                     f"the images in --data are not those that {path} was trained on "
                     f"(was {state['images']}, is {self.fingerprint})",
-                    every_rank=True,
                 )
             for name, item in self.state.items():
                 saved = state["state"][name]
@@ -273,7 +266,7 @@ class Run:
                     item.load_state_dict(saved)
         except (LookupError, AttributeError, RuntimeError, ValueError, TypeError) as error:
             text = str(error).split("\n")[0]
-            raise UserError(f"{path} does not fit this run: {text}", every_rank=True) from None
+            raise UserError(f"{path} does not fit this run: {text}") from None
         self.step, self.seconds = state["step"], state["seconds"]
         self.last_saved_step = self.step
         for what, was, now in (
@@ -469,7 +462,6 @@ class Run:
                 f"the loss is {bad['loss']} and its gradient {bad['grad_norm']} at step "
                 f"{bad['step']} (epoch {bad['epoch']}): the "
                 f"checkpoint of step {self.last_saved_step} is kept; try a lower --lr or fp32",
-                every_rank=True,
             )
         if good:
             self.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
@@ -486,7 +478,7 @@ class Run:
         except UserError as error:
             problem = error
         if distributed.any_rank([problem is not None])[0]:
-            raise problem or UserError("another rank's queue gave too few neighbours", True)
+            raise problem or PeerFailed
 
     def keep_snapshot(self, epoch: int) -> None:
         """Keeps the checkpoint just saved as snapshots/epoch-….pt, where --snapshot-epochs asks."""
@@ -598,8 +590,8 @@ def report_problems(problems: list[str], must_stop: bool) -> None:
     """Says what a batch's unreadable images were; all ranks stop where one of them must."""
     if must_stop:
         distributed.any_rank([True])  # all ranks stop here, none waits for this one
-        raise UserError(problems[-1])
+        raise UserError(problems[-1], this_rank=True)
     for text in problems:
         say_error(f"{text.split(': mend')[0]}; the next image takes its place")
     if distributed.any_rank([False])[0]:
-        raise UserError("another rank met an unreadable image", every_rank=True)
+        raise PeerFailed

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.augment import BLUR, BOX, FLIP, GREY, ORDER, SOLARIZE, View
-from common.data import ArrayImages, Images
+from common.data.images import ArrayImages, Images
 
 BLOCK = 2**26  # values held at once: 256 MB in float32, and some four times that in between
 BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
@@ -240,7 +240,7 @@ def flip(x: Tensor, values: Tensor) -> Tensor:
 
 
 class DeviceViews:
-    """Finishes on a device what a loader of `common.data.view_loader` began.
+    """Finishes on a device what a loader of `common.data.loaders.view_loader` began.
 
     Images of one size in memory go to the device whole, once, and the loader draws only ("draws");
     of image files the loader decodes and crops ("crops").

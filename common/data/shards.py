@@ -115,9 +115,10 @@ class Handles:
         try:
             data = os.pread(self.descriptor(path), length, offset)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+            raise UserError(f"{path} cannot be read ({error.strerror})", this_rank=True) from None
         if len(data) < length:
-            raise UserError(f"{path} is cut short: pack again, or copy this file again")
+            text = f"{path} is cut short: pack again, or copy this file again"
+            raise UserError(text, this_rank=True)
         return data
 
     def descriptor(self, path: str) -> int:
@@ -132,13 +133,12 @@ class Handles:
 
 
 def is_packed(root: Path) -> bool:
-    """Whether a folder was written by common/pack.py; UserError if that is not finished."""
+    """Whether a folder was written by common/data/pack.py; UserError if that is not finished."""
     if (root / NAME).is_file():
         return True
     if not (root / "train").is_dir() and any(root.glob("train-?????.tar*")):
         raise UserError(
-            f"{root} is not packed to its end: start the same `python -m common.pack` again",
-            every_rank=True,
+            f"{root} is not packed to its end: start the same `python -m common.data.pack` again",
         )
     return False
 
@@ -149,9 +149,9 @@ def describe(root: Path) -> dict:
         about = json.loads((root / NAME).read_text())
         version = about["version"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{root / NAME} cannot be read: pack again", every_rank=True) from None
+        raise UserError(f"{root / NAME} cannot be read: pack again") from None
     if version != VERSION:
-        raise UserError(f"{root / NAME} is of version {version}, not {VERSION}: pack again", True)
+        raise UserError(f"{root / NAME} is of version {version}, not {VERSION}: pack again")
     return about
 
 
@@ -166,18 +166,17 @@ def read_index(root: Path, split: str) -> Index:
     for name, size in entry["shards"].items():
         path = root / name
         if not path.is_file():
-            raise UserError(f"{path} is missing: pack again, or copy it again", every_rank=True)
+            raise UserError(f"{path} is missing: pack again, or copy it again")
         if path.stat().st_size != size:
             raise UserError(
                 f"{path} has {path.stat().st_size} bytes and should have {size}: pack again, or "
                 "copy it again",
-                every_rank=True,
             )
     try:
         with np.load(root / f"{split}.npz") as file:
             arrays = [file[name] for name in ARRAYS]
     except DAMAGED as error:
-        raise UserError(f"{root / split}.npz cannot be read ({error}): pack again", True) from None
+        raise UserError(f"{root / split}.npz cannot be read ({error}): pack again") from None
     if any(len(array) != entry["images"] for array in arrays):
-        raise UserError(f"{root / split}.npz and {NAME} disagree: pack again", every_rank=True)
+        raise UserError(f"{root / split}.npz and {NAME} disagree: pack again")
     return Index(*arrays, entry["classes"], [*entry["shards"]], about["source"], about["resized"])

@@ -1,6 +1,6 @@
 """t-SNE of a test set's features, a panel for each run (GSG Fig. 1).
 
-    python eval/tsne/run.py RUN [RUN …] --output tsne.png
+    python eval/figures/tsne.py RUN [RUN …] --output tsne.png
 
 Each panel embeds the same images with the same seed. The title has the run's own k-NN accuracy
 (results.json: k=200, the whole test set) and the silhouette of the l2-normalised features by label
@@ -17,12 +17,13 @@ import numpy as np
 import yaml
 from torch.nn import functional as F
 
-from common import pictures
-from common.backbone import load_backbone
-from common.data import Images, load_dataset
+from common.data.images import Images
+from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.knn import extract_features
 from common.record import method_of
+from common.run import pictures
+from common.run.backbone import load_backbone
 
 
 def shown_images(images: Images, count: int, seed: int) -> np.ndarray:

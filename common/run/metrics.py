@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from common import files
 from common.errors import say_error
 
 NAME = "metrics.jsonl"
@@ -31,9 +32,7 @@ def cut(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops what was logged after `step`, so that a resumed run logs it again, once."""
     whole = itertools.takewhile(lambda record: "step" in record, read(path))
     kept = [record for record in whole if record["step"] <= step]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    beside.replace(path)
+    files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.augment import MEAN, STD
 from common.errors import UserError
+from common.files import write
 from common.models import build_encoder, timm_arguments
 
 NAME = "backbone.safetensors"
@@ -69,9 +70,7 @@ def export_backbone(
         name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous().clone()
         for name, t in encoder.state_dict().items()
     }
-    beside = path.with_suffix(".partial")
-    beside.write_bytes(sorted_header(save(tensors, metadata)))
-    beside.replace(path)
+    write(path, sorted_header(save(tensors, metadata)))
 
 
 def sorted_header(content: bytes) -> bytes:

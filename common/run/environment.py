@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from common.files import write
+
 NAME = "environment.json"
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
@@ -84,6 +86,4 @@ def record_start(folder: Path, description: dict[str, Any]) -> None:
             damaged = path.with_name(f"{path.stem}.damaged.json")
             path.replace(damaged)
             description["earlier starts"] = f"unreadable, kept as {damaged.name}"
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(description, indent=2) + "\n")
-    beside.replace(path)
+    write(path, json.dumps(description, indent=2) + "\n")

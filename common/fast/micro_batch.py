@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from common.distributed import can_keep_views_apart, views_apart
+from common.fast.batch_norm import can_keep_views_apart, views_apart
 from common.models import has_batch_norm
 
 # in one forward of an encoder with batch norms: gradients of weights sum over all of them in

@@ -1,7 +1,7 @@
 """Neighbours that a run's support set gives to fixed queries: over training, or by positiveness.
 
-    python eval/neighbours/run.py evolution RUN --output evolution.png       # NNCLR Fig. 1
-    python eval/neighbours/run.py positiveness RUN --output positiveness.png # SNCLR Fig. 3 and 4
+    python eval/figures/neighbours.py evolution RUN --output evolution.png       # NNCLR Fig. 1
+    python eval/figures/neighbours.py positiveness RUN --output positive.png # SNCLR Fig. 3 and 4
 
 `evolution` takes the snapshots that the run kept (--snapshot-epochs 0,1,10 of any recipe with a
 queue) and its last checkpoint: a row for each query, a block of columns for each epoch. Green
@@ -23,12 +23,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from common import checkpoint, pictures
-from common.augment import center_view, to_input
-from common.data import Images, center_batches, load_dataset
+from common.augment import center_view
+from common.data.images import Images
+from common.data.loaders import center_batches
+from common.data.sets import load_dataset
+from common.data.splits import parts
 from common.errors import UserError, command
+from common.fast.pixels import to_input
 from common.models import full_precision, momentum_copy
-from common.splits import parts
+from common.run import checkpoint, pictures
 from common.support_set import SupportSet
 
 MAX_SIDE = 112  # of a shown image, in pixels

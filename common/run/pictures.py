@@ -1,5 +1,6 @@
 """Pictures of a run: learning curves, and queries beside their retrieved neighbours."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common.errors import UserError, make_folder
+from common.files import replacing
 
 PANELS = (
     ("loss", "loss"),
@@ -145,10 +147,10 @@ def save(figure, path: Path, plt, facts: dict[str, str] | None = None) -> None:
     chunks = PngInfo()
     for name, text in (facts or {}).items():
         chunks.add_text(name, text)
-    beside = path.with_suffix(".partial.png")
-    figure.savefig(beside, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
     plt.close(figure)
-    with Image.open(beside) as picture:
+    with Image.open(drawn) as picture:
         few = picture.convert("RGB").quantize(256)
-    few.save(beside, optimize=True, pnginfo=chunks)
-    beside.replace(path)
+    with replacing(path) as beside:
+        few.save(beside, "PNG", optimize=True, pnginfo=chunks)

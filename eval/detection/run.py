@@ -1,9 +1,9 @@
 """COCO Mask R-CNN and VOC Faster R-CNN from a backbone, and their AP.
 
-    python eval/detection/train.py --backbone runs/snclr/imagenet-resnet50-0 --data /path/to/coco
-    python eval/detection/train.py --backbone RUN --task voc_faster_rcnn_R50_FPN --data VOCdevkit
-    python eval/detection/train.py --backbone RUN --data /path/to/coco --backend torchvision
-    python eval/detection/train.py --backbone resnet50.pth --arch resnet50 --method Supervised \
+    python eval/detection/run.py --backbone runs/snclr/imagenet-resnet50-0 --data /path/to/coco
+    python eval/detection/run.py --backbone RUN --task voc_faster_rcnn_R50_FPN --data VOCdevkit
+    python eval/detection/run.py --backbone RUN --data /path/to/coco --backend torchvision
+    python eval/detection/run.py --backbone resnet50.pth --arch resnet50 --method Supervised \
         --pretrained-on ImageNet-1k --data /path/to/coco
 
 README.md, beside this file, says what each task is, where it comes from and how to install
@@ -62,14 +62,13 @@ class Detection(DenseEvaluation):
             if config.gpus >= 0:
                 raise UserError(
                     "--gpus is of detectron2's launcher: start torchvision's ranks by torchrun",
-                    every_rank=True,
                 )
         elif config.precision != "fp32":
-            raise UserError("--precision bf16 is for --backend torchvision", every_rank=True)
+            raise UserError("--precision bf16 is for --backend torchvision")
         super().__init__(config)
         if config.backend == "detectron2" and self.config.arch != "resnet50":
             raise UserError(
-                f"{config.backbone} is {self.config.arch}: detectron2's tasks take a resnet50", True
+                f"{config.backbone} is {self.config.arch}: detectron2's tasks take a resnet50"
             )
 
     def load_images(self) -> tuple[data.Detections, data.Detections]:
@@ -77,7 +76,7 @@ class Detection(DenseEvaluation):
         train, test = (data.load(part, self.config.data, self.dataset_name()) for part in splits)
         wanted, found = self.settings["MODEL.ROI_HEADS.NUM_CLASSES"], len(test.categories)
         if found != wanted:
-            raise UserError(f"{self.config.data} has {found} classes, the task {wanted}", True)
+            raise UserError(f"{self.config.data} has {found} classes, the task {wanted}")
         return train, test
 
     def dataset_name(self) -> str:
@@ -156,7 +155,7 @@ def chosen_backend(wanted: str | None) -> str:
         return "detectron2"
     except ImportError as error:
         if wanted == "detectron2":
-            raise UserError(f"--backend detectron2: {error}; {INSTALL}", True) from None
+            raise UserError(f"--backend detectron2: {error}; {INSTALL}") from None
         if distributed.rank() == 0:
             print(f"detectron2 cannot be imported ({error}), so the backend is torchvision")
         return "torchvision"

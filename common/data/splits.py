@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.data import Images, subset
+from common.data.images import Images, subset
 from common.errors import UserError
 
 SEED = 0  # not the run's: seeds of one experiment see the same images
@@ -36,13 +36,12 @@ def parts(
     """
     if validation_share:
         if train.labels is None:
-            raise UserError("--validation-share needs class folders: k-NN needs labels", True)
+            raise UserError("--validation-share needs class folders: k-NN needs labels")
         kept, held = split_classes(train.labels, lambda count: validation_share * count, SEED)
         if not len(held):
             raise UserError(
                 f"--validation-share {validation_share:g}: every class has one image, so none can "
                 "be held out",
-                every_rank=True,
             )
         train, test = subset(train, kept), subset(train, held)
     if train_images:
@@ -53,7 +52,7 @@ def parts(
 def balanced(images: Images, number: int) -> np.ndarray:
     """`number` of the images, equally many of each class; without labels, any."""
     if number > len(images):
-        raise UserError(f"--train-images {number}: there are {len(images)} to choose from", True)
+        raise UserError(f"--train-images {number}: there are {len(images)} to choose from")
     rng = np.random.default_rng([SEED, 2])
     if images.labels is None:
         return np.sort(rng.permutation(len(images))[:number])
@@ -62,7 +61,6 @@ def balanced(images: Images, number: int) -> np.ndarray:
         raise UserError(
             f"--train-images {number} is not the same number of each of {len(classes)} classes: "
             f"take {max(number // len(classes), 1) * len(classes)}",
-            every_rank=True,
         )
     each = number // len(classes)
     if each > counts.min():
@@ -70,7 +68,6 @@ def balanced(images: Images, number: int) -> np.ndarray:
         raise UserError(
             f"--train-images {number} is {each} of each class, but {least} has {counts.min()}: "
             f"take {counts.min() * len(classes)} or fewer",
-            every_rank=True,
         )
     own = [rng.permutation(np.flatnonzero(images.labels == c))[:each] for c in classes]
     return np.sort(np.concatenate(own))

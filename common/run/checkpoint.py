@@ -3,7 +3,6 @@
 Written beside and renamed, the one before kept: at every moment `checkpoint.pt` is a whole file.
 """
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from common.errors import FULL, UserError, is_disk_error
+from common.files import replacing
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -23,20 +23,18 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
     Raises UserError where it cannot be written; the checkpoint before is then untouched.
     """
-    path, beside = folder / NAME, folder / (NAME + ".partial")
+    path = folder / NAME
     try:
-        with open(beside, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        keep_previous(path, folder / PREVIOUS)
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            with open(beside, "wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            keep_previous(path, folder / PREVIOUS)
     except (OSError, RuntimeError) as error:
         cause = disk_error_behind(error)
         if cause is None:
             raise
-        with contextlib.suppress(OSError):
-            beside.unlink()
         kept = "the checkpoint before is kept: " if path.exists() else ""
         cure = "free space" if cause.errno in FULL else "make it writable"
         raise UserError(
@@ -55,12 +53,9 @@ def keep_previous(path: Path, previous: Path) -> None:
     """Gives the present checkpoint a second name, without a moment in which it has none."""
     if not path.exists():
         return
-    link = previous.with_suffix(".link")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            link.unlink()
-        os.link(path, link)
-        os.replace(link, previous)
+        with replacing(previous) as link:
+            os.link(path, link)
     except OSError as error:  # file systems without hard links: `find` then takes the previous one
         if is_disk_error(error):
             raise
@@ -70,16 +65,13 @@ def keep_previous(path: Path, previous: Path) -> None:
 def keep(folder: Path, path: Path) -> None:
     """Keeps the folder's present checkpoint under another name, by a hard link where there are."""
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_suffix(".partial")
-    with contextlib.suppress(FileNotFoundError):
-        beside.unlink()
-    try:
-        os.link(folder / NAME, beside)
-    except OSError as error:
-        if is_disk_error(error):
-            raise
-        shutil.copyfile(folder / NAME, beside)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        try:
+            os.link(folder / NAME, beside)
+        except OSError as error:
+            if is_disk_error(error):
+                raise
+            shutil.copyfile(folder / NAME, beside)
 
 
 def find(folder: Path) -> Path | None:
@@ -102,7 +94,7 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and stream errors of many types
         kind = type(error).__name__
-        raise UserError(f"{path} is truncated or no checkpoint ({kind}): {hint}", True) from None
+        raise UserError(f"{path} is truncated or no checkpoint ({kind}): {hint}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of these recipes: {hint}", True)
+        raise UserError(f"{path} is not a checkpoint of these recipes: {hint}")
     return state

@@ -1,6 +1,6 @@
 """Accuracy against one flag: a point for each run, seeds of one value with their spread.
 
-    python eval/ablation/run.py RUN [RUN …] --over neighbours --output neighbours.png
+    python eval/figures/ablation.py RUN [RUN …] --over neighbours --output neighbours.png
 
 The runs differ in that flag and in the seed only. Where results/published.yaml has numbers of the
 same method with that setting, they stand in a panel of their own (another data set, another
@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from common import pictures
 from common.errors import UserError, command, nearest_name
 from common.record import PLACES, method_of
+from common.run import pictures
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.yaml"
 # what a published row without settings had for a flag: the paper's main setting

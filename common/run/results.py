@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import backbone, metrics, pictures
-from common.augment import center_view, to_input
+from common import files
+from common.augment import center_view
 from common.config import config_hash
-from common.data import center_batches
+from common.data.loaders import center_batches
+from common.fast.pixels import to_input
+from common.run import backbone, metrics, pictures
 from common.support_set import SupportSet
 
 if TYPE_CHECKING:
-    from common.run import Run
+    from common.run.run import Run
 
 NAME = "results.json"
 SHOWN_QUERIES, SHOWN_NEIGHBOURS, SHOWN_SIDE = 8, 8, 112
@@ -68,9 +70,7 @@ def write(run: "Run", accuracy: float | None) -> None:
         "images_per_second": run.config.batch_size * run.step / max(run.seconds, 1e-9),
         "backbone_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    beside = (run.folder / NAME).with_suffix(".partial")
-    beside.write_text(json.dumps(results, indent=2) + "\n")
-    beside.replace(run.folder / NAME)
+    files.write(run.folder / NAME, json.dumps(results, indent=2) + "\n")
 
 
 def say(run: "Run") -> None:

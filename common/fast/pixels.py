@@ -6,21 +6,21 @@ colour is kept. The kernels are compiled once per machine and kept beside this f
 
 Images are uint8 (H,W,4): one 32-bit word per pixel, as the JPEG decoder writes it; the fourth byte
 is never used. Behind the crop they are planes, uint8 (3,S,S).
-
-`--input fast` gives up exactness: colour and grey are one affine map, clipped once, hue is a
-rotation in YIQ, and large images are decoded at half scale where all crops allow.
 """
 
 import functools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
+import torch
 from numba import float32, float64, int32, njit, uint8, uint32
 from PIL import Image
+from torch import Tensor
+
+from common.augment import MEAN, STD, Draw, View
 
 kernel = njit(cache=True, nogil=True, error_model="numpy")  # called from one thread per worker
 inlined = njit(inline="always")
@@ -30,18 +30,13 @@ ROWS = 16  # rows that the horizontal pass takes at once: 64 bytes, a cache line
 BYTES = 4 * ROWS
 ALL = np.int32(255)
 SQUARE = np.int32(255 * 255)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2
-YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-FROM_YIQ = np.linalg.inv(YIQ)
-GREY = np.array([LUMA, LUMA, LUMA])
 
 # -- decoding -----------------------------------------------------------------------------------
 
 
-def decode_jpeg(data: bytes, halve: Callable[[int, int], bool] | None = None) -> np.ndarray | None:
+def decode_jpeg(data: bytes) -> np.ndarray | None:
     """JPEG file -> uint8 (H,W,4), the values that Pillow decodes; None for whatever Pillow should
-    judge: another format, CMYK, damage, a size beyond Pillow's limit. `halve` (width, height) says
-    whether half the size will do.
+    judge: another format, CMYK, damage, a size beyond Pillow's limit.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -49,19 +44,9 @@ def decode_jpeg(data: bytes, halve: Callable[[int, int], bool] | None = None) ->
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or space in ("CMYK", "YCCK"):
             return None
-        if halve is not None and halve(width, height):
-            least = (height + 1) // 2, (width + 1) // 2
-            return simplejpeg.decode_jpeg(data, "RGBX", False, False, *least, 2.0)
         return simplejpeg.decode_jpeg(data, "RGBX")
     except (ValueError, RuntimeError, KeyError):  # KeyError: a subsampling without a name
         return None
-
-
-def halved(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """A crop's box (left, top, width, height) in the image of half the size, width x height."""
-    left, top = box[0] // 2, box[1] // 2
-    right, bottom = min((box[0] + box[2] + 1) // 2, width), min((box[1] + box[3] + 1) // 2, height)
-    return left, top, right - left, bottom - top
 
 
 def four_channels(pixels: np.ndarray) -> np.ndarray:
@@ -312,21 +297,6 @@ def make_grey(planes: np.ndarray) -> None:
 
 
 @kernel
-def affine(planes: np.ndarray, matrix: np.ndarray) -> None:
-    """Each colour times (3,3) plus (3,), rounded and clipped once; matrix float32 (3,4)."""
-    red, green, blue = planes[0].ravel(), planes[1].ravel(), planes[2].ravel()
-    zero, top = float32(0), float32(255)
-    for i in range(red.size):
-        r, g, b = float32(red[i]), float32(green[i]), float32(blue[i])
-        x = matrix[0, 0] * r + matrix[0, 1] * g + matrix[0, 2] * b + matrix[0, 3]
-        y = matrix[1, 0] * r + matrix[1, 1] * g + matrix[1, 2] * b + matrix[1, 3]
-        z = matrix[2, 0] * r + matrix[2, 1] * g + matrix[2, 2] * b + matrix[2, 3]
-        red[i] = uint8(int32(min(max(x, zero), top)))
-        green[i] = uint8(int32(min(max(y, zero), top)))
-        blue[i] = uint8(int32(min(max(z, zero), top)))
-
-
-@kernel
 def solarize(planes: np.ndarray) -> None:
     values = planes.ravel()
     for i in range(values.size):
@@ -443,6 +413,33 @@ def blur_columns(source, out, radius, inside, beyond):
 # -- a whole view -------------------------------------------------------------------------------
 
 
+def render(view: View, image: np.ndarray, draw: Draw) -> Tensor:
+    """What `View.apply` makes: uint8 (H,W,4) and what was drawn -> uint8 (3,size,size)."""
+    # the flip may come first: each later step treats left and right alike
+    words, cubic = image.view(np.uint32)[:, :, 0], view.interpolation == "bicubic"
+    planes = crop(words, draw.box, view.size, cubic, draw.flip)
+    for step in draw.colour_order or ():
+        COLOUR_STEPS[step](planes, draw.colour[step])
+    if draw.grey:
+        make_grey(planes)
+    if draw.blur is not None:
+        blur(planes, *box_weights(box_radius(draw.blur)))
+    if draw.solarize:
+        solarize(planes)
+    return torch.from_numpy(planes)
+
+
+COLOUR_STEPS = (
+    lambda planes, factor: away_from(planes, 0, factor),
+    lambda planes, factor: away_from(planes, mean_luma(planes), factor),
+    saturate,
+    lambda planes, turns: shift_hue(planes, int(turns * 255) & 255),  # torchvision's, cut to 0
+)
+
+
+# -- the encoder's input -------------------------------------------------------------------------
+
+
 @kernel
 def look_up(planes: np.ndarray, levels: np.ndarray, out: np.ndarray) -> None:
     """out (N,H,W,3) = levels (3,256) at the values of planes, uint8 (N,3,H,W)."""
@@ -455,59 +452,28 @@ def look_up(planes: np.ndarray, levels: np.ndarray, out: np.ndarray) -> None:
                 out[n, y, x, 2] = levels[2, blue[y, x]]
 
 
-def render(image: np.ndarray, size: int, cubic: bool, draw, fused: bool = False) -> np.ndarray:
-    """uint8 (H,W,4) and what was drawn (`augment.Draw`) -> uint8 (3,size,size), as `View.apply`.
-    `fused`: colour and grey as one affine map, clipped once.
-    """
-    # the flip may come first: each later step treats left and right alike
-    planes = crop(image.view(np.uint32)[:, :, 0], draw.box, size, cubic, draw.flip)
-    if fused:
-        if draw.colour_order or draw.grey:
-            affine(planes, fused_colour(planes.reshape(3, -1).mean(axis=1), draw))
-    else:
-        for step in draw.colour_order or ():
-            COLOUR_STEPS[step](planes, draw.colour[step])
-        if draw.grey:
-            make_grey(planes)
-    if draw.blur is not None:
-        blur(planes, *box_weights(box_radius(draw.blur)))
-    if draw.solarize:
-        solarize(planes)
-    return planes
+def to_input(views: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (N,3,H,W) -> normalised input of the encoder on `device`, channels last."""
+    if views.device.type == device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        # three channels innermost are slow in PyTorch's loops: a look-up of the same values
+        out = torch.empty((len(views), *views.shape[2:], 3), dtype=dtype)
+        look_up(views.contiguous().numpy(), levels(dtype), out.numpy())
+        return out.permute(0, 3, 1, 2)
+    views = views.to(device, non_blocking=True).to(dtype, memory_format=torch.channels_last)
+    mean, std = mean_and_std(device, dtype)
+    return views.div_(255).sub_(mean).div_(std)
 
 
-COLOUR_STEPS = (
-    lambda planes, factor: away_from(planes, 0, factor),
-    lambda planes, factor: away_from(planes, mean_luma(planes), factor),
-    saturate,
-    lambda planes, turns: shift_hue(planes, int(turns * 255) & 255),  # torchvision's, cut to 0
-)
+@functools.cache
+def levels(dtype: torch.dtype) -> np.ndarray:
+    """(3,256): what each of the 256 values of a channel becomes in the encoder's input."""
+    mean, std = mean_and_std(torch.device("cpu"), dtype).view(2, 3, 1)
+    return torch.arange(256, dtype=dtype).div(255).sub(mean).div(std).numpy()
 
 
-def fused_colour(mean: np.ndarray, draw) -> np.ndarray:
-    """The colour steps and grey as one map, float32 (3,4), for an image of this mean colour (3,);
-    half a level is added, because the kernel cuts.
-    """
-    matrix, offset = np.eye(3), np.zeros(3)
-    for step in draw.colour_order or ():
-        factor = draw.colour[step]
-        if step == 3:
-            angle = -2 * math.pi * factor  # from red to yellow is clockwise in I and Q
-            turn = np.eye(3)
-            turn[1:, 1:] = [
-                [math.cos(angle), -math.sin(angle)],
-                [math.sin(angle), math.cos(angle)],
-            ]
-            map_, move = FROM_YIQ @ turn @ YIQ, np.zeros(3)
-        elif step == 2:
-            map_, move = factor * np.eye(3) + (1 - factor) * GREY, np.zeros(3)
-        else:
-            base = GREY @ (matrix @ mean + offset) if step == 1 else np.zeros(3)
-            map_, move = factor * np.eye(3), (1 - factor) * base
-        matrix, offset = map_ @ matrix, map_ @ offset + move
-    if draw.grey:
-        matrix, offset = GREY @ matrix, GREY @ offset
-    return np.column_stack([matrix, offset + 0.5]).astype(np.float32)
+@functools.cache  # sent to a GPU once: each sending would wait for the step before
+def mean_and_std(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor((MEAN, STD), device=device, dtype=dtype).view(2, 3, 1, 1)
 
 
 def has_compiled() -> bool:
@@ -523,7 +489,6 @@ def compile_kernels() -> None:
         print("compiling the kernels of the input: about 10 s, once per machine", flush=True)
     image = np.zeros((2, 2), np.uint32)
     planes = crop(image, (0, 0, 2, 2), 2, True, False)
-    affine(planes, np.zeros((3, 4), np.float32))
     for step in COLOUR_STEPS:
         step(planes, 0.5)
     make_grey(planes)

@@ -1,6 +1,6 @@
 """Packs ImageNet, or any folder of images, into few large files for slow file systems.
 
-    python -m common.pack --data /path/to/imagenet --output /scratch/imagenet-packed
+    python -m common.data.pack --data /path/to/imagenet --output /scratch/imagenet-packed
     python recipes/nnclr.py --data /scratch/imagenet-packed
 
 The shards are plain tar files of the original files, in the order of the folder, with an index of
@@ -24,9 +24,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common import shards
-from common.data import FolderImages, load_dataset
+from common.data import shards
+from common.data.images import FolderImages
+from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
+from common.files import replacing, write
 
 BLOCK = 512  # tar's
 
@@ -76,23 +78,24 @@ def write_shard(
     path: Path, images: FolderImages, numbers: range, split: str, resize: int, bar: tqdm
 ) -> None:
     """One tar file and, beside it, the places of its images; renamed when complete."""
-    beside = path.with_suffix(".tar.partial")
     offset, length = np.empty((2, len(numbers)), np.int64)
-    with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
-        for place, number in enumerate(numbers):
-            data = content(images, number, resize)
-            entry = tarfile.TarInfo(f"{split}/{os.fsdecode(images.paths[number])}")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-            offset[place] = tar.offset - -(-len(data) // BLOCK) * BLOCK
-            length[place] = len(data)
-            bar.update()
-    with open(path.with_suffix(".npz.partial"), "wb") as file:
-        np.savez(
-            file, paths=images.paths[numbers.start : numbers.stop], offset=offset, length=length
-        )
-    path.with_suffix(".npz.partial").replace(path.with_suffix(".npz"))
-    beside.replace(path)  # last: a shard of this name is complete
+    with replacing(path) as beside:  # last: a shard of this name is complete
+        with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
+            for place, number in enumerate(numbers):
+                data = content(images, number, resize)
+                entry = tarfile.TarInfo(f"{split}/{os.fsdecode(images.paths[number])}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+                offset[place] = tar.offset - -(-len(data) // BLOCK) * BLOCK
+                length[place] = len(data)
+                bar.update()
+        own = images.paths[numbers.start : numbers.stop]
+        save_arrays(path.with_suffix(".npz"), paths=own, offset=offset, length=length)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    with replacing(path) as beside, open(beside, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def is_done(path: Path, images: FolderImages, numbers: range) -> bool:
@@ -131,10 +134,7 @@ def pack_split(
     places = {name: np.concatenate([part[name] for part in parts]) for name in ("offset", "length")}
     labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
     shard = np.repeat(np.arange(len(paths)), [len(numbers) for numbers in ranges])
-    beside = output / f"{split}.npz.partial"
-    with open(beside, "wb") as file:
-        np.savez(file, paths=images.paths, labels=labels, shard=shard, **places)
-    beside.replace(output / f"{split}.npz")
+    save_arrays(output / f"{split}.npz", paths=images.paths, labels=labels, shard=shard, **places)
     return {
         "images": len(images),
         "classes": images.classes,
@@ -181,16 +181,12 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
     sizes = {split: file_sizes(images, split) for split, images in splits.items()}
     if not arguments.resize:
         check_space(output, sum(int(s.sum()) for s in sizes.values()))
-    beside = output / "packing.partial"
-    beside.write_text(json.dumps(about))
-    beside.replace(settings)
+    write(settings, json.dumps(about))
     about["splits"] = {
         split: pack_split(images, sizes[split], split, arguments)
         for split, images in splits.items()
     }
-    beside = output / "packed.partial"
-    beside.write_text(json.dumps(about, indent=1))
-    beside.replace(output / shards.NAME)
+    write(output / shards.NAME, json.dumps(about, indent=1))
     for part in output.glob("*-?????.npz"):
         part.unlink()
     settings.unlink()
@@ -209,7 +205,7 @@ def begun(settings: Path) -> dict:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m common.pack",
+        prog="python -m common.data.pack",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

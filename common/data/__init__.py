@@ -1,0 +1,1 @@
+"""Images: the sets by name, the keyed order and loaders, shards, packing, splits."""

@@ -1,0 +1,160 @@
+"""Images by number: held in memory, in files, or inside shards."""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from common.data import shards
+from common.errors import UserError
+from common.fast import pixels
+
+
+@dataclass
+class ArrayImages:
+    """Images of one size held in memory: `pixels` uint8 (N,H,W,3), `labels` (N,) or None."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str]
+    name: str
+    per_image: ClassVar = ("pixels",)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def load_array(self, index: int) -> np.ndarray:
+        """uint8 (H,W,4), see common/fast/pixels.py."""
+        return pixels.four_channels(self.pixels[index])
+
+    def fingerprint(self) -> str:
+        """A hash of all pixels: a continued run must see the same images."""
+        return hashlib.sha256(np.ascontiguousarray(self.pixels)).hexdigest()[:12]
+
+
+@dataclass
+class FolderImages:
+    """Image files below `root`: `paths` relative to it (bytes), `labels` (N,) or None."""
+
+    root: str
+    paths: np.ndarray  # fixed-width bytes: 1.3 million str objects would be copied per worker
+    labels: np.ndarray | None
+    classes: list[str]
+    name: str
+    per_image: ClassVar = ("paths",)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def read(self, index: int) -> bytes:
+        """The file as it is."""
+        with open(self.path(index), "rb") as file:
+            return file.read()
+
+    def load(self, index: int) -> Image.Image:
+        """The image as RGB; UserError that names the file where it cannot be read."""
+        path = self.path(index)
+        try:
+            with Image.open(self.source(index)) as image:
+                return as_rgb(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error)).replace(f" {path!r}", "")
+            raise UserError(
+                f"{path} cannot be read ({text}): mend or remove it, or use --on-bad-image skip",
+                this_rank=True,
+            ) from None
+
+    def source(self, index: int) -> str | BytesIO:
+        """What Pillow opens."""
+        return self.path(index)
+
+    def load_array(self, index: int) -> np.ndarray:
+        """The image of `load` as uint8 (H,W,4), see common/fast/pixels.py. Whatever is odd about a
+        file, Pillow judges.
+        """
+        try:
+            array = pixels.decode_jpeg(self.read(index))
+        except OSError:
+            array = None
+        if array is None:
+            array = pixels.four_channels(np.asarray(self.load(index)))
+        return array
+
+    def fingerprint(self) -> str:
+        """A hash of all file names: a continued run must see the same images."""
+        return hashlib.sha256(b"\n".join(self.paths.tolist())).hexdigest()[:12]
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel; of 16-bit grey the upper ones, which Pillow would clip to white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode} pixels of 32 bits: store it with 8 or 16")
+    return image.convert("RGB")
+
+
+@dataclass
+class PackedImages(FolderImages):
+    """The same files inside shards that pack.py wrote: tar files, read at known places."""
+
+    packed: str  # the folder of the shards
+    shard: np.ndarray  # (N,) number of the file in `files`
+    offset: np.ndarray  # (N,) bytes
+    length: np.ndarray  # (N,) bytes
+    files: list[str]
+    resized: int  # shorter side that larger images were brought to, 0: original files
+    handles: shards.Handles = field(default_factory=shards.Handles, compare=False)
+    per_image: ClassVar = ("paths", "shard", "offset", "length")
+
+    def path(self, index: int) -> str:
+        """Shard and name, for messages."""
+        return f"{self.shard_path(index)}: {os.fsdecode(self.paths[index])}"
+
+    def shard_path(self, index: int) -> str:
+        return os.path.join(self.packed, self.files[self.shard[index]])
+
+    def place(self, index: int) -> shards.Place:
+        return self.shard_path(index), int(self.offset[index]), int(self.length[index])
+
+    def expect(self, samples: Iterable[int]) -> None:
+        """These are read next, in this order, see `shards.Handles`."""
+        self.handles.expect(map(self.place, samples))
+
+    def read(self, index: int) -> bytes:
+        return self.handles.read(*self.place(index))
+
+    def source(self, index: int) -> BytesIO:
+        return BytesIO(self.read(index))
+
+    def fingerprint(self) -> str:
+        """That of the folder which was packed, if its files are unchanged."""
+        if not self.resized:
+            return super().fingerprint()
+        names = b"\n".join([*self.paths.tolist(), b"resized to %d" % self.resized])
+        return hashlib.sha256(names).hexdigest()[:12]
+
+
+Images = ArrayImages | FolderImages
+CenterView = Callable[[Image.Image, int], Tensor]  # (image, size) -> uint8 (3,size,size)
+
+
+def subset(images: Images, samples: np.ndarray) -> Images:
+    """The images of these numbers, in this order, with their labels."""
+    labels = None if images.labels is None else images.labels[samples]
+    parts = {name: getattr(images, name)[samples] for name in images.per_image}
+    return dataclasses.replace(images, **parts, labels=labels)

@@ -1,1 +1,0 @@
-"""Accuracy against one flag, over runs."""

@@ -1,1 +1,0 @@
-"""Which neighbours a run retrieves, over training and by positiveness."""

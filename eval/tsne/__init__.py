@@ -1,1 +1,0 @@
-"""t-SNE of test images, runs side by side."""
