@@ -17,7 +17,7 @@ from common.augment import Draw, View, view_rng
 from common.data.images import ArrayImages
 from common.data.loaders import RankBatches, epoch_order, view_loader
 from common.data.photos import patches, read_photo
-from common.fast import pixels
+from common.fast.pixels import mean_and_std, to_input
 
 DRAWS = 10_000
 WIDTH, HEIGHT = 500, 375
@@ -427,7 +427,7 @@ def test_small_crop_differs_in_size_and_scale_only():
 def test_input_is_plain_normalisation(patch, dtype):
     views = torch.stack([augment.to_tensor(patch), augment.to_tensor(patch.rotate(90))])
     before = views.clone()
-    out = pixels.to_input(views, torch.device("cpu"), dtype)
+    out = to_input(views, torch.device("cpu"), dtype)
     assert out.dtype == dtype and out.shape == (2, 3, 96, 96)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, GSG App. B.2 too
     expected = F.normalize(views.to(dtype) / 255, mean, std)
@@ -438,11 +438,11 @@ def test_input_is_plain_normalisation(patch, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_input_by_look_up_is_what_a_gpu_computes(dtype):
     views = torch.arange(2 * 3 * 256, dtype=torch.uint8).view(2, 3, 32, 8).flip(2)[:, :, :, 1:]
-    out = pixels.to_input(views, torch.device("cpu"), dtype)
-    mean, std = pixels.mean_and_std(torch.device("cpu"), dtype)
+    out = to_input(views, torch.device("cpu"), dtype)
+    mean, std = mean_and_std(torch.device("cpu"), dtype)
     assert torch.equal(out, views.to(dtype).div_(255).sub_(mean).div_(std))  # the same operations
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert pixels.to_input(views[:0], torch.device("cpu"), dtype).shape == (0, 3, 32, 7)
+    assert to_input(views[:0], torch.device("cpu"), dtype).shape == (0, 3, 32, 7)
 
 
 @pytest.mark.parametrize(("photo", "size"), [("coffee", 224), ("clock_motion", 224), ("text", 32)])
