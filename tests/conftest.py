@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from common.augment import View, two_views
+
 if sys.argv[0] == "-c":  # xdist's workers: the recorded command of what runs in this process
     sys.argv = ["pytest", *sys.argv[1:]]
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,22 @@ QUEUE = ["--queue-size", "128"]
 def small(recipe: str) -> list[str]:
     """The smallest run of a recipe, with its queue where it has one."""
     return SMALL if recipe.endswith("gsg") else [*SMALL, *QUEUE]
+
+
+def byol_views(size: int) -> tuple[View, View]:
+    return two_views("byol", size, interpolation="bicubic")
+
+
+def simsiam_view(size: int) -> View:
+    return two_views("simsiam", size, 0.2)[0]
+
+
+def cifar_view(size: int, crop_min: float = 0.08) -> View:
+    return two_views("cifar", size, crop_min)[0]
+
+
+def crop_view(size: int) -> View:
+    return two_views("crop-flip", size)[0]
 
 
 def environment(**extra: str) -> dict[str, str]:
