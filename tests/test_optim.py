@@ -241,17 +241,18 @@ def test_unknown_optimizer_is_an_error():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_set_lr_leaves_fixed_rates_alone(name):
+def test_set_lr_leaves_fixed_rates_alone_and_keeps_factors(name):
     """SimSiam's predictor keeps its rate while the others follow the schedule, also on resuming."""
     a, b, c = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
-    groups = [{"params": [a]}, {"params": [b], "fixed_lr": 0.7}, {"params": [c]}]
+    groups = [{"params": [a]}, {"params": [b], "fixed_lr": 0.7}]
+    groups.append({"params": [c], "lr_factor": 0.25})
     optimizer = build_optimizer(name, groups, 0.5, 0.9, 0.0)
     for rate in (0.0, 0.3):
         set_lr(optimizer, rate)
-        assert [g["lr"] for g in optimizer.param_groups] == [rate, 0.7, rate]
+        assert [g["lr"] for g in optimizer.param_groups] == [rate, 0.7, rate / 4]
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     set_lr(optimizer, 0.2)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.7, 0.2]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.7, 0.05]
 
 
 # -- schedules ------------------------------------------------------------------------------------
