@@ -64,7 +64,9 @@ def watched_run(recipe, flags, folder, monkeypatch):
 
     def noting_log(self, **values):
         values_now = {
-            n: v.detach().item() if isinstance(v, torch.Tensor) else v for n, v in values.items()
+            n: v.detach().item() if isinstance(v, torch.Tensor) else v
+            for n, v in values.items()
+            if n != "z"
         }
         seen["logged"].append(values_now)
         return log(self, **values)

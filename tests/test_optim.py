@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.optim import LARS, build_optimizer, scaled_lr, set_lr, warmup_cosine
+from common.optim import LARS, build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
 
 SHAPES = [(4, 3), (3,), (2, 3, 2, 2), (1, 5), (6,)]
 
@@ -256,6 +256,13 @@ def test_set_lr_leaves_fixed_rates_alone_and_keeps_factors(name):
 
 
 # -- schedules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0.99, 0.996, 0.0])
+def test_momentum_rises_to_one_as_byol_writes_it(start):
+    for k, total in ((0, 10), (3, 10), (10, 10), (7, 1000)):
+        expected = 1 - (1 - start) * (math.cos(math.pi * k / total) + 1) / 2  # its Sec. 3.3
+        assert momentum_to_one(k, total, start) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.0), (1e-6, 0.0), (0.3, 0.05), (5.0, 7.0)])
