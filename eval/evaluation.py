@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import distributed, record
 from common.augment import center_view
-from common.config import DATASETS, changed_fields, free
+from common.config import DATASETS, NotNegative, PositiveInt, Seed, Workers, changed_fields, free
 from common.data.images import Images
 from common.data.loaders import default_workers
 from common.data.sets import load_dataset
@@ -58,9 +58,9 @@ class EncoderConfig:
     # layout, or a control: `random` (needs --arch) or `pixels`
     backbone: str = free("")
     arch: str = ""  # encoder, where the file does not say it; never guessed
-    seed: int = 0  # keys the heads' initialisation, data order, crops and held-out images
+    seed: Seed = 0  # keys the heads' initialisation, data order, crops and held-out images
     output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
-    workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
+    workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
     method: str = ""  # name of a foreign checkpoint's method in the record; ours say their own
     # what a foreign checkpoint was trained on, for the record
@@ -74,7 +74,7 @@ class TrainingConfig(EncoderConfig):
 
     # default: bf16 autocast of the encoder on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
-    checkpoint_minutes: float = free(15.0)  # minutes between checkpoints
+    checkpoint_minutes: NotNegative = free(15.0)  # minutes between checkpoints
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,12 @@ class EvaluationConfig(TrainingConfig):
 
     dataset: DATASETS | None = None  # images to evaluate on; default: the run's own, else imagenet
     data: str = free("")  # folder of the images, as for the recipes; default: the run's own
-    image_size: int | None = None  # side of a view in pixels; default: the run's own, else 224
-    seeds: int = 1  # how often to repeat, with seeds from --seed on; mean and spread are reported
+    image_size: PositiveInt | None = (
+        None  # side of a view in pixels; default: the run's own, else 224
+    )
+    seeds: PositiveInt = (
+        1  # how often to repeat, with seeds from --seed on; mean and spread are reported
+    )
     # skip: log an unreadable image, take the next
     on_bad_image: Literal["stop", "skip"] = free("stop")
 
@@ -97,8 +101,6 @@ class Evaluation:
     def __init__(self, config: Any):
         if not config.backbone:
             raise UserError("--backbone RUN_OR_FILE is missing")
-        if getattr(config, "seeds", 1) < 1:
-            raise UserError(f"--seeds {config.seeds}: must be 1 or more")
         self.started = time.monotonic()
         self.device = distributed.start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()

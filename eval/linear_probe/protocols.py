@@ -48,14 +48,6 @@ PROTOCOLS = {
     # no source at hand states NNCLR's; BYOL's stands for it
     "nnclr": replace(BYOL, assumed=True),
 }
-# for a backbone whose protocol nobody names: that of its own paper
-OF_RECIPE = {
-    "nnclr": "nnclr",
-    "nnsiam": "nnclr",  # the same paper's supplement states none either
-    "snclr": "snclr",
-    "simsiam_gsg": "gsg",
-    "byol_gsg": "gsg",
-}
 # --lrs grid: the protocol's (first) rate times these
 GRID = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 # 4 400 patches would be one batch of the papers': ours for `photos`, and no paper's

@@ -25,9 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common import distributed
+from common import cards, distributed
 from common.augment import two_views
-from common.config import free, parse
+from common.config import Positive, PositiveInt, free, parse
 from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, epoch_order, view_loader
 from common.errors import UserError, command
@@ -47,7 +47,7 @@ from eval.evaluation import (
     parse_numbers,
 )
 from eval.linear_probe.heads import Heads, HeadsSGD, losses
-from eval.linear_probe.protocols import GRID, OF_RECIPE, PHOTOS_BATCH, PROTOCOLS, schedule
+from eval.linear_probe.protocols import GRID, PHOTOS_BATCH, PROTOCOLS, schedule
 
 RECORD_KNN = "record-knn.json"
 KS = (10, 20, 100, 200)
@@ -60,20 +60,20 @@ REPORTED_K = 200  # GSG's and lightly's
 class ProbeConfig(EvaluationConfig):
     """Linear probe and k-NN of a frozen encoder, by the papers' protocols."""
 
-    # whose linear evaluation; default: that of the run's recipe (nnsiam as nnclr)
-    protocol: (
-        Literal["snclr", "simsiam", "simsiam-code", "gsg", "mocov3", "byol", "nnclr"] | None
-    ) = None
+    # whose linear evaluation; default: the one that the card of the run's recipe names
+    protocol: Literal[(*PROTOCOLS,)] | None = None
     # base rates per 256 images, like 0.1,0.3; `grid`: ten around the protocol's; default: the
     # protocol's. All train at once; of several one is chosen on held-out training images
     lrs: str = ""
-    batch_size: int | None = None  # default: the protocol's (photos: 256)
-    epochs: int | None = None  # default: the protocol's
+    batch_size: PositiveInt | None = None  # default: the protocol's (photos: 256)
+    epochs: PositiveInt | None = None  # default: the protocol's
     # train on stored features of center crops instead of random crops: quick, and no paper's way
     cache_features: bool = False
     measure: Literal["both", "linear", "knn"] = free("both")  # what to do
     knn_transform: Literal["center", "gsg"] = "center"  # gsg: its code's resize, aspect lost
-    knn_temperature: float | None = None  # default: 0.1, with --knn-transform gsg 0.2 as its code
+    knn_temperature: Positive | None = (
+        None  # default: 0.1, with --knn-transform gsg 0.2 as its code
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,10 +108,11 @@ class Probe:
     def resolved(self) -> ProbeConfig:
         """The configuration with what protocol, recipe and data set leave open filled in."""
         config = self.job.config
-        name = config.protocol or OF_RECIPE.get(self.job.facts["recipe"])
+        card = cards.load().get(self.job.facts["recipe"])
+        name = config.protocol or (card and card.linear)
         if name is None:
             raise UserError(
-                f"{config.backbone} is of no recipe: give --protocol ({', '.join(PROTOCOLS)})"
+                f"no recipe's card names a protocol for {config.backbone}: give --protocol ({', '.join(PROTOCOLS)})"
             )
         protocol = PROTOCOLS[name]
         batch = PHOTOS_BATCH if config.dataset == "photos" else protocol.batch

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import distributed
-from common.config import parse
+from common.config import NotNegative, PositiveInt, Share, parse
 from common.data.loaders import ignore_stop_signals
 from common.errors import UserError, command
 from eval.dense import DenseConfig, DenseEvaluation, per_rank, raise_errors
@@ -34,22 +34,23 @@ PICTURE = "predictions.png"
 class SegmentationConfig(DenseConfig):
     """Semantic segmentation from a backbone: trains UPerNet on ADE20K, and scores it."""
 
-    iterations: int = 150_000  # GSG App. D.3
-    batch_size: int = 2  # GSG App. D.3: in all, over ranks; ssl-transfer's command gives 4
-    lr: float = 0.02  # GSG App. D.3
-    momentum: float = 0.9  # GSG App. D.3
-    weight_decay: float = 1e-4  # GSG App. D.3; norms and biases have none (ssl-transfer train.py)
+    iterations: PositiveInt = 150_000  # GSG App. D.3
+    batch_size: PositiveInt = 2  # GSG App. D.3: in all, over ranks; ssl-transfer's command gives 4
+    lr: NotNegative = 0.02  # GSG App. D.3
+    momentum: Share = 0.9  # GSG App. D.3
+    # GSG App. D.3; norms and biases have none (ssl-transfer train.py)
+    weight_decay: NotNegative = 1e-4
     # of the polynomial schedule (1 - t/T)**power: GSG App. D.3's "decay rate of 0.9"
     power: float = 0.9
     # iterations between changes of the rate: 1 as ssl-transfer's code; GSG App. D.3 says 500
-    decay_every: int = 1
+    decay_every: PositiveInt = 1
     # weight of the loss of a head on layer3: ssl-transfer's deep_sup_scale, which its code leaves
     # out for UPerNet: 0 is what it runs
-    deep_supervision: float = 0.4
+    deep_supervision: NotNegative = 0.4
     sizes: str = "300,375,450,525,600"  # shorter sides, one drawn for each batch: ssl-transfer
     # shorter sides whose probabilities are averaged in the test: ssl-transfer, all of them
     test_sizes: str = "300,375,450,525,600"
-    longest: int = 1000  # bound of the longer side: ssl-transfer
+    longest: PositiveInt = 1000  # bound of the longer side: ssl-transfer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,11 +63,6 @@ class Segmentation(DenseEvaluation):
     def __init__(self, config: SegmentationConfig):
         self.sides = whole_numbers(config.sizes, "--sizes")
         self.test_sides = whole_numbers(config.test_sizes, "--test-sizes")
-        for name in ("decay_every", "longest"):
-            if getattr(config, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: must be 1 or more")
-        if config.deep_supervision < 0:
-            raise UserError("--deep-supervision: must not be negative")
         super().__init__(config)
         batch = config.batch_size
         if batch % self.ranks or batch > len(self.train):

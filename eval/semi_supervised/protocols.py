@@ -88,7 +88,6 @@ PROTOCOLS = {
         {1: 32, 10: 128},
     ),
 }
-OF_RECIPE = {"nnclr": "nnclr", "nnsiam": "nnclr", "snclr": "snclr"}  # GSG reports none: give one
 SWAV_EPOCHS, SWAV_FACTOR = (12, 16), 0.2  # eval_semisup.py --decay_epochs, --gamma
 
 

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import distributed
+from common import cards, distributed
 from common.augment import two_views
-from common.config import parse
+from common.config import PositiveInt, parse
 from common.data.images import Images, subset
 from common.data.loaders import RankBatches, view_loader
 from common.errors import UserError, command
@@ -45,7 +45,7 @@ from eval.evaluation import (
     parse_numbers,
 )
 from eval.semi_supervised.lists import SHA256, balanced_subset, read_list, simclr_list
-from eval.semi_supervised.protocols import OF_RECIPE, PROTOCOLS, schedule
+from eval.semi_supervised.protocols import PROTOCOLS, schedule
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,15 @@ class SemiConfig(EvaluationConfig):
     """Fine-tuning on 1 % or 10 % of the labels, by the papers' protocols."""
 
     percent: Literal[1, 10] = 1  # how many of the training images are labelled
-    # whose fine-tuning; default: that of the run's recipe on ImageNet (nnsiam as nnclr), elsewhere
-    # `small`
-    protocol: (
-        Literal["snclr", "nnclr", "byol", "simclr", "barlow", "vicreg", "swav", "small"] | None
-    ) = None
+    # whose fine-tuning; default: on ImageNet the one that the card of the run's recipe names,
+    # elsewhere `small`
+    protocol: Literal[(*PROTOCOLS,)] | None = None
     # file with the labelled images, one per line; default: SimCLR's list on ImageNet (downloaded
     # once), elsewhere a class-balanced draw from --seed
     list: str = ""
     head_lrs: str = ""  # base rates per 256 images to try, like 0.1,0.5; default: the protocol's
     encoder_lrs: str = ""  # the same for the encoder
-    batch_size: int | None = None  # default: the protocol's
+    batch_size: PositiveInt | None = None  # default: the protocol's
     epochs: str = ""  # numbers of epochs to try, like 30,50; default: the protocol's
 
 
@@ -112,7 +110,8 @@ class FineTuning:
         config = self.job.config
         name = config.protocol
         if name is None and config.dataset == "imagenet":
-            name = OF_RECIPE.get(self.job.facts["recipe"])
+            card = cards.load().get(self.job.facts["recipe"])
+            name = card and card.finetune
             if name is None:
                 raise UserError(
                     f"no paper's protocol here: give --protocol ({', '.join(PROTOCOLS)})"

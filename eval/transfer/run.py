@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import record
-from common.config import free, parse
+from common.config import PositiveInt, Seed, free, parse
 from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
 from common.files import write
@@ -64,9 +64,9 @@ class TransferConfig(EncoderConfig):
     voc_decay: Literal["softmax", "binary"] = "softmax"
     caltech_lists: str = ""  # folder of ssl-transfer's train.txt and test.txt for Caltech-101
     allow_incomplete: bool = False  # datasets of other sizes too; the record has the counts
-    image_size: int = IMAGE_SIZE  # pixels (224: GSG App. D.1)
+    image_size: PositiveInt = IMAGE_SIZE  # pixels (224: GSG App. D.1)
     few_shot: bool = False  # also 5-way 5-shot and 20-shot episodes
-    seed: int = 0  # of random splits and episodes
+    seed: Seed = 0  # of random splits and episodes
     device: Literal["cuda", "cpu"] | None = free(None)  # default: cuda where there is one
     # folder of the records; default: transfer in the run folder, else below runs/transfer
     output: str = free("")
