@@ -30,7 +30,7 @@ import torchvision
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
-from common.augment import byol_views
+from common.augment import two_views
 from common.data.images import ArrayImages, FolderImages, Images
 from common.data.loaders import ViewDataset
 from common.data.photos import PHOTOS, SIDE, patches, read_photo
@@ -165,7 +165,9 @@ def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, in
         found["lightly, BYOLTransform"] = lambda epoch, n: peer(pil(data[n]))
     images = images_of(data)
     for name in ("reference", "exact"):
-        dataset = ViewDataset(images, byol_views(size), 0, False, name)
+        dataset = ViewDataset(
+            images, two_views("byol", size, interpolation="bicubic"), 0, False, name
+        )
         found[f"ours, --input {name}"] = lambda epoch, n, d=dataset: d[epoch, n]
     if not isinstance(data[0], bytes):
         return found
@@ -176,7 +178,7 @@ def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, in
 
 def differences(data: Sequence[Picture], size: int) -> dict[str, dict[str, float]]:
     """How far the values of exact are from the reference's, in levels of 255."""
-    images, views, table = images_of(data), byol_views(size), {}
+    images, views, table = images_of(data), two_views("byol", size, interpolation="bicubic"), {}
     names = ("reference", "exact")
     sets = {name: ViewDataset(images, views, 0, False, name) for name in names}
     for name in ("exact",):

@@ -9,7 +9,9 @@ the same uint8.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,10 +99,6 @@ class View:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
 
-    def small(self, size: int, scale: tuple[float, float]) -> "View":
-        """The same view as a small crop of multi-crop."""
-        return dataclasses.replace(self, size=size, scale=scale)
-
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         return self.apply(image, self.draw(rng, *image.size))
 
@@ -125,38 +123,48 @@ def draw_row(draw: Draw) -> np.ndarray:
 COLOUR_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
-def byol_views(
-    size: int, crop_min: float = 0.08, interpolation: str = "bicubic"
+ViewName = Literal["byol", "simsiam", "simclr", "cifar", "crop-flip", "crop"]
+PLAIN = {"jitter": (0.0, 0.0, 0.0, 0.0), "jitter_p": 0.0, "grey_p": 0.0}
+# what each name's two views have in common, and what is the first's and the second's own
+VIEWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # BYOL's T and T' (its App. B and Table 6): asymmetric blur and solarize
+    "byol": ({"jitter": (0.4, 0.4, 0.2, 0.1)}, {"blur_p": 1.0}, {"blur_p": 0.1, "solarize_p": 0.2}),
+    # SimSiam's code; GSG App. B.1 states the same: blur in half of the views
+    "simsiam": ({"jitter": (0.4, 0.4, 0.4, 0.1), "blur_p": 0.5}, {}, {}),
+    # SimCLR App. A at strength 1, and its code (data_util.py)
+    "simclr": ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur_p": 0.5}, {}, {}),
+    "cifar": ({"jitter": (0.4, 0.4, 0.4, 0.1)}, {}, {}),  # GSG App. B.2: no blur
+    # what classifiers on top train on: torchvision's RandomResizedCrop and RandomHorizontalFlip
+    "crop-flip": (PLAIN, {}, {}),
+    "crop": (PLAIN | {"flip_p": 0.0}, {}, {}),
+}
+
+
+def two_views(
+    name: ViewName,
+    size: int,
+    crop_min: float = 0.08,
+    interpolation: str = "bilinear",
+    jitter_strength: float = 1.0,
 ) -> tuple[View, View]:
-    """BYOL's T and T' (its App. B and Table 6): asymmetric blur and solarize."""
-    common = {
-        "size": size,
-        "scale": (crop_min, 1.0),
-        "jitter": (0.4, 0.4, 0.2, 0.1),
-        "jitter_p": 0.8,
-        "grey_p": 0.2,
-        "interpolation": interpolation,
-    }
-    return View(**common, blur_p=1.0, solarize_p=0.0), View(**common, blur_p=0.1, solarize_p=0.2)
-
-
-def simsiam_view(size: int, crop_min: float = 0.2, interpolation: str = "bilinear") -> View:
-    """SimSiam's only view (its code; GSG App. B.1 states the same): blur in half of them."""
-    jitter = (0.4, 0.4, 0.4, 0.1)
-    return View(size, (crop_min, 1.0), jitter, blur_p=0.5, interpolation=interpolation)
-
-
-def cifar_view(size: int, crop_min: float = 0.08, interpolation: str = "bilinear") -> View:
-    """GSG App. B.2: no blur. Interpolation is unstated there; bilinear, torchvision's default."""
-    return View(size, (crop_min, 1.0), (0.4, 0.4, 0.4, 0.1), interpolation=interpolation)
-
-
-def crop_view(size: int, interpolation: str = "bilinear") -> View:
-    """What classifiers on top train on: a random crop of 8 % or more of the area, and a flip
-    (torchvision's RandomResizedCrop and RandomHorizontalFlip at their defaults).
+    """The two views of this name, of `size` pixels; crops take `crop_min` or more of the area, and
+    brightness, contrast, saturation and hue are changed `jitter_strength` times as much.
     """
-    none = (0.0, 0.0, 0.0, 0.0)
-    return View(size, (0.08, 1.0), none, jitter_p=0.0, grey_p=0.0, interpolation=interpolation)
+    both, *each = VIEWS[name]
+    common = both | {"jitter": tuple(jitter_strength * s for s in both["jitter"])}
+    common |= {"size": size, "scale": (crop_min, 1.0), "interpolation": interpolation}
+    first, second = (View(**common | own) for own in each)
+    return first, second
+
+
+def small_crops(
+    views: Sequence[View], number: int, size: int, scale: tuple[float, float]
+) -> list[View]:
+    """The small crops of multi-crop: `number` of the same views in turn, of `size` pixels, that
+    take a share of the area within `scale`.
+    """
+    small = [dataclasses.replace(view, size=size, scale=scale) for view in views]
+    return [small[i % len(small)] for i in range(number)]
 
 
 def draw_crop(

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import re
 import sys
 import types
@@ -19,11 +20,31 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
 from common.errors import UserError, nearest_name
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a field's value must do, in words and as a test; stands at the field's type."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+ABOVE_0 = Bound("be above 0", lambda value: value > 0)
+NOT_NEGATIVE = Bound("not be negative", lambda value: value >= 0)
+Positive = Annotated[float, ABOVE_0]
+PositiveInt = Annotated[int, ABOVE_0]
+NotNegative = Annotated[float, NOT_NEGATIVE]
+Count = Annotated[int, NOT_NEGATIVE]  # 0 or more
+Share = Annotated[float, Bound("lie between 0 and 1", lambda value: 0 <= value <= 1)]
+PartialShare = Annotated[float, Bound("be 0 or more and below 1", lambda value: 0 <= value < 1)]
+Seed = Annotated[int, NOT_NEGATIVE, Bound("be below 2**63", lambda value: value < 2**63)]
+Workers = Annotated[int, Bound("be -1 or more", lambda value: value >= -1)]
 
 ARCHS = Literal[
     "resnet50",
@@ -37,6 +58,26 @@ ARCHS = Literal[
 DATASETS = Literal["imagenet", "imagefolder", "cifar10", "photos"]
 
 C = TypeVar("C", bound="RunConfig")
+
+# Small images, for every recipe; each adds its own fields. GSG App. B.2 and C.2, "the default setup
+# of lightly": epochs (secondary: the paper too), rate and decay are its CIFAR-10 benchmark's, the
+# batch is unstated (secondary; lightly: 128, its table has 512 too), the views App. B.2's
+CIFAR10: dict[str, Any] = {
+    "arch": "resnet18_cifar",
+    "image_size": 32,
+    "epochs": 200,
+    "batch_size": 512,
+    "lr": 0.06,
+    "weight_decay": 5e-4,
+    "views": "cifar",
+}
+# ours, for patches of 18 photographs on a CPU
+PHOTOS = CIFAR10 | {"arch": "tiny", "epochs": 10, "batch_size": 64, "lr": 0.02, "knn_every": 5}
+
+# what a record has fields of its own for, and what changes only where and in which order of sums
+NO_SETTING = {"dataset", "arch", "epochs", "batch_size", "follow", "seed", "train_images"}
+NO_SETTING |= {"validation_share", "precision", "augment_device", "compile"}
+NOT_FLAGS = ("recipe", "method", "plan", "settings")  # what a run's config.yaml has beside flags
 
 
 def free(default: Any) -> Any:
@@ -61,38 +102,42 @@ def values_before(config: Any) -> dict[str, Any]:
 class RunConfig:
     """The flags that every recipe has and no paper decides."""
 
+    # what enters the numbers and is not the preset's; `parse` fills it in
+    settings: ClassVar[dict[str, Any]] = {}
+
     dataset: DATASETS = "imagenet"  # images to train on; cifar10 and photos bring presets
     data: str = free("")  # folder of the images: train/ and val/; photos needs none
     download: bool = free(False)  # cifar10: download torchvision's python batches into --data
     arch: ARCHS = "resnet50"  # encoder, one exact network per name
-    image_size: int = 224  # side of a view in pixels
+    image_size: PositiveInt = 224  # side of a view in pixels
     # how views are computed. exact: compiled, Pillow's values bit for bit; reference: Pillow
     input: Literal["exact", "reference"] = later("exact")
     # train on this many images, equally many of each class, the same for every seed; 0: all
-    train_images: int = later(0)
+    train_images: Count = later(0)
     # hold this share of each class's training images out and score k-NN on them instead of the
     # test images: for choosing values
-    validation_share: float = later(0.0)
-    seed: int = 0  # keys initialisation, data order, views, queue start, GSG's pairs
+    validation_share: PartialShare = later(0.0)
+    seed: Seed = 0  # keys initialisation, data order, views, queue start, GSG's pairs
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
-    workers: int = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
+    workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     # images of the global batch that go through the encoder at once, heads and loss see all of
     # --batch-size; must divide it; 0: all at once. ResNets: batch-norm statistics per piece
-    micro_batch: int = later(0)
+    micro_batch: Count = later(0)
     # default: bf16 autocast on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
     compile: bool = later(False)  # torch.compile the encoder; needs a C++ compiler
     # where colours, blur and flips are done; default: on the GPU where there is one
     augment_device: Literal["cpu", "cuda"] | None = later(None, before="cpu")
-    max_steps: int = free(0)  # stop and export after this many steps, schedules as if it went on
+    max_steps: Count = free(0)  # stop and export after this many steps, schedules as if it went on
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
-    knn_every: int = free(10)  # epochs between k-NN evaluations (and one before); 0: none
-    checkpoint_minutes: float = free(15.0)  # minutes between checkpoints within an epoch
+    knn_every: Count = free(10)  # epochs between k-NN evaluations (and one before); 0: none
+    checkpoint_minutes: NotNegative = free(15.0)  # minutes between checkpoints within an epoch
     # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
     snapshot_epochs: str = free("")
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
     # skip: log an unreadable image, take the next
     on_bad_image: Literal["stop", "skip"] = free("stop")
+    plan_name: str = free("")  # name of the run in results/plan.yaml, for its record
     config: str = free("")  # YAML file with values for these flags; flags win over it
 
 
@@ -123,12 +168,31 @@ def parse(
     words |= {arch, arch.split("_")[0] if arch.startswith("vit") else arch.rstrip("0123456789")}
     if arch == "resnet18_cifar":
         words.add("resnet")
-    values = {**matching(presets, words), "arch": arch, **file_values}
+    preset = matching(presets, words) | {"arch": arch}
+    values = preset | file_values
     config = parse_flags(config_class, dataclasses.replace(config_class(), **values), argv)
     check_values(config)
+    given = {name: getattr(config, name) for name in NO_SETTING if hasattr(config, name)}
     config = choose_by_device(resolve(config))
     check_values(config)
+    if presets:  # what they alone make of the same data, encoder, length and reading of the paper
+        plain = resolve(dataclasses.replace(config_class(), **preset | given))
+        object.__setattr__(config, "settings", settings_of(config, plain))
     return config
+
+
+def settings_of(config: Any, plain: Any) -> dict[str, Any]:
+    """The values that enter the numbers of a run and are not those of `plain`, which has no flags;
+    but for those that make nothing but speed: pieces of a batch where no batch norm is in the
+    encoder, and the other way to the same views, bit for bit.
+    """
+    speed = {"input"} | ({"micro_batch"} if config.arch.startswith("vit") else set())
+    without = numbers_of(plain)
+    return {
+        name: value
+        for name, value in numbers_of(config).items()
+        if name not in NO_SETTING | speed and value != without[name]
+    }
 
 
 def choose_by_device(config: C) -> C:
@@ -216,7 +280,8 @@ def read_config_file(config_class: type, path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold 'flag: value' lines")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    values.pop("recipe", None)  # a run's own config.yaml names its recipe
+    for name in NOT_FLAGS:
+        values.pop(name, None)
     return {n: coerce(config_class, n, v, f"{path}: {n}") for n, v in values.items()}
 
 
@@ -252,37 +317,31 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
 
 
 def check_values(config: Any) -> None:
-    """Bounds that hold for the fields of any recipe that has them."""
-    positive = {"epochs", "batch_size", "image_size", "queue_size", "temperature"}
-    positive |= {"output_dim", "projector_hidden", "predictor_hidden", "iterations"}
-    not_negative = {"lr", "weight_decay", "warmup_epochs", "seed", "max_steps", "knn_every"}
-    not_negative |= {"lr_batch", "micro_batch", "train_images"}
-    not_negative |= {"neighbours", "neighbour_free_epochs", "checkpoint_minutes", "small_crops"}
-    shares = {"momentum", "sgd_momentum", "crop_min"}
+    """UserError for a value beyond its type's bounds, or one that is not finite."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for name, value in dataclasses.asdict(config).items():
         if value is None or isinstance(value, str | bool):
             continue
         flag = "--" + name.replace("_", "-")
-        if value != value or value in (float("inf"), float("-inf")):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: must be a finite number")
-        if name in positive and value <= 0:
-            raise UserError(f"{flag} {value}: must be above 0")
-        if name == "seed" and value >= 2**63:
-            raise UserError(f"{flag} {value}: must be below 2**63")
-        if name in not_negative and value < 0:
-            raise UserError(f"{flag} {value}: must not be negative")
-        if name in shares and not 0 <= value <= 1:
-            raise UserError(f"{flag} {value}: must lie between 0 and 1")
-        if name == "validation_share" and not 0 <= value < 1:
-            raise UserError(f"{flag} {value}: must be 0 or more and below 1")
+        for bound in bounds_of(hints[name]):
+            if not bound.holds(value):
+                raise UserError(f"{flag} {value}: must {bound.words}")
     side = getattr(config, "image_size", None)
     if side is not None and getattr(config, "arch", "").startswith("vit") and side % 16:
         text = f"--image-size {side}: a ViT takes multiples of its 16-pixel patches"
         raise UserError(f"{text}, {max(16, side // 16 * 16)} for example")
     if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
         snapshot_epochs(config)
-    if config.workers < -1:
-        raise UserError(f"--workers {config.workers}: must be -1 or more")
+
+
+def bounds_of(hint: Any) -> list[Bound]:
+    """The bounds at a field's type, also inside `... | None`."""
+    own = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bound)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        own += [bound for option in typing.get_args(hint) for bound in bounds_of(option)]
+    return own
 
 
 def snapshot_epochs(config: Any) -> set[int]:

@@ -5,6 +5,7 @@ momentum copy.
 import copy
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -151,22 +152,26 @@ def mlp(
     return nn.Sequential(*layers)
 
 
-def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy that gets no gradient. Its batch norms run in train mode on their own inputs, as in
-    BYOL and MoCo-v3; `update_momentum` moves parameters only.
+def momentum_copy(**parts: nn.Module) -> nn.Sequential:
+    """The target: a copy of the named parts, one after another, that gets no gradient.
+
+    `momentum_copy(encoder=…, projector=…)` has both under these names. Its batch norms run in train
+    mode on their own inputs, as in BYOL and MoCo-v3; `update_momentum` moves parameters only.
     """
-    target = copy.deepcopy(module)
+    target = copy.deepcopy(nn.Sequential(OrderedDict(parts)))
     for parameter in target.parameters():
         parameter.requires_grad = False
     return target
 
 
 @torch.no_grad()
-def update_momentum(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target = momentum * target + (1 - momentum) * online, parameter by parameter."""
-    torch._foreach_lerp_(
-        list(target.parameters()), [p.detach() for p in online.parameters()], 1.0 - momentum
-    )
+def update_momentum(target: nn.Module, model: nn.Module, momentum: float) -> None:
+    """target = momentum * target + (1 - momentum) * model, for each parameter of the target and the
+    model's of the same name.
+    """
+    online = dict(model.named_parameters())
+    names, copies = zip(*target.named_parameters(), strict=True)
+    torch._foreach_lerp_(list(copies), [online[n].detach() for n in names], 1.0 - momentum)
 
 
 def has_batch_norm(module: nn.Module) -> bool:

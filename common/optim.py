@@ -97,8 +97,7 @@ def warmup_cosine(
 ) -> float:
     """Linear from `start` to `base` over the warm-up, then half a cosine to `end` at `total_steps`.
 
-    A pure function of the step, so that a resumed run needs no scheduler state. With no warm-up,
-    base=m0 and end=1 it is BYOL's momentum schedule 1 - (1 - m0) * (cos(pi k / K) + 1) / 2.
+    A pure function of the step, so that a resumed run needs no scheduler state.
     """
     if step < warmup_steps:
         return start + (base - start) * step / warmup_steps
@@ -106,6 +105,11 @@ def warmup_cosine(
         return base
     progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
     return end + (base - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def momentum_to_one(step: float, total_steps: float, start: float) -> float:
+    """BYOL's schedule of the momentum (its Sec. 3.3): from `start` to 1 by half a cosine."""
+    return warmup_cosine(step, total_steps, 0, base=start, end=1.0)
 
 
 def scaled_lr(lr: float, batch: int, lr_batch: int) -> float:
@@ -146,6 +150,8 @@ def grad_norm(module: torch.nn.Module) -> Tensor:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of every parameter group but those with a `fixed_lr` of their own."""
+    """Sets the rate of every parameter group: `lr` times the group's `lr_factor`, if it has one, or
+    its `fixed_lr`, which does not move.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group.get("fixed_lr", lr)
+        group["lr"] = group.get("fixed_lr", lr * group.get("lr_factor", 1.0))

@@ -15,34 +15,30 @@ recipes/byol_gsg.md.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import View, cifar_view, simsiam_view
-from common.config import RunConfig, parse
+from common.augment import View, ViewName, two_views
+from common.config import (
+    CIFAR10,
+    PHOTOS,
+    Count,
+    NotNegative,
+    PositiveInt,
+    RunConfig,
+    Share,
+    parse,
+)
 from common.distributed import average_gradients
-from common.errors import UserError, command
+from common.errors import command
 from common.fast.micro_batch import Pieces
-from common.gsg import (
-    Pairing,
-    choice_statistics,
-    draw_pairs,
-    gsg_loss,
-    guiding_distances,
-    symmetric_loss,
-)
-from common.models import (
-    build_encoder,
-    full_precision,
-    mlp,
-    momentum_copy,
-    update_momentum,
-)
-from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
+from common.models import build_encoder, in_full_precision, mlp, momentum_copy, update_momentum
+from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
+from common.pairs import Pairing, draw_pairs, rows_of_owners, rows_of_partners
 from common.run.run import Run
 
 
@@ -59,133 +55,177 @@ class Config(RunConfig):
     # App. A shuffles the batch; code: each rank's own (local); derangement: no image meets itself
     pairing: Pairing = "global"
 
-    epochs: int = 100  # code; SimSiam Sec. 3
-    batch_size: int = 512  # global batch; code; SimSiam Sec. 3
+    epochs: PositiveInt = 100  # code; SimSiam Sec. 3
+    batch_size: PositiveInt = 512  # global batch; code; SimSiam Sec. 3
     # base rate, times batch/lr-batch; App. C.1: SimSiam Sec. 3; code. cifar10: unstated, 0.06
-    lr: float = 0.05
+    lr: NotNegative = 0.05
     # the batch that --lr is given for, 0: not scaled; SimSiam Sec. 3; code. cifar10: unstated, 0 as
     # for SimSiam; lightly's rule for BYOL is 128, which makes 0.24 of 0.06 at batch 512
-    lr_batch: int = 256
+    lr_batch: Count = 256
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"  # App. C.1: SimSiam Sec. 3; code
-    sgd_momentum: float = 0.9  # momentum of SGD or LARS; SimSiam Sec. 3; code
+    sgd_momentum: Share = 0.9  # momentum of SGD or LARS; SimSiam Sec. 3; code
     # SGD: on all parameters, biases and norms too; SimSiam Sec. 3, App. A; code
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     cosine_per: Literal["epoch", "step"] = "epoch"  # when the cosine moves the rate; code
     # unstated; SimSiam Sec. 4.2; the code's README has --fix-pred-lr for SimSiam only
     fixed_predictor_lr: bool = True
-    momentum: float = 0.99  # of the momentum encoder, constant; code
+    momentum: Share = 0.99  # of the momentum encoder, constant; code
     zero_init_residual: bool = True  # last batch norm of each block; SimSiam App. A; code
-    projector_layers: int = 3  # 2048-2048-2048; App. C.1
-    projector_hidden: int = 2048  # App. C.1
-    output_dim: int = 2048  # App. C.1
+    projector_layers: PositiveInt = 3  # 2048-2048-2048; App. C.1
+    projector_hidden: PositiveInt = 2048  # App. C.1
+    output_dim: PositiveInt = 2048  # App. C.1
     output_affine: bool = False  # affine batch norm at the projector's output; code: no
-    predictor_hidden: int = 512  # App. C.1
-    views: Literal["simsiam", "cifar"] = "simsiam"  # App. B.1; cifar: App. B.2, without blur
-    crop_min: float = 0.2  # smallest share of the area; App. B.1
+    predictor_hidden: PositiveInt = 512  # App. C.1
+    views: ViewName = "simsiam"  # App. B.1; cifar: App. B.2, without blur
+    crop_min: Share = 0.2  # smallest share of the area; App. B.1
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # unstated; code
 
 
 SMALL_IMAGES = {  # App. B.2 and C.2, "the default setup of lightly"; its CIFAR-10 benchmark
-    "image_size": 32,
-    "epochs": 200,  # unstated; lightly (secondary: the paper too)
-    "batch_size": 512,  # unstated; secondary (lightly: 128, its table has 512 too)
-    "lr": 0.06,  # unstated; lightly
     "lr_batch": 0,  # unstated; SimSiam's in lightly, BYOL's there is 128: lr 0.24
-    "weight_decay": 5e-4,  # unstated; lightly
     "fixed_predictor_lr": False,  # unstated; lightly
     "zero_init_residual": False,  # unstated; lightly
     "projector_layers": 2,  # App. C.2: 512-2048-2048
     "output_affine": True,  # unstated; lightly
-    "views": "cifar",  # App. B.2
     "crop_min": 0.08,  # App. B.2
 }
 PRESETS = {
     "official": {"pairing": "local"},
-    "cifar10": {"arch": "resnet18_cifar", **SMALL_IMAGES},
-    "photos": {
-        "arch": "tiny",
-        **SMALL_IMAGES,
-        "epochs": 10,
-        "batch_size": 64,
-        "lr": 0.02,
-        "knn_every": 5,
-    },
+    "cifar10": CIFAR10 | SMALL_IMAGES,
+    "photos": PHOTOS | SMALL_IMAGES,
 }
 
 
 class BYOL(nn.Module):
-    """The online network, with SimSiam's heads (App. C): f = encoder + projector, h = predictor;
-    batch norm after every FC of the projector, also the last, ReLU after all but the last; the
-    predictor's last FC plain.
+    """The online network, with SimSiam's heads (App. C): batch norm after every FC of the
+    projector, also the last, ReLU after all but the last; the predictor's last FC plain.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
-        hidden = [config.projector_hidden] * (config.projector_layers - 1)
-        sizes = [encoder.embed_dim, *hidden, config.output_dim]
-        projector = mlp(sizes, output_norm=True, output_affine=config.output_affine)
-        self.f = nn.Sequential(encoder, projector)
-        sizes = [config.output_dim, config.predictor_hidden, config.output_dim]
-        self.h = mlp(sizes, output_bias=True)
+        width, hidden = config.output_dim, config.projector_hidden
+        self.encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
+        sizes = [self.encoder.embed_dim, *[hidden] * (config.projector_layers - 1), width]
+        self.projector = mlp(sizes, output_norm=True, output_affine=config.output_affine)
+        self.predictor = mlp([width, config.predictor_hidden, width], output_bias=True)
 
 
-def project(
-    f: nn.Sequential, views: Sequence[Tensor], encode: Pieces | None = None
-) -> list[Tensor]:
-    """Projections of each view, batch-norm statistics per view; `encode`: the encoder of f where
-    it runs in pieces. One without batch norms (a ViT) takes all views in one forward otherwise,
-    which changes nothing.
+CHOICES = ("11_21", "11_22", "12_21", "12_22")  # columns of the distances, in Algorithm 1's order
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """D of SimSiam Eq. 1 with stop-gradient on z, row by row: (N,D),(N,D) -> (N,)."""
+    return -F.cosine_similarity(p, z.detach(), dim=1)
+
+
+@in_full_precision
+def guiding_distances(
+    z11: Tensor, z12: Tensor, z21: Tensor, z22: Tensor, pairs: Tensor | None = None
+) -> Tensor:
+    """(N,4): Euclidean distances d11,21 d11,22 d12,21 d12,22 of this rank's images x1 to the x2
+    that they are paired with, without gradient.
+
+    z (N,D), unnormalised projections of this rank's images; `pairs` as in `gsg_loss`.
     """
-    encoder, projector = f
-    encode = encode or Pieces(encoder)
-    return [projector(y) for y in encode(*views)]
+    z11, z12 = z11.detach(), z12.detach()
+    z21, z22 = rows_of_partners(z21, pairs), rows_of_partners(z22, pairs)
+    ends = ((z11, z21), (z11, z22), (z12, z21), (z12, z22))
+    return torch.stack([torch.linalg.vector_norm(a - b, dim=1) for a, b in ends], dim=1)
+
+
+@in_full_precision
+def gsg_loss(
+    p11: Tensor,
+    p12: Tensor,
+    p21: Tensor,
+    p22: Tensor,
+    z11: Tensor,
+    z12: Tensor,
+    z21: Tensor,
+    z22: Tensor,
+    pairs: Tensor | None = None,
+    distances: Tensor | None = None,
+) -> Tensor:
+    """Algorithm 1: 0.5 * (D(source of x1, target of x1) + D(source of x2, target of x2)), the mean
+    over pairs; D the negative cosine. Predictions p and targets z, (N,D) each -> scalar.
+
+    Row i is image x1, paired with row `pairs[i]` of the x2 tensors; None: row i with row i. Under
+    a process group `pairs` is the permutation of the global batch (world*N,), rows in rank order,
+    equal on all ranks. Each rank adds the x1 term and the x2 term of its own images, which may
+    belong to two pairs; the mean over ranks is the mean over pairs. Gradient flows through the
+    predictions that were chosen, never through z. Ties go to the first of Algorithm 1's branches.
+    `distances` are `guiding_distances` of the same tensors, if they are already known.
+    """
+    if distances is None:
+        distances = guiding_distances(z11, z12, z21, z22, pairs)
+    choice = distances.argmin(dim=1)  # of the pairs with this rank's x1; the first least one
+    choice_of_x2 = rows_of_owners(choice, pairs)  # of the pairs with this rank's x2
+    x11_is_source = choice < 2  # d11,21 or d11,22 is the least
+    x21_is_source = choice_of_x2 % 2 == 0  # d11,21 or d12,21 is the least
+    of_x1 = torch.where(x11_is_source, negative_cosine(p11, z12), negative_cosine(p12, z11))
+    of_x2 = torch.where(x21_is_source, negative_cosine(p21, z22), negative_cosine(p22, z21))
+    return (0.5 * (of_x1 + of_x2)).mean()
+
+
+@in_full_precision
+def symmetric_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    """The baseline's loss without GSG: D(p1, z2)/2 + D(p2, z1)/2, the mean over images.
+
+    SimSiam Eq. 2; for BYOL with z of the momentum encoder (its Eq. 2 is 2 - 2 cos of the same).
+    All (N,D) -> scalar; no gradient flows through z.
+    """
+    return 0.5 * (negative_cosine(p1, z2) + negative_cosine(p2, z1)).mean()
+
+
+def choice_statistics(distances: Tensor) -> dict[str, Tensor]:
+    """For the metrics, of distances (N,4): `choice_11_21` … the share of pairs that took each
+    branch, `distance_11_21` … the mean of each distance.
+    """
+    choice, means = distances.argmin(dim=1), distances.mean(dim=0)
+    shares = [(choice == i).double().mean() for i in range(len(CHOICES))]
+    statistics = {f"choice_{name}": s for name, s in zip(CHOICES, shares, strict=True)}
+    return statistics | {f"distance_{name}": m for name, m in zip(CHOICES, means, strict=True)}
 
 
 def views_of(config: Config) -> list[View]:
     """x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
-    view = simsiam_view if config.views == "simsiam" else cifar_view
-    view = view(config.image_size, config.crop_min, config.crop_interpolation)
-    return [view] * (4 if config.gsg else 2)
+    views = two_views(config.views, config.image_size, config.crop_min, config.crop_interpolation)
+    return [*views] * (2 if config.gsg else 1)
 
 
-def check(config: Config) -> Config:
-    if config.projector_layers < 1:
-        raise UserError("--projector-layers must be 1 or more")
-    return config
+def parse_arguments(argv: list[str] | None = None) -> Config:
+    return parse(Config, PRESETS, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, PRESETS, argv, check)
+    config = parse_arguments(argv)
     run = Run("byol_gsg", config)
     model = run.place(BYOL(config))
-    target = momentum_copy(model.f)
-    encode = Pieces(model.f[0], config)
-    encode_target = Pieces(target[0], config)
+    target = momentum_copy(encoder=model.encoder, projector=model.projector)
+    encode, encode_target = Pieces(model.encoder, config), Pieces(target.encoder, config)
 
     lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
-    predictor = {"params": model.h.parameters()}
+    predictor = {"params": model.predictor.parameters()}
     if config.fixed_predictor_lr:
         predictor["fixed_lr"] = lr
-    groups = [{"params": model.f.parameters()}, predictor]
+    groups = [{"params": [*model.encoder.parameters(), *model.projector.parameters()]}, predictor]
     optimizer = build_optimizer(
         config.optimizer, groups, lr, config.sgd_momentum, config.weight_decay
     )
-    run.begin(model.f[0], model=model, target=target, optimizer=optimizer)
+    run.begin(model.encoder, model=model, target=target, optimizer=optimizer)
 
-    for step, views, ids in run.batches(views_of(config)):
+    for step, views, _ in run.batches(views_of(config)):
         moved = step if config.cosine_per == "step" else step - step % run.steps_per_epoch
         rate = warmup_cosine(moved, run.total_steps, 0, lr)
         set_lr(optimizer, rate)
 
-        update_momentum(target, model.f, config.momentum)  # before the forward (code)
+        update_momentum(target, model, config.momentum)  # before the forward (code)
         with run.autocast():
-            online = project(model.f, views, encode)
-            p = [model.h(y) for y in online]  # p11, p12, p21, p22: before anything is chosen
+            online = [model.projector(y) for y in encode(*views)]
+            p = [model.predictor(y) for y in online]  # p11, …: before anything is chosen
             with torch.no_grad():
                 # z11, …: momentum projections, also for the distances
-                z = project(target, views, encode_target)
-        online, p, z = full_precision(*online), full_precision(*p), full_precision(*z)
+                z = [target.projector(y) for y in encode_target(*views)]
 
         if config.gsg:
             pairs = draw_pairs(config.pairing, config.batch_size, run.ranks, config.seed, step)
@@ -204,9 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         run.log(
             loss=loss,
             lr=rate,
+            z=online[0],
             momentum=config.momentum,
-            grad_norm=grad_norm(model),
-            **run.watch(online[0], ids, None, None),
             **(choice_statistics(distances) if config.gsg else {}),
         )
 

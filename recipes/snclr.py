@@ -16,6 +16,7 @@ for each difference; see recipes/snclr.md.
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import View, byol_views, cifar_view
-from common.config import RunConfig, parse
+from common.augment import View, ViewName, two_views
+from common.config import (
+    CIFAR10,
+    PHOTOS,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveInt,
+    RunConfig,
+    Share,
+    parse,
+)
 from common.distributed import average_gradients
 from common.errors import UserError, command
 from common.fast.micro_batch import Pieces
@@ -32,13 +43,12 @@ from common.fast.tiled import cosines, logsumexp_of_cosines
 from common.models import (
     build_encoder,
     freeze_patch_embedding,
-    full_precision,
     in_full_precision,
     mlp,
     momentum_copy,
     update_momentum,
 )
-from common.optim import build_optimizer, grad_norm, scaled_lr, set_lr, warmup_cosine
+from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
 from common.run.run import Run
 from common.support_set import SupportSet
 
@@ -56,50 +66,44 @@ class Config(RunConfig):
     heads: Literal["paper", "official"] = "paper"  # Sec. 4.1: FC-BN-ReLU-FC; code: MoCo-v3's
     momentum_schedule: Literal["fixed", "cosine"] = "fixed"  # App. A; code: cosine to 1
     # Eq. 1 for so long, App. A, m unstated: the lr warm-up, or 5 % without one; code: 0
-    neighbour_free_epochs: float | None = None
+    neighbour_free_epochs: NotNegative | None = None
     queue_scope: Literal["global", "rank"] = "global"  # Sec. 3.2; code: one private queue per rank
     exclude_self: bool = True  # Sec. 1, Fig. 2: samples from other images; code: no
     freeze_patch_embedding: bool = False  # unstated; code: yes (ViT only)
     vit_small: Literal["timm", "mocov3"] = "timm"  # App. A: timm, DeiT; code: 12 heads, sin-cos
-    warmup_start_lr: float = 1e-6  # App. A; code: 0
+    warmup_start_lr: NotNegative = 1e-6  # App. A; code: 0
     # App. A: as BYOL; code: bilinear
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
-    epochs: int = 800  # Sec. 4.1 (ResNet-50); ViTs 300
-    batch_size: int = 4096  # global batch; App. A
-    lr: float = 0.3  # base rate, times batch/lr-batch; Sec. 4.1 (ResNet-50); ViTs 1.5e-4
-    lr_batch: int = 256  # the batch that --lr is given for, 0: not scaled; Sec. 4.1
+    epochs: PositiveInt = 800  # Sec. 4.1 (ResNet-50); ViTs 300
+    batch_size: PositiveInt = 4096  # global batch; App. A
+    lr: NotNegative = 0.3  # base rate, times batch/lr-batch; Sec. 4.1 (ResNet-50); ViTs 1.5e-4
+    lr_batch: Count = 256  # the batch that --lr is given for, 0: not scaled; Sec. 4.1
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # Sec. 4.1 (ResNet-50); ViTs AdamW
-    sgd_momentum: float = 0.9  # momentum of LARS or SGD; unstated; code
-    weight_decay: float = 1e-6  # unstated for ResNet-50, the code's default; ViTs 0.1, App. A
-    warmup_epochs: float = 10  # Sec. 4.1 (ResNet-50); ViTs 40
-    momentum: float = 0.99  # of the momentum branch; Sec. 4.1
-    neighbours: int = 30  # K; Sec. 4.1
-    queue_size: int = 128000  # annex, Table 6 (Table 5: the largest set); code
-    temperature: float = 0.2  # tau, unstated; code (ViT-S)
-    positiveness_scale: float = 1.0  # 1/gamma of Eq. 4, unstated; code has none
+    sgd_momentum: Share = 0.9  # momentum of LARS or SGD; unstated; code
+    weight_decay: NotNegative = 1e-6  # unstated for ResNet-50, the code's default; ViTs 0.1, App. A
+    warmup_epochs: NotNegative = 10  # Sec. 4.1 (ResNet-50); ViTs 40
+    momentum: Share = 0.99  # of the momentum branch; Sec. 4.1
+    neighbours: Count = 30  # K; Sec. 4.1
+    queue_size: PositiveInt = 128000  # annex, Table 6 (Table 5: the largest set); code
+    temperature: Positive = 0.2  # tau, unstated; code (ViT-S)
+    positiveness_scale: Positive = 1.0  # 1/gamma of Eq. 4, unstated; code has none
     detach_positiveness: bool = False  # unstated; code keeps the gradient through the weights
-    projector_hidden: int = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
-    predictor_hidden: int = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
-    output_dim: int = 256  # Table 6 (128 000 x 256); BYOL Sec. 3.3; code
-    views: Literal["byol", "cifar"] = "byol"  # App. A "follow BYOL"; cifar: GSG App. B.2
-    crop_min: float = 0.08  # smallest share of the area; BYOL App. B; code
+    projector_hidden: PositiveInt = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
+    predictor_hidden: PositiveInt = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
+    output_dim: PositiveInt = 256  # Table 6 (128 000 x 256); BYOL Sec. 3.3; code
+    views: ViewName = "byol"  # App. A "follow BYOL"; cifar: GSG App. B.2
+    crop_min: Share = 0.08  # smallest share of the area; BYOL App. B; code
 
 
 # unstated: no paper has SNCLR on CIFAR-10. Views and budget of GSG's App. B.2 and C.2, ours else
 SMALL_IMAGES = {
-    "image_size": 32,
-    "epochs": 200,
-    "batch_size": 512,
-    "lr": 0.06,
     "lr_batch": 512,
     "optimizer": "sgd",
-    "weight_decay": 5e-4,
     "warmup_epochs": 0,
     "queue_size": 16384,
     "projector_hidden": 2048,
     "predictor_hidden": 2048,
-    "views": "cifar",
     "crop_interpolation": "bilinear",
 }
 PRESETS = {
@@ -125,22 +129,15 @@ PRESETS = {
     # start.sh, the only training command of the README; a suspected typo: the paper, MoCo-v3 and
     # the release's other script have 1.5e-4
     "official vit": {"lr": 1.5e-5},
-    "cifar10": {"arch": "resnet18_cifar", **SMALL_IMAGES},
-    "photos": {
-        "arch": "tiny",
-        **SMALL_IMAGES,
-        "epochs": 10,
-        "batch_size": 64,
-        "lr": 0.02,
-        "lr_batch": 64,
-        "queue_size": 2048,
-        "knn_every": 5,
-    },
+    "cifar10": CIFAR10 | SMALL_IMAGES,
+    "photos": PHOTOS | SMALL_IMAGES | {"lr_batch": 64, "queue_size": 2048},
 }
 
 
 class SNCLR(nn.Module):
-    """branch = encoder + projector (y), predictor (z). The momentum branch is a copy of branch."""
+    """Projections y = projector(encoder(x)), predictions z = predictor(y); the momentum branch is a
+    copy of encoder and projector.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -156,7 +153,12 @@ class SNCLR(nn.Module):
             sizes = [encoder.embed_dim, *([hidden] * (2 if vit else 1)), out]
             projector = mlp(sizes, output_norm=True, output_affine=False)
             self.predictor = mlp([out, width, out], output_norm=vit, output_affine=False)
-        self.branch = nn.Sequential(encoder, projector)
+        # after the predictor: optimizers know parameters by their order, and checkpoints have this
+        self.encoder, self.projector = encoder, projector
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projections, (N,3,H,W) -> (N,D)."""
+        return self.projector(self.encoder(x))
 
 
 @in_full_precision
@@ -208,9 +210,7 @@ def snclr_loss(
 
 def views_of(config: Config) -> list[View]:
     size, crop_min = config.image_size, config.crop_min
-    if config.views == "byol":
-        return [*byol_views(size, crop_min, config.crop_interpolation)]
-    return [cifar_view(size, crop_min, config.crop_interpolation)] * 2
+    return [*two_views(config.views, size, crop_min, config.crop_interpolation)]
 
 
 def resolve(config: Config) -> Config:
@@ -226,26 +226,26 @@ def resolve(config: Config) -> Config:
         raise UserError(
             f"--neighbours {config.neighbours} is more than --queue-size {config.queue_size} holds",
         )
-    if config.positiveness_scale <= 0:
-        raise UserError("--positiveness-scale must be above 0")
     return dataclasses.replace(config, **changes)
 
 
+def parse_arguments(argv: list[str] | None = None) -> Config:
+    return parse(Config, PRESETS, argv, resolve)
+
+
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, PRESETS, argv, resolve)
+    config = parse_arguments(argv)
     run = Run("snclr", config)
     if config.follow == "official" and not config.arch.startswith("vit_small"):
         run.warn(f"no released code exists for {config.arch}: MoCo-v3's heads for its family")
     if config.neighbour_free_epochs >= config.epochs:
         run.warn("--neighbour-free-epochs covers the whole run: Eq. 1 only, no neighbours")
     model = run.place(SNCLR(config))
-    target = momentum_copy(model.branch)
-    encode, projector = Pieces(model.branch[0], config), model.branch[1]
-    encode_m, projector_m = Pieces(target[0], config), target[1]
+    target = momentum_copy(encoder=model.encoder, projector=model.projector)
+    encode, encode_target = Pieces(model.encoder, config), Pieces(target.encoder, config)
     queue = SupportSet(
         config.queue_size, config.output_dim, config.seed, shared=config.queue_scope == "global"
     ).to(run.device, run.dtype)
-    run.warn_of_long_queue(config.queue_size)
 
     lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)
     optimizer = build_optimizer(
@@ -253,19 +253,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     warmup_steps = config.warmup_epochs * run.steps_per_epoch
     neighbour_free_steps = config.neighbour_free_epochs * run.steps_per_epoch
-    labels = run.labels()
-    run.begin(model.branch[0], model=model, target=target, optimizer=optimizer, queue=queue)
+    run.begin(model.encoder, model=model, target=target, optimizer=optimizer, queue=queue)
 
     for step, (x1, x2), ids in run.batches(views_of(config)):
         rate = warmup_cosine(step, run.total_steps, warmup_steps, lr, start=config.warmup_start_lr)
         set_lr(optimizer, rate)
 
         with run.autocast():
-            y1, y2 = map(projector, encode(x1, x2))  # projections
+            y1, y2 = map(model.projector, encode(x1, x2))  # projections
             z1, z2 = model.predictor(y1), model.predictor(y2)  # predictions
             with torch.no_grad():
-                key1, key2 = map(projector_m, encode_m(x1, x2))  # of the momentum branch
-        y1, y2, z1, z2, key1, key2 = full_precision(y1, y2, z1, z2, key1, key2)
+                key1, key2 = map(target.projector, encode_target(x1, x2))  # of the momentum branch
 
         # App. A: Eq. 1 at first, when neighbours are not yet correctly identified
         k = config.neighbours if step >= neighbour_free_steps else 0
@@ -293,31 +291,42 @@ def main(argv: list[str] | None = None) -> None:
         average_gradients(model)
         optimizer.step()
 
-        # the momentum of the step to come: the update after this step is then what the code does,
-        # which updates before it computes the keys
-        m = config.momentum
+        # Sec. 3.2 moves the branch after the step, the code before the next: with that step's value
+        momentum_of_next_step = config.momentum
         if config.momentum_schedule == "cosine":
-            m = warmup_cosine(step + 1, run.total_steps, 0, base=config.momentum, end=1.0)
+            momentum_of_next_step = momentum_to_one(step + 1, run.total_steps, config.momentum)
         retrieved = queue.ids[torch.cat([found1, found2], dim=1)] if k else None
         run.log(
             loss=loss,
             lr=rate,
-            momentum=m,
-            grad_norm=grad_norm(model),
-            **run.watch(y1, ids, retrieved, labels),
+            z=y1,
+            retrieved=retrieved,
+            momentum=momentum_of_next_step,
             **(positiveness_statistics(y1, near2) if k else {}),
         )
         queue.enqueue(key2, ids)  # view 2 of the momentum branch only, after both look-ups (code)
 
-        update_momentum(target, model.branch, m)  # after the step (Sec. 3.2)
+        update_momentum(target, model, momentum_of_next_step)
 
     run.finish(
         config.output_dim,
         queue,
         select=target,
-        weigh=lambda x, near: positiveness(*full_precision(model.branch(x)), near),
+        weigh=lambda x, near: positiveness(model(x), near),
         k=config.neighbours or 8,
     )
+
+
+def look_up(config: Config, state: dict) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """(what maps images to the embedding that is looked up, the positiveness of images and their
+    neighbours), of a checkpoint's state.
+    """
+    model = SNCLR(config)
+    target = momentum_copy(encoder=model.encoder, projector=model.projector)
+    model.load_state_dict(state["model"])
+    target.load_state_dict(state["target"])
+    model.eval()
+    return target, lambda x, near: positiveness(model(x), near)
 
 
 def neighbours_of(

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 
 from common import cards
+from common.augment import View, two_views
 from common.run import pictures
 
 if sys.argv[0] == "-c":  # xdist's workers: the recorded command of what runs in this process
@@ -69,6 +70,22 @@ def draw(runs: bool) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Pictures are half of a small run's time: only tests marked `pictures` get them."""
     draw("pictures" in item.keywords)
+
+
+def byol_views(size: int) -> tuple[View, View]:
+    return two_views("byol", size, interpolation="bicubic")
+
+
+def simsiam_view(size: int) -> View:
+    return two_views("simsiam", size, 0.2)[0]
+
+
+def cifar_view(size: int, crop_min: float = 0.08) -> View:
+    return two_views("cifar", size, crop_min)[0]
+
+
+def crop_view(size: int) -> View:
+    return two_views("crop-flip", size)[0]
 
 
 def environment(**extra: str) -> dict[str, str]:

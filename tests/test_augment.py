@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as F
+from conftest import byol_views, cifar_view, simsiam_view
 from PIL import Image, ImageEnhance, ImageFilter
 from scipy import stats
 
@@ -36,9 +37,9 @@ ALWAYS = {"jitter": 0.8, "grey": 0.2, "flip": 0.5}  # the same in all of them
 
 
 def build(name: str, size: int = 224) -> View:
-    byol = augment.byol_views(size)
+    byol = byol_views(size)
     views = {"byol T": byol[0], "byol T'": byol[1]}
-    views |= {"simsiam": augment.simsiam_view(size), "cifar": augment.cifar_view(size)}
+    views |= {"simsiam": simsiam_view(size), "cifar": cifar_view(size)}
     return views[name]
 
 
@@ -216,7 +217,7 @@ def photos():
 def loaded(images: ArrayImages, workers: int, seed: int = 3, rank: int = 0, ranks: int = 1):
     """((view, step*N, 3, 32, 32), samples) of two epochs of four batches of 20."""
     batches = RankBatches(len(images), 20, seed, 0, 8, rank, ranks)
-    loader = view_loader(images, augment.byol_views(32), batches, workers)
+    loader = view_loader(images, byol_views(32), batches, workers)
     views, samples, problems, stop = zip(*loader, strict=True)
     assert not any(problems) and not any(stop)
     return torch.stack([torch.cat(column) for column in zip(*views, strict=True)]), samples
@@ -233,7 +234,7 @@ def test_number_of_workers_changes_no_view(photos, workers):
             view(photos.load(sample), view_rng(3, place // 80, sample, number))
             for place, sample in enumerate(numbers)
         ]
-        for number, view in enumerate(augment.byol_views(32))
+        for number, view in enumerate(byol_views(32))
     ]
     assert torch.equal(views, torch.stack([torch.stack(column) for column in expected]))
 
@@ -411,10 +412,11 @@ def test_another_order_of_steps_gives_other_pixels(other):
     assert not np.array_equal(seen(image, FULL), reference(image, FULL, other))
 
 
-def test_small_crop_differs_in_size_and_scale_only():
-    view = build("byol T'")
-    small = view.small(96, (0.05, 0.14))
-    assert small == replace(view, size=96, scale=(0.05, 0.14))
+def test_small_crops_are_the_views_in_turn_of_another_size_and_scale():
+    views = build("byol T"), build("byol T'")
+    first, small, third = augment.small_crops(views, 3, 96, (0.05, 0.14))
+    assert first == third == replace(views[0], size=96, scale=(0.05, 0.14))
+    assert small == replace(views[1], size=96, scale=(0.05, 0.14))
     draw = small.draw(view_rng(0, 0, 0, 2), WIDTH, HEIGHT)
     assert draw.box[2] * draw.box[3] < 0.15 * WIDTH * HEIGHT
     assert small(read_photo("rocket"), view_rng(0, 0, 0, 2)).shape == (3, 96, 96)

@@ -11,13 +11,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import small
+from conftest import byol_views, cifar_view, small
 from pretend_cuda import CUDA, PretendCuda, is_fake, pretend_cuda
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import knn
-from common.augment import byol_views, cifar_view
 from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, view_loader
 from common.data.photos import PHOTOS, read_photo

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cifar_view
 from PIL import Image
 
-from common.augment import cifar_view, view_rng
+from common.augment import view_rng
 from common.data import photos
 from common.data.images import ArrayImages, FolderImages
 from common.data.loaders import SKIP_LIMIT, RankBatches, center_batches, epoch_order, view_loader

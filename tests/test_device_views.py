@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_IMAGES, run_script, small
+from conftest import SHARED_IMAGES, byol_views, cifar_view, run_script, simsiam_view, small
 from PIL import Image
 
 from common import augment
@@ -126,8 +126,8 @@ def test_tall_and_wide_crops_of_noise_are_pillows(interpolation):
 
 @pytest.mark.parametrize("name", ["byol T", "byol T'", "simsiam", "cifar"])
 def test_whole_views_are_pillows(images, name):
-    views = dict(zip(["byol T", "byol T'"], augment.byol_views(SIZE), strict=True))
-    views |= {"simsiam": augment.simsiam_view(SIZE), "cifar": augment.cifar_view(SIZE)}
+    views = dict(zip(["byol T", "byol T'"], byol_views(SIZE), strict=True))
+    views |= {"simsiam": simsiam_view(SIZE), "cifar": cifar_view(SIZE)}
     view = views[name]
     draws, crops, pillow = [], [], []
     for number, image in enumerate(images):
@@ -139,7 +139,7 @@ def test_whole_views_are_pillows(images, name):
 
 
 def test_blocks_do_not_change_a_batch(images, monkeypatch):
-    view = augment.byol_views(32)[1]
+    view = byol_views(32)[1]
     draws = [view.draw(view_rng(0, 0, n, 1), *i.size) for n, i in enumerate(images)]
     crops = [view.apply(i, augment.crop_only(d)) for i, d in zip(images, draws, strict=True)]
     table = torch.from_numpy(np.array([draw_row(d) for d in draws]))
@@ -157,7 +157,7 @@ def test_a_view_without_transforms_passes_unchanged(images):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_and_device_give_the_host_loaders_views(workers):
     images, _ = load_dataset("photos", "")
-    views = [*augment.byol_views(32), augment.cifar_view(16, 0.1)]
+    views = [*byol_views(32), cifar_view(16, 0.1)]
     batches = RankBatches(len(images), 64, 3, 0, 3, 0, 1)
     finish = device_views.DeviceViews(images, views, torch.device("cpu"))
     assert finish.stage == "draws"
@@ -175,7 +175,7 @@ def test_image_files_are_cropped_by_the_loader(tmp_path, images):
     for number, image in enumerate(images[:8]):
         image.resize((90 + 10 * number, 120)).save(folder / f"{number}.png")
     train, _ = load_dataset("imagefolder", str(tmp_path))
-    views = augment.byol_views(48)
+    views = byol_views(48)
     finish = device_views.DeviceViews(train, views, torch.device("cpu"))
     assert finish.stage == "crops"
     batches = RankBatches(8, 8, 0, 0, 1, 0, 1)
@@ -193,9 +193,7 @@ def test_an_unreadable_image_is_named_at_every_stage(tmp_path):
     (folder / "b.png").write_bytes(b"not an image")
     train, _ = load_dataset("imagefolder", str(tmp_path))
     batches = RankBatches(2, 2, 0, 0, 1, 0, 1)
-    ((_, _, problems, stop),) = view_loader(
-        train, [augment.cifar_view(32)], batches, 0, stage="crops"
-    )
+    ((_, _, problems, stop),) = view_loader(train, [cifar_view(32)], batches, 0, stage="crops")
     assert stop and "b.png cannot be read" in problems[0]
 
 
@@ -236,5 +234,5 @@ def test_subsets_in_memory_keep_their_own_numbers():
     images, _ = load_dataset("photos", "")
     part = data.subset(images, np.array([5, 3, 9]))
     assert isinstance(part, ArrayImages)
-    finish = device_views.DeviceViews(part, [augment.cifar_view(32)], torch.device("cpu"))
+    finish = device_views.DeviceViews(part, [cifar_view(32)], torch.device("cpu"))
     assert torch.equal(finish.pixels[1], torch.from_numpy(images.pixels[3].transpose(2, 0, 1)))

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import run_ranks, run_script, start_ranks
+from conftest import crop_view, run_ranks, run_script, start_ranks
 
-from common.augment import center_view, crop_view, view_rng
+from common.augment import center_view, view_rng
 from common.data import photos
 from common.data.images import subset
 from common.data.loaders import RankBatches

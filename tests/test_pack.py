@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import only_error, run_script
+from conftest import cifar_view, only_error, run_script
 from PIL import Image
 
-from common.augment import cifar_view
 from common.data import pack, shards
 from common.data.images import PackedImages, subset
 from common.data.loaders import RankBatches, center_batches, view_loader

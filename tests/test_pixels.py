@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import byol_views, cifar_view, crop_view, simsiam_view
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from common import augment
@@ -162,9 +163,9 @@ def test_blur_of_any_radius_and_size_is_pillows():
 
 
 def views_of(size: int) -> dict[str, View]:
-    first, second = augment.byol_views(size)
-    others = {"simsiam": augment.simsiam_view(size), "cifar": augment.cifar_view(size)}
-    return {"byol T": first, "byol T'": second, "crop": augment.crop_view(size), **others}
+    first, second = byol_views(size)
+    others = {"simsiam": simsiam_view(size), "cifar": cifar_view(size)}
+    return {"byol T": first, "byol T'": second, "crop": crop_view(size), **others}
 
 
 @pytest.mark.parametrize("name", views_of(32))
@@ -275,7 +276,7 @@ def test_damaged_files_get_the_same_message_in_all_inputs(tmp_path):
         said = []
         for name in ("reference", "exact"):
             order = RankBatches(4, 4, 0, 0, 1, 0, 1)
-            loader = view_loader(images, [augment.cifar_view(32)], order, 0, input=name)
+            loader = view_loader(images, [cifar_view(32)], order, 0, input=name)
             views, _, problems = loader.dataset[0, number]
             assert views is None
             said.append(problems)
@@ -297,7 +298,7 @@ def files(tmp_path_factory):
 
 def batch(images, name: str, workers: int = 0) -> list[torch.Tensor]:
     order = RankBatches(len(images), len(images), 3, 0, 1, 0, 1)
-    loader = view_loader(images, augment.byol_views(64), order, workers, input=name)
+    loader = view_loader(images, byol_views(64), order, workers, input=name)
     ((views, _, problems, stop),) = loader
     assert not problems and not stop
     return views

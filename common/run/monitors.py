@@ -4,10 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.models import in_full_precision
+
 RANK_ROWS = 512  # rows of the batch that the effective rank is taken over
 
 
 @torch.no_grad()
+@in_full_precision
 def embedding_std(z: Tensor) -> Tensor:
     """Mean over dimensions of the standard deviation of the l2-normalised rows of z (N,D).
 

@@ -20,19 +20,19 @@ PANELS = (
     ("effective_rank", "effective rank"),
     ("neighbour_purity", "retrieved with the query's label"),
     ("self_matches", "retrieved the query itself"),
-    ("positiveness_std", "spread of the positiveness"),
-    ("choice_", "share of pairs with this least distance"),
-    ("distance_", "mean distance within a pair"),
     ("grad_norm", "gradient norm"),
 )
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
-def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int) -> None:
+def draw_curves(
+    path: Path, records: list[dict[str, Any]], title: str, dim: int, own: dict[str, str]
+) -> None:
     """Each metric that a run has over its epochs: steps in pale, epoch means in full colour.
     A panel whose name ends in _ shows every metric that begins with it.
 
-    `dim` is the width of the embedding: its std is 1/sqrt(dim) when spread over the sphere.
+    `own` are the panels of the recipe's own metrics, name and title, from its card. `dim` is the
+    width of the embedding: its std is 1/sqrt(dim) when spread over the sphere.
     """
     plt = headless_pyplot()
     epochs = [r for r in records if r["kind"] == "epoch"]
@@ -40,7 +40,8 @@ def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int)
     last = max((r["step"] for r in records), default=0)
     per_epoch = max((r["step"] / r["epoch"] for r in epochs if r["epoch"]), default=None)
     logged = [*dict.fromkeys(name for record in records for name in record)]
-    panels = [(lines, label) for p, label in PANELS if (lines := lines_of(p, logged))]
+    shown = [*PANELS[:-1], *own.items(), PANELS[-1]]
+    panels = [(lines, label) for p, label in shown if (lines := lines_of(p, logged))]
     columns = min(3, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False)
@@ -62,7 +63,8 @@ def draw_curves(path: Path, records: list[dict[str, Any]], title: str, dim: int)
             axis.legend(fontsize=7, ncols=2)
         if lines == ["embedding_std"]:
             axis.axhline(dim**-0.5, color="grey", ls=":", lw=1)
-        if lines[0] in ("embedding_std", "knn", "neighbour_purity", "self_matches", "choice_11_21"):
+        zero = ("embedding_std", "knn", "neighbour_purity", "self_matches")
+        if lines[0] in zero or len(lines) > 1:
             axis.set_ylim(bottom=0)
         axis.set_title(label, fontsize=10)
         axis.set_xlim(0, max(last / scale, 1e-9))

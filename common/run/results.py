@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import files
+from common import cards, files
 from common.augment import center_view
 from common.config import config_hash
 from common.data.loaders import center_batches
@@ -91,7 +91,9 @@ def say(run: "Run") -> None:
 
 def draw_curves(run: "Run", dim: int) -> None:
     records = metrics.read(run.folder / metrics.NAME)
-    pictures.draw_curves(run.folder / "curves.png", records, title(run), dim)
+    card = cards.load().get(run.recipe)
+    own = card.metrics if card else {}
+    pictures.draw_curves(run.folder / "curves.png", records, title(run), dim, own)
 
 
 @torch.no_grad()

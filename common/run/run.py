@@ -3,16 +3,17 @@
 What is not the paper's is here, so that a recipe's `main()` is the algorithm:
 
     run = Run("nnclr", config)
-    model = ...
+    model = run.place(...)
     run.begin(model.encoder, model=model, optimizer=optimizer, queue=queue)
     for step, (x1, x2), ids in run.batches(views):
         ...                                  # the paper
-        run.log(loss=loss, lr=lr)
+        run.log(loss=loss, lr=lr, z=z1)
     run.finish(...)
 """
 
 import contextlib
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ from common.fast.device_views import DeviceViews
 from common.fast.pixels import to_input
 from common.files import write
 from common.knn import knn_of_encoder
+from common.optim import grad_norm
 from common.run import checkpoint, environment, metrics, results
 from common.run.allocator import keep_freed_memory
 from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
@@ -164,6 +166,7 @@ class Run:
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         )
 
+    @functools.cached_property
     def labels(self) -> Tensor | None:
         """Labels of the training images on the device, for monitors only."""
         if self.train.labels is None:
@@ -185,6 +188,9 @@ class Run:
         next step depends on: modules, optimizer, support set.
         """
         self.encoder, self.state = encoder, state
+        for item in state.values():
+            if isinstance(item, SupportSet):
+                self.warn_of_long_queue(item.size)
         self.commit, self.dirty = environment.commit()  # of the start: the tree may change later
         self.fingerprint = self.train.fingerprint()
         self.refuse_changes()
@@ -347,7 +353,8 @@ class Run:
                 if on_device:
                     pixels = on_device(pixels, ids)
                 inputs = [to_input(view, self.device, self.dtype) for view in pixels]
-                yield self.step, inputs, ids.to(self.device, non_blocking=True)
+                self.ids = ids.to(self.device, non_blocking=True)
+                yield self.step, inputs, self.ids
                 self.time_step(time.monotonic() - asked)
                 self.after_step()
                 asked = time.monotonic()
@@ -362,28 +369,31 @@ class Run:
             disable=None if self.rank == 0 else True,  # None: only on a terminal
         )
 
-    def log(self, loss: Tensor, grad_norm: Tensor, **values: Tensor | float) -> None:
-        """Notes this step's metrics; tensors stay on the device until the next flush."""
-        self.waiting.append(
-            {"kind": "step", "epoch": self.epoch_of(self.step), "step": self.step + 1}
-            | {"loss": loss.detach(), "grad_norm": grad_norm.detach()}
-            | {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
-        )
-
-    def watch(
-        self, z: Tensor, ids: Tensor, retrieved: Tensor | None, labels: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The monitors of one step: embedding z (N,D), ids of the images that were retrieved for
-        it (N,k), labels of all training images or None.
+    def log(
+        self,
+        loss: Tensor,
+        lr: float,
+        z: Tensor,
+        retrieved: Tensor | None = None,
+        **own: Tensor | float,
+    ) -> None:
+        """Notes this step's metrics: loss and rate, the norm of the model's gradient, whether the
+        embedding z (N,D) collapses, what `retrieved` (N,k), the numbers of the images that were
+        looked up for the batch, has of its labels and of itself, and the recipe's own values.
+        Tensors stay on the device until the next flush.
         """
-        values = {"embedding_std": embedding_std(z)}
+        values = {"lr": lr, **own, "embedding_std": embedding_std(z)}
         if self.step % MONITOR_STEPS == 0:
             values["effective_rank"] = effective_rank(z)
         if retrieved is not None:
-            values["self_matches"] = self_matches(ids, retrieved)
-            if labels is not None:
-                values["neighbour_purity"] = neighbour_purity(ids, retrieved, labels)
-        return values
+            values["self_matches"] = self_matches(self.ids, retrieved)
+            if self.labels is not None:
+                values["neighbour_purity"] = neighbour_purity(self.ids, retrieved, self.labels)
+        self.waiting.append(
+            {"kind": "step", "epoch": self.epoch_of(self.step), "step": self.step + 1}
+            | {"loss": loss.detach(), "grad_norm": grad_norm(self.state["model"]).detach()}
+            | {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
+        )
 
     def time_step(self, seconds: float) -> None:
         """Adds to the time of the step that was logged last."""

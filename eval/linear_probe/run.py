@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common import distributed
-from common.augment import crop_view
+from common.augment import two_views
 from common.config import free, parse
 from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, epoch_order, view_loader
@@ -275,7 +275,9 @@ class Probe:
         labels = torch.from_numpy(images.labels).to(job.device)
         loader = view_loader(
             images,
-            [crop_view(config.image_size, self.protocol.interpolation)],
+            two_views("crop-flip", config.image_size, interpolation=self.protocol.interpolation)[
+                :1
+            ],
             RankBatches(len(images), config.batch_size, seed, start, total, job.rank, job.ranks),
             job.workers,
             skip_bad_images=config.on_bad_image == "skip",

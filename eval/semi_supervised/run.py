@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
-from common.augment import crop_view
+from common.augment import two_views
 from common.config import parse
 from common.data.images import Images, subset
 from common.data.loaders import RankBatches, view_loader
@@ -309,7 +309,9 @@ class FineTuning:
         job, config = self.job, self.config
         loader = view_loader(
             images,
-            [crop_view(config.image_size, self.protocol.interpolation)],
+            two_views("crop-flip", config.image_size, interpolation=self.protocol.interpolation)[
+                :1
+            ],
             RankBatches(len(images), config.batch_size, seed, first, total, job.rank, job.ranks),
             job.workers,
             skip_bad_images=config.on_bad_image == "skip",
