@@ -129,8 +129,18 @@ class Script:
         self.wait(timeout)
         return [file.read_text(errors="replace") for file in self.files]
 
+    def said(self, text: str, timeout: float = 200) -> bool:
+        """Whether it says `text` before it ends; returns as soon as it has."""
+        end = time.monotonic() + timeout
+        while text not in self.files[0].read_text() and time.monotonic() < end:
+            if self.poll() is not None:
+                break
+            time.sleep(0.02)
+        return text in self.files[0].read_text()
+
     def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -219,8 +229,7 @@ def interrupted(script: str, flags, has_begun, number=signal.SIGTERM) -> tuple[i
     end = time.monotonic() + 200
     while not has_begun() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
-    if process.poll() is None:
-        process.send_signal(number)
+    process.send_signal(number)
     output, _ = process.communicate(200)
     return process.returncode, output
 

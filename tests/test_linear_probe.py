@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -395,10 +396,8 @@ def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
     whole = run_script(SCRIPT, *flags, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     (process,) = start_ranks(1, SCRIPT, *flags, "--output", tmp_path / "cut")
-    for line in process.stdout:
-        if "epoch 20 of 100" in line:
-            process.terminate()
-            break
+    assert process.said("epoch 20 of 100")
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75 and "stopped by SIGTERM, saved" in output, output
     assert not (tmp_path / "cut" / "record.json").exists()

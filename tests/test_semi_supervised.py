@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -240,10 +241,8 @@ def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
     whole = run_script(SCRIPT, *flags, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     (process,) = start_ranks(1, SCRIPT, *flags, "--output", tmp_path / "cut")
-    for line in process.stdout:
-        if "setting 1 of 3" in line:
-            process.terminate()
-            break
+    assert process.said("setting 1 of 3")
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75 and "stopped by SIGTERM" in output, output
     rest = run_script(SCRIPT, *flags, "--output", tmp_path / "cut")
