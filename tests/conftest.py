@@ -107,6 +107,8 @@ class Script:
         self.folder = tempfile.TemporaryDirectory()
         names = ("out", "out") if merged else ("out", "err")
         self.files = [Path(self.folder.name) / name for name in names]
+        for file in self.files:
+            file.touch()
         arguments = (self.args, self.files, environment(**extra), DRAWS["runs"])
         start_fork_server()
         self.process = FORKS.Process(target=as_script, args=arguments)
