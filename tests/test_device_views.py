@@ -13,7 +13,6 @@ from PIL import Image
 
 from common import augment
 from common.augment import Draw, View, draw_row, view_rng
-from common.data import loaders as data
 from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, view_loader
 from common.data.photos import PHOTOS, read_photo
