@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from results import tables
-from results.reproduce import PROTOCOLS, Piece, is_of, load_plan
+from results import record, tables
+from slurm.plan import PROTOCOLS, Planned
+from slurm.plan import load as load_plan
 
 HERE = Path(__file__).resolve().parent
 CLAIMS = HERE / "claims.yaml"
@@ -52,9 +53,9 @@ and is a weak witness for or against a claim about CIFAR-10 or ImageNet.
 
 
 @functools.cache
-def plan() -> dict[str, dict[str, Any]]:
+def plan() -> dict[str, Planned]:
     """The runs of plan.yaml by their names."""
-    return {run["name"]: run for run in load_plan()}
+    return load_plan(HERE / "plan.yaml")
 
 
 def load(path: Path = CLAIMS) -> dict[str, Any]:
@@ -72,14 +73,14 @@ def recorded(records: Sequence[tuple[str, dict[str, Any]]]) -> Runs:
     """The records of the plan's runs, by their run folders' names."""
     found: Runs = {}
     for run in plan().values():
-        for seed in run["seeds"]:
+        for seed in run.seeds:
             for name, one in records:
-                if not is_of(one, Piece(run, seed)):
+                if not record.is_of(one, run, seed):
                     continue
-                by_seed = found.setdefault(run["name"], {}).setdefault(one["protocol"], {})
+                by_seed = found.setdefault(run.name, {}).setdefault(one["protocol"], {})
                 if seed in by_seed:
                     twice = f"{by_seed[seed][0]} and {name} are both {one['protocol']}"
-                    raise UserError(f"{twice} of {run['name']}, seed {seed}: remove one")
+                    raise UserError(f"{twice} of {run.name}, seed {seed}: remove one")
                 by_seed[seed] = name, one
     return found
 
@@ -208,7 +209,7 @@ def markdown(published, records, figures: Sequence[dict[str, str]]) -> str:
 def tier_table(tier: dict[str, str], what: dict[str, Any], runs: Runs) -> list[str]:
     """The tier's numbers, a row for each run that it plans; what is missing is named below."""
     planned = [n for n in what["runs"] if tier["prefix"] + n in plan()]
-    asked = dict.fromkeys(e for n in planned for e in plan()[tier["prefix"] + n]["evaluations"])
+    asked = dict.fromkeys(e for n in planned for e in plan()[tier["prefix"] + n].evaluations)
     rows, missing = [], []
     for name in planned:
         run = tier["prefix"] + name
@@ -231,13 +232,13 @@ def tier_table(tier: dict[str, str], what: dict[str, Any], runs: Runs) -> list[s
     return text
 
 
-def lacking(runs: Runs, run: dict[str, Any]) -> list[str]:
+def lacking(runs: Runs, run: Planned) -> list[str]:
     """What a planned run has no record of, as simsiam (seed 1), simsiam (linear of seed 0)."""
-    found, name = [], run["name"]
+    found, name = [], run.name
     trained = seeds_of(runs, name)
-    if seeds := [str(s) for s in run["seeds"] if s not in trained]:
+    if seeds := [str(s) for s in run.seeds if s not in trained]:
         found.append(f"{name} (seed {', '.join(seeds)})")
-    for evaluation in run["evaluations"]:
+    for evaluation in run.evaluations:
         done = runs.get(name, {}).get(PROTOCOLS[evaluation], {})
         if seeds := [str(s) for s in trained if s not in done]:
             found.append(f"{name} ({SHOWN[evaluation]} of seed {', '.join(seeds)})")

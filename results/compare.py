@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.record import PLACES, read
 from common.run import metrics
+from results.record import PLACES, read
 
 CURVES = (
     ("loss", "loss"),

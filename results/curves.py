@@ -17,18 +17,13 @@ from typing import Any
 
 from PIL import Image
 
+from common import cards
 from common.errors import UserError, command
 from common.run import pictures
 from results import claims, record
 
 PANELS = {"knn": "k-NN accuracy", claims.PURITY: "retrieved with the query's label"}
 PANELS |= {"effective_rank": "effective rank"}
-# a row of panels each: they have different numbers of epochs, so no line of one is compared with
-# one of the other
-FAMILIES = {
-    "without negatives": ("simsiam_gsg", "byol_gsg", "nnsiam"),
-    "contrastive": ("nnclr", "snclr"),
-}
 MARKERS = "os^Dvp*X"  # with a colour each: told apart without colours too
 DIGEST = "numbers"  # the PNG's text chunk
 SCRIPT = "results/curves.py"
@@ -38,16 +33,16 @@ Points = list[tuple[int, float]]
 
 def numbers_of(tier: dict[str, str], what: dict[str, Any], runs: claims.Runs) -> dict[str, Any]:
     """All that the picture shows: its title, and for each family, run and metric the points
-    (epoch, value) of each seed and of the mean over the seeds that have the epoch.
+    (epoch, value) of each seed and of the mean over the seeds that have the epoch. Families have
+    different numbers of epochs, so no line of one is compared with one of another.
     """
     families: dict[str, Any] = {}
-    for family, recipes in FAMILIES.items():
-        for name, method in what["runs"].items():
-            run = tier["prefix"] + name
-            seeds = claims.histories(runs, run)
-            if seeds and claims.plan()[run]["recipe"] in recipes:
-                lines = {metric: lines_of(seeds, metric) for metric in PANELS}
-                families.setdefault(family, {})[method] = lines
+    for name, method in what["runs"].items():
+        run = tier["prefix"] + name
+        if seeds := claims.histories(runs, run):
+            lines = {metric: lines_of(seeds, metric) for metric in PANELS}
+            family = cards.load()[claims.plan()[run].recipe].family
+            families.setdefault(family, {})[method] = lines
     return {"title": tier["title"].replace("`", ""), "families": families}
 
 
@@ -144,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("tier", choices=tiers(what), help="whose curves")
     parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
     arguments = parser.parse_args(argv)
-    runs = claims.recorded(record.load_shown())
+    runs = claims.recorded(record.load_all())
     numbers = numbers_of(tiers(what)[arguments.tier], what, runs)
     if not numbers["families"]:
         raise UserError(f"{arguments.tier}: no record of these runs has a history to draw")

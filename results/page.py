@@ -10,7 +10,7 @@ from typing import Any
 
 from results import claims, summary, tables
 from results.page_assets import SCRIPT, STYLE
-from results.reproduce import PROTOCOLS
+from slurm.plan import PROTOCOLS
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
     arguments = parser.parse_args(argv)
     pages = build()
-    figures = curves.stale(load_figures(FIGURES), record.load_shown(), FIGURES)
+    figures = curves.stale(load_figures(FIGURES), record.load_all(), FIGURES)
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if arguments.check:
         if stale or figures:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, str]:
     """The text of every page, made of published.yaml, records/ and figures/ in `folder`."""
     published = tables.load_published(folder / "published.yaml")
-    records = record.load_shown(folder / "records")
+    records = record.load_all(folder / "records")
     figures = load_figures(folder / "figures")
     of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
     others = [figure for figure in figures if figure not in of_claims]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from results import claims, tables
-from results.reproduce import PROTOCOLS
+from slurm.plan import PROTOCOLS
 
 UNJUDGED = {"one seed": "not judged (one seed)", "not run": "not run"}
 
