@@ -232,6 +232,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def pictures(figures: Iterable[dict[str, str]]) -> str:
+    """Each picture with its caption and command, in Markdown."""
+    text = []
+    for figure in figures:
+        text += [f"![{figure['caption'].replace('`', '')}](figures/{figure['file']})"]
+        text += [f"{figure['caption']} `{figure['command']}`"]
+    return "\n\n".join(text) or "None so far."
+
+
 # -- words for cells ------------------------------------------------------------------------------
 
 
