@@ -42,7 +42,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from common.config import parse
 from common.data.images import Images
 from common.data.loaders import RankBatches, view_loader
 from common.data.sets import load_dataset
@@ -199,7 +198,7 @@ def in_turn(loop: Callable, pipe: Connection, others: list[str]) -> Callable[...
 
 def take_turns_alone(pipe: Connection, command: list[str], turns: int, name: str) -> None:
     """Needed or lightly, in a process without the recipe's loop; lightly's without a run either."""
-    config = parse(nnclr.Config, nnclr.PRESETS, command, nnclr.check)
+    config = nnclr.parse_arguments(command)
     if name == "needed":
         this = run.Run("nnclr", config)
         device, dtype, images = this.device, this.dtype, this.train
@@ -249,13 +248,13 @@ def needed_step(
 ) -> Callable[[Tensor, Tensor], None]:
     """The same modules without look-up, loss, queue and monitors: a mean costs next to nothing."""
     model = this.place(nnclr.NNCLR(config))
-    encode, projector = Pieces(model.f[0], config), model.f[1]
+    encode = Pieces(model.encoder, config)
     optimizer = nnclr.build_optimizer("sgd", model.parameters(), 0.01, 0.9, 5e-4)
 
     def step(x1: Tensor, x2: Tensor) -> None:
         with this.autocast():
-            z1, z2 = map(projector, encode(x1, x2))
-            p1, p2 = model.g(z1), model.g(z2)
+            z1, z2 = map(model.projector, encode(x1, x2))
+            p1, p2 = model.predictor(z1), model.predictor(z2)
         optimizer.zero_grad()
         (p1.float().mean() + p2.float().mean()).backward()
         encode.replay()

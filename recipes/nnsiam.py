@@ -47,9 +47,8 @@ class Config(RunConfig):
     with what we took instead.
     """
 
-    epochs: PositiveInt = (
-        800  # unstated; the 71.3 % that suppl. Table 1 compares with is SimSiam's at 800
-    )
+    # unstated; the 71.3 % that suppl. Table 1 compares with is SimSiam's at 800
+    epochs: PositiveInt = 800
     batch_size: PositiveInt = 4096  # global batch; suppl. C
     lr: NotNegative = 0.2  # base rate, times batch/lr-batch; suppl. C
     lr_batch: Count = 256  # the batch of --lr, 0: not scaled; unstated, as SimSiam Sec. 3

@@ -153,6 +153,7 @@ class SNCLR(nn.Module):
             sizes = [encoder.embed_dim, *([hidden] * (2 if vit else 1)), out]
             projector = mlp(sizes, output_norm=True, output_affine=False)
             self.predictor = mlp([out, width, out], output_norm=vit, output_affine=False)
+        # after the predictor: optimizers know parameters by their order, and checkpoints have this
         self.encoder, self.projector = encoder, projector
 
     def forward(self, x: Tensor) -> Tensor:

@@ -398,6 +398,7 @@ FREE |= {
     "on_bad_image",
     "max_steps",
     "snapshot_epochs",
+    "plan_name",
 }  # schedules go on as if max-steps were not
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
@@ -477,3 +478,34 @@ def test_a_vits_views_are_whole_patches(side):
         snclr("--arch", "vit_small", "--image-size", side)
     assert snclr("--arch", "resnet18", "--image-size", side).image_size == int(side)
     assert snclr("--arch", "vit_small", "--image-size", "96").image_size == 96
+
+
+# -- settings: what is not the preset's -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "expected"),
+    [
+        ("snclr", "--temperature 0.2 --neighbours 30", {}),
+        ("snclr", "--temperature 0.4 --neighbours 5", {"temperature": 0.4, "neighbours": 5}),
+        ("snclr", "--dataset photos --epochs 5 --neighbour-free-epochs 0.25", {}),
+        ("snclr", "--dataset photos --queue-size 2048 --lr 0.02", {}),
+        ("snclr", "--dataset cifar10 --queue-size 2048", {"queue_size": 2048}),
+        ("snclr", "--arch vit_small --follow official", {}),
+        ("snclr", "--arch vit_small --loss official", {"loss": "official"}),
+        ("simsiam_gsg", "--no-gsg --seed 3 --max-steps 5 --data x --plan-name y", {"gsg": False}),
+        ("simsiam_gsg", "--precision fp32 --compile --augment-device cpu --batch-size 8", {}),
+        ("nnclr", "--input reference --workers 3 --knn-every 1", {}),
+        ("nnclr", "--micro-batch 512", {"micro_batch": 512}),
+        ("snclr", "--arch vit_base --micro-batch 512", {}),
+    ],
+)
+def test_settings_are_what_differs_from_the_presets(recipe, flags, expected):
+    module = importlib.import_module(f"recipes.{recipe}")
+    assert module.parse_arguments(flags.split()).settings == expected
+
+
+def test_settings_of_a_file_count_as_those_of_flags(config_file):
+    file = config_file("dataset: photos\ntemperature: 0.3\nsettings: {lr: 5}\nmethod: x\nplan: y\n")
+    assert snclr(*file).settings == {"temperature": 0.3}
+    assert snclr(*file, "--temperature", "0.2").settings == {}

@@ -10,10 +10,12 @@ import torch
 from conftest import run_ranks
 from test_losses import cosine, draw
 
-from common import gsg
+from common.fast.micro_batch import Pieces
+from common.pairs import draw_pairs
 from recipes import byol_gsg, simsiam_gsg
 from recipes.simsiam_gsg import gsg_loss
 
+BOTH = pytest.mark.parametrize("recipe", [simsiam_gsg, byol_gsg])
 NAMES = ("p11", "p12", "p21", "p22", "z11", "z12", "z21", "z22")
 
 
@@ -58,7 +60,7 @@ def permutation(n, seed=0):
 # -- the loss -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [simsiam_gsg, byol_gsg])
+@BOTH
 @pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 5), (7, 2), (40, 6)])
 def test_gsg_loss_is_algorithm_1(recipe, n, d):
     tensors = views(n, d)
@@ -69,18 +71,19 @@ def test_gsg_loss_is_algorithm_1(recipe, n, d):
     assert recipe.gsg_loss(*tensors).item() == pytest.approx(expected, rel=1e-11)
 
 
-def test_all_four_branches_are_taken_and_told_apart():
+@BOTH
+def test_all_four_branches_are_taken_and_told_apart(recipe):
     tensors, pairs = views(40, 6), permutation(40)
     taken = []
     algorithm_1(*tensors, pairs.tolist(), taken)
     assert set(taken) == {0, 1, 2, 3}
-    distances = gsg.guiding_distances(*tensors[4:], pairs)
+    distances = recipe.guiding_distances(*tensors[4:], pairs)
     assert distances.argmin(dim=1).tolist() == taken
     for branch in range(4):  # pair by pair, so that errors of two branches cannot cancel
         i = taken.index(branch)
         places = [i, i, pairs[i], pairs[i]] * 2
         row = [t[None, place] for t, place in zip(tensors, places, strict=True)]
-        assert gsg_loss(*row).item() == pytest.approx(algorithm_1(*row, [0]), rel=1e-11)
+        assert recipe.gsg_loss(*row).item() == pytest.approx(algorithm_1(*row, [0]), rel=1e-11)
 
 
 # z11, z12, z21, z22 in a plane, and the branch; moved away from zero, where a cosine has no value
@@ -93,34 +96,37 @@ TIES = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("case", TIES)
-def test_a_tie_goes_to_the_first_branch(case):
+def test_a_tie_goes_to_the_first_branch(recipe, case):
     *z, branch = TIES[case]
     z = [torch.tensor([row], dtype=torch.float64) + torch.tensor([3.0, 7.0]) for row in z]
     p = views(1, 2, seed=50)[:4]
     taken = []
     expected = algorithm_1(*p, *z, [0], taken)
     assert taken == [branch]
-    assert gsg.guiding_distances(*z).argmin(dim=1).tolist() == [branch]
-    assert gsg_loss(*p, *z).item() == pytest.approx(expected, rel=1e-11)
+    assert recipe.guiding_distances(*z).argmin(dim=1).tolist() == [branch]
+    assert recipe.gsg_loss(*p, *z).item() == pytest.approx(expected, rel=1e-11)
 
 
-def test_distances_are_of_unnormalised_projections():
+@BOTH
+def test_distances_are_of_unnormalised_projections(recipe):
     """Nearest in angle and nearest in space differ here: 11,21 by angle, 12,22 in space."""
     z11, z12 = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     z21, z22 = torch.tensor([[100.0, 1.0]]), torch.tensor([[0.5, 1.0]])
-    distances = gsg.guiding_distances(z11, z12, z21, z22)
+    distances = recipe.guiding_distances(z11, z12, z21, z22)
     assert distances[0].tolist() == pytest.approx([math.hypot(99, 1), math.hypot(0.5, 1), 100, 0.5])
     assert distances.argmin(dim=1).item() == 3
 
 
-def test_gradient_reaches_the_chosen_predictions_only():
+@BOTH
+def test_gradient_reaches_the_chosen_predictions_only(recipe):
     tensors, pairs = [t.requires_grad_() for t in views(12, 4)], permutation(12)
     p, z = tensors[:4], tensors[4:]
     taken = []
     algorithm_1(*tensors, pairs.tolist(), taken)
     assert set(taken) == {0, 1, 2, 3}
-    gsg_loss(*tensors, pairs).backward()
+    recipe.gsg_loss(*tensors, pairs).backward()
     assert all(t.grad is None for t in z)
     inverse = pairs.argsort()
     for i in range(12):
@@ -128,42 +134,47 @@ def test_gradient_reaches_the_chosen_predictions_only():
         chosen = (of_x1 < 2, of_x1 >= 2, of_x2 % 2 == 0, of_x2 % 2 == 1)
         for t, is_source in zip(p, chosen, strict=True):
             assert (t.grad[i].norm() > 1e-6) == is_source
-    assert torch.autograd.gradcheck(lambda *p: gsg_loss(*p, *z, pairs), p)
+    assert torch.autograd.gradcheck(lambda *p: recipe.gsg_loss(*p, *z, pairs), p)
 
 
-def test_distances_already_known_change_nothing():
+@BOTH
+def test_distances_already_known_change_nothing(recipe):
     tensors, pairs = views(9, 3), permutation(9)
-    known = gsg.guiding_distances(*tensors[4:], pairs)
-    assert gsg_loss(*tensors, pairs, known).item() == gsg_loss(*tensors, pairs).item()
+    known = recipe.guiding_distances(*tensors[4:], pairs)
+    assert recipe.gsg_loss(*tensors, pairs, known).item() == recipe.gsg_loss(*tensors, pairs).item()
 
 
+@BOTH
 @pytest.mark.parametrize("length", [3, 5])
-def test_pairs_of_another_length_are_refused(length):
+def test_pairs_of_another_length_are_refused(recipe, length):
     with pytest.raises(ValueError, match="one number for each"):
-        gsg_loss(*views(4, 3), torch.arange(length))
+        recipe.gsg_loss(*views(4, 3), torch.arange(length))
 
 
+@BOTH
 @pytest.mark.parametrize("pairs", [[0, 0, 1], [1, 2, 3]])
-def test_pairs_that_are_no_permutation_are_refused(pairs):
+def test_pairs_that_are_no_permutation_are_refused(recipe, pairs):
     with pytest.raises(ValueError, match="no permutation"):
-        gsg_loss(*torch.randn(8, 3, 5), pairs=torch.tensor(pairs))
+        recipe.gsg_loss(*torch.randn(8, 3, 5), pairs=torch.tensor(pairs))
 
 
-def test_symmetric_loss_of_the_baselines():
+@BOTH
+def test_symmetric_loss_of_the_baselines(recipe):
     p1, p2, z1, z2 = (t.requires_grad_() for t in views(6, 4)[:4])
     lists = [t.tolist() for t in (p1, p2, z1, z2)]
     terms = [-cosine(a, d) / 2 - cosine(b, c) / 2 for a, b, c, d in zip(*lists, strict=True)]
-    loss = gsg.symmetric_loss(p1, p2, z1, z2)
+    loss = recipe.symmetric_loss(p1, p2, z1, z2)
     assert loss.item() == pytest.approx(sum(terms) / 6, rel=1e-11)
     loss.backward()
     assert z1.grad is None and z2.grad is None and (p1.grad.norm(dim=1) > 1e-6).all()
 
 
-def test_statistics_count_the_choices():
+@BOTH
+def test_statistics_count_the_choices(recipe):
     distances = torch.tensor([[1.0, 2, 3, 4], [2, 1, 3, 4], [5, 2, 3, 4], [4, 3, 2, 1]])
-    statistics = gsg.choice_statistics(distances)
-    assert [statistics[f"choice_{n}"].item() for n in gsg.CHOICES] == [0.25, 0.5, 0, 0.25]
-    assert [statistics[f"distance_{n}"].item() for n in gsg.CHOICES] == [3, 2, 2.75, 3.25]
+    statistics = recipe.choice_statistics(distances)
+    assert [statistics[f"choice_{n}"].item() for n in recipe.CHOICES] == [0.25, 0.5, 0, 0.25]
+    assert [statistics[f"distance_{n}"].item() for n in recipe.CHOICES] == [3, 2, 2.75, 3.25]
 
 
 # -- pairings -------------------------------------------------------------------------------------
@@ -172,23 +183,23 @@ def test_statistics_count_the_choices():
 @pytest.mark.parametrize("pairing", ["global", "local", "derangement"])
 @pytest.mark.parametrize(("batch", "ranks"), [(2, 1), (8, 1), (8, 2), (24, 3)])
 def test_pairs_are_a_permutation_of_their_own_step(pairing, batch, ranks):
-    drawn = [gsg.draw_pairs(pairing, batch, ranks, 3, step) for step in range(50)]
+    drawn = [draw_pairs(pairing, batch, ranks, 3, step) for step in range(50)]
     for step, pairs in enumerate(drawn):
         assert sorted(pairs.tolist()) == [*range(batch)]
-        assert torch.equal(pairs, gsg.draw_pairs(pairing, batch, ranks, 3, step))
+        assert torch.equal(pairs, draw_pairs(pairing, batch, ranks, 3, step))
         if pairing == "derangement":
             assert (pairs != torch.arange(batch)).all()
         if pairing == "local":
             assert torch.equal(pairs // (batch // ranks), torch.arange(batch) // (batch // ranks))
     if batch > 2:
         assert len({tuple(pairs.tolist()) for pairs in drawn}) > 5
-        other_seed = [gsg.draw_pairs(pairing, batch, ranks, 4, step) for step in range(50)]
+        other_seed = [draw_pairs(pairing, batch, ranks, 4, step) for step in range(50)]
         assert sum(torch.equal(a, b) for a, b in zip(drawn, other_seed, strict=True)) < 25
 
 
 @pytest.mark.parametrize("pairing", ["global", "derangement"])
 def test_pairs_do_not_depend_on_the_number_of_ranks(pairing):
-    drawn = [gsg.draw_pairs(pairing, 24, ranks, 0, 7).tolist() for ranks in (1, 2, 3)]
+    drawn = [draw_pairs(pairing, 24, ranks, 0, 7).tolist() for ranks in (1, 2, 3)]
     assert drawn[0] == drawn[1] == drawn[2]
 
 
@@ -197,7 +208,7 @@ def test_every_permutation_is_as_likely(pairing, kinds):
     """4 images have 24 permutations, 9 of them derangements: chi-square at 1 in 10 000."""
     counts: dict = dict.fromkeys(itertools.permutations(range(4)), 0)
     for step in range(4800):
-        counts[tuple(gsg.draw_pairs(pairing, 4, 1, 0, step).tolist())] += 1
+        counts[tuple(draw_pairs(pairing, 4, 1, 0, step).tolist())] += 1
     seen = [count for count in counts.values() if count]
     expected = 4800 / kinds
     assert len(seen) == kinds
@@ -206,17 +217,17 @@ def test_every_permutation_is_as_likely(pairing, kinds):
 
 def test_mistakes_of_a_pairing():
     with pytest.raises(ValueError, match="needs two"):
-        gsg.draw_pairs("derangement", 1, 1, 0, 0)
+        draw_pairs("derangement", 1, 1, 0, 0)
     with pytest.raises(ValueError, match="does not divide"):
-        gsg.draw_pairs("local", 7, 2, 0, 0)
+        draw_pairs("local", 7, 2, 0, 0)
     with pytest.raises(ValueError, match="unknown pairing"):
-        gsg.draw_pairs("random", 8, 2, 0, 0)
+        draw_pairs("random", 8, 2, 0, 0)
 
 
 # -- one forward or several -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [simsiam_gsg, byol_gsg])
+@BOTH
 @pytest.mark.parametrize("arch", ["tiny", "vit_small"])
 def test_projections_have_batch_norm_statistics_per_view(recipe, arch):
     """The views of a ViT go through its encoder together, those of a CNN do not."""
@@ -224,14 +235,15 @@ def test_projections_have_batch_norm_statistics_per_view(recipe, arch):
         recipe.Config(), arch=arch, image_size=32, projector_hidden=16, output_dim=8
     )
     network = recipe.SimSiam if recipe is simsiam_gsg else recipe.BYOL
-    f = network(config).f
+    model = network(config)
     forwards = []
-    f[0].register_forward_hook(lambda *_: forwards.append(1))
+    model.encoder.register_forward_hook(lambda *_: forwards.append(1))
     x = [torch.randn(6, 3, 32, 32) * (i + 1) for i in range(4)]
-    projections = recipe.project(f, x)
+    projections = [model.projector(y) for y in Pieces(model.encoder)(*x)]
     assert len(forwards) == (1 if arch == "vit_small" else 4)
     for view, z in zip(x, projections, strict=True):
-        torch.testing.assert_close(z, f(view), rtol=1e-3, atol=1e-4)
+        alone = model.projector(model.encoder(view))
+        torch.testing.assert_close(z, alone, rtol=1e-3, atol=1e-4)
 
 
 # -- over ranks -----------------------------------------------------------------------------------

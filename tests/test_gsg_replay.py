@@ -14,10 +14,9 @@ import torch
 from test_resume import images
 from torch import nn
 
-from common.config import parse
 from common.errors import UserError
-from common.gsg import draw_pairs
 from common.models import build_encoder
+from common.pairs import draw_pairs
 from common.run.run import Run
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 32  # of 160 images
@@ -65,7 +64,9 @@ def watched_run(recipe, flags, folder, monkeypatch):
 
     def noting_log(self, **values):
         values_now = {
-            n: v.detach().item() if isinstance(v, torch.Tensor) else v for n, v in values.items()
+            n: v.detach().item() if isinstance(v, torch.Tensor) else v
+            for n, v in values.items()
+            if n != "z"
         }
         seen["logged"].append(values_now)
         return log(self, **values)
@@ -100,8 +101,9 @@ def test_a_run_is_its_replay(name, flags, tmp_path, monkeypatch):
     recipe = importlib.import_module(f"recipes.{name}")
     seen = watched_run(recipe, flags, tmp_path / "run", monkeypatch)
     before, after = seen["before"], seen["after"]
-    f = with_torchs_batch_norms(copy.deepcopy(before["model"].f))
-    h = with_torchs_batch_norms(copy.deepcopy(before["model"].h))
+    model = copy.deepcopy(before["model"])
+    f = with_torchs_batch_norms(nn.Sequential(model.encoder, model.projector))
+    h = with_torchs_batch_norms(model.predictor)
     target = copy.deepcopy(f)
     base = 0.05 * BATCH / 256
     groups = [{"params": f.parameters()}, {"params": h.parameters()}]
@@ -139,15 +141,16 @@ def test_a_run_is_its_replay(name, flags, tmp_path, monkeypatch):
         optimizer.step()
         assert logged["loss"] == pytest.approx(loss.item(), rel=1e-9)
         assert logged["lr"] == pytest.approx(rate, rel=1e-12)
-    for ours, theirs in ((after["model"].f, f), (after["model"].h, h)):
+    model = after["model"]
+    for ours, theirs in ((model.encoder, f[0]), (model.projector, f[1]), (model.predictor, h)):
         for (n, a), (_, b) in zip(
             ours.state_dict().items(), theirs.state_dict().items(), strict=True
         ):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=n)
     if name == "byol_gsg":  # its batch norms ran in train mode on its own inputs, too
         ours, theirs = after["target"].state_dict(), target.state_dict()
-        for n, a in ours.items():
-            torch.testing.assert_close(a, theirs[n], rtol=1e-7, atol=1e-9, msg=n)
+        for a, (n, b) in zip(ours.values(), theirs.items(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=n)
         assert all(t.grad is None and not t.requires_grad for t in after["target"].parameters())
 
 
@@ -207,7 +210,7 @@ CASES = {
 def test_presets(case, name):
     recipe = importlib.import_module(f"recipes.{name}")
     flags, expected = CASES[case]
-    config = parse(recipe.Config, recipe.PRESETS, flags, recipe.check)
+    config = recipe.parse_arguments(flags)
     assert {n: getattr(config, n) for n in expected} == expected
     if name == "byol_gsg":
         assert config.momentum == 0.99
@@ -226,10 +229,10 @@ def test_heads_of_imagenet_and_cifar(name):
     network = recipe.SimSiam if name == "simsiam_gsg" else recipe.BYOL
 
     def layers(*flags):
-        config = parse(recipe.Config, recipe.PRESETS, flags, recipe.check)
+        config = recipe.parse_arguments(flags)
         model = network(config)
         described = []
-        for part in (model.f[1], model.h):
+        for part in (model.projector, model.predictor):
             for layer in part:
                 if isinstance(layer, nn.Linear):
                     described.append(
@@ -237,7 +240,7 @@ def test_heads_of_imagenet_and_cifar(name):
                     )
                 else:
                     described.append((type(layer).__name__, getattr(layer, "affine", None)))
-        zero = all(not m.bn2.weight.any() for m in model.f[0].layer1)
+        zero = all(not m.bn2.weight.any() for m in model.encoder.layer1)
         return described, zero
 
     norm, relu = ("BatchNorm1d", True), ("ReLU", None)
@@ -261,4 +264,4 @@ def test_zero_init_is_of_the_last_batch_norm_of_each_block():
 def test_a_head_of_no_width_is_a_mistake(recipe, flag):
     module = importlib.import_module(f"recipes.{recipe}")
     with pytest.raises(UserError, match="must be above 0"):
-        parse(module.Config, module.PRESETS, [flag, "0"])
+        module.parse_arguments([flag, "0"])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.gsg import gsg_loss, guiding_distances, symmetric_loss
 from recipes.nnclr import nnclr_loss, nnclr_transposed_loss
 from recipes.nnsiam import nnsiam_loss
+from recipes.simsiam_gsg import gsg_loss, guiding_distances, symmetric_loss
 from recipes.snclr import positiveness, snclr_loss
 
 FORMS = ["paper", "official"]

@@ -223,7 +223,7 @@ def test_mocov3_biases_start_at_zero_and_the_class_token_near_it():
 
 
 def test_frozen_patch_embedding_is_all_that_freezing_stops():
-    vit = momentum_copy(encoder_of("vit_small_mocov3"))
+    (vit,) = momentum_copy(encoder=encoder_of("vit_small_mocov3"))
     for parameter in vit.parameters():
         parameter.requires_grad = True
     freeze_patch_embedding(vit)
@@ -289,29 +289,39 @@ def test_head_has_just_the_layers_that_are_asked_for(arguments, expected):
 
 def small_module() -> nn.Module:
     torch.manual_seed(3)
-    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
-    module[0].bias.requires_grad = False  # as a frozen patch embedding
-    return module
+    encoder = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
+    encoder[0].bias.requires_grad = False  # as a frozen patch embedding
+    parts = {"encoder": encoder, "projector": nn.Linear(6, 2), "predictor": nn.Linear(2, 2)}
+    return nn.ModuleDict(parts)
+
+
+def small_copy(module: nn.Module) -> nn.Sequential:
+    return momentum_copy(encoder=module["encoder"], projector=module["projector"])
 
 
 def test_momentum_copy_starts_equal_shares_nothing_and_gets_no_gradient():
     online = small_module()
-    target = momentum_copy(online)
+    target = small_copy(online)
     assert not any(p.requires_grad for p in target.parameters())
-    assert online[0].weight.requires_grad and target.training
-    for (name, a), b in zip(online.state_dict().items(), target.state_dict().values(), strict=True):
-        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), name
+    assert online["encoder"][0].weight.requires_grad and target.training
+    kept = online.state_dict()
+    for name, b in target.state_dict().items():
+        assert torch.equal(kept[name], b) and kept[name].data_ptr() != b.data_ptr(), name
+    assert {name.split(".")[0] for name in target.state_dict()} == {"encoder", "projector"}
     x = torch.randn(8, 4)
-    assert torch.equal(online(x), target(x)) and target(x).grad_fn is None
+    assert torch.equal(online["projector"](online["encoder"](x)), target(x))
+    assert target(x).grad_fn is None
 
 
 @pytest.mark.parametrize("momentum", [0.99, 0.5, 1.0, 0.0])
 def test_momentum_update_moves_parameters_only(momentum):
     online = small_module()
-    target = momentum_copy(online)
+    target = small_copy(online)
     for parameter in online.parameters():
         parameter.data.add_(torch.randn_like(parameter))
-    online(torch.randn(8, 4) + 5)  # moves the running statistics of the online network alone
+    online["encoder"](
+        torch.randn(8, 4) + 5
+    )  # moves the running statistics of the online network alone
     before = {name: t.clone() for name, t in target.state_dict().items()}
     kept = {name: t.clone() for name, t in online.state_dict().items()}
     update_momentum(target, online, momentum)
@@ -327,11 +337,11 @@ def test_momentum_update_moves_parameters_only(momentum):
 
 
 def test_batch_norm_of_the_momentum_copy_follows_its_own_inputs():
-    target = momentum_copy(small_module())
-    before = target[1].running_mean.clone()
+    target = small_copy(small_module())
+    before = target.encoder[1].running_mean.clone()
     with torch.no_grad():
         target(torch.randn(8, 4) + 5)
-    assert not torch.equal(target[1].running_mean, before)
+    assert not torch.equal(target.encoder[1].running_mean, before)
 
 
 # -- exported backbones -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.optim import LARS, build_optimizer, scaled_lr, set_lr, warmup_cosine
+from common.optim import LARS, build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
 
 SHAPES = [(4, 3), (3,), (2, 3, 2, 2), (1, 5), (6,)]
 
@@ -241,20 +241,28 @@ def test_unknown_optimizer_is_an_error():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_set_lr_leaves_fixed_rates_alone(name):
+def test_set_lr_leaves_fixed_rates_alone_and_keeps_factors(name):
     """SimSiam's predictor keeps its rate while the others follow the schedule, also on resuming."""
     a, b, c = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
-    groups = [{"params": [a]}, {"params": [b], "fixed_lr": 0.7}, {"params": [c]}]
+    groups = [{"params": [a]}, {"params": [b], "fixed_lr": 0.7}]
+    groups.append({"params": [c], "lr_factor": 0.25})
     optimizer = build_optimizer(name, groups, 0.5, 0.9, 0.0)
     for rate in (0.0, 0.3):
         set_lr(optimizer, rate)
-        assert [g["lr"] for g in optimizer.param_groups] == [rate, 0.7, rate]
+        assert [g["lr"] for g in optimizer.param_groups] == [rate, 0.7, rate / 4]
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     set_lr(optimizer, 0.2)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.7, 0.2]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.7, 0.05]
 
 
 # -- schedules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0.99, 0.996, 0.0])
+def test_momentum_rises_to_one_as_byol_writes_it(start):
+    for k, total in ((0, 10), (3, 10), (10, 10), (7, 1000)):
+        expected = 1 - (1 - start) * (math.cos(math.pi * k / total) + 1) / 2  # its Sec. 3.3
+        assert momentum_to_one(k, total, start) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.0), (1e-6, 0.0), (0.3, 0.05), (5.0, 7.0)])

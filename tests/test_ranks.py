@@ -8,7 +8,7 @@ import torch
 from conftest import run_ranks, small
 from test_gsg import algorithm_1
 
-from common.gsg import draw_pairs
+from common.pairs import draw_pairs
 from common.run import checkpoint, metrics
 
 RECIPES = {
