@@ -116,10 +116,8 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
     commits = {f["results"]["commit"] for f in facts}
     if len(commits) > 1:
         raise UserError(f"the runs are of {len(commits)} commits: make one record for each")
-    copy = re.search(r"\((.+)\)$", results["dataset"])  # as a run prints it: CIFAR-10 (JPEG copy)
-    what = what_ran(config)
-    what["pretraining"] |= {"copy": copy.group(1) if copy else None}
-    what["pretraining"] |= {"epochs": round(results["epoch"], 4)}
+    what, (_, copy) = what_ran(config), dataset_of(config["dataset"], results["dataset"])
+    what["pretraining"] |= {"copy": copy, "epochs": round(results["epoch"], 4)}
     return {
         **what,
         "seeds": [f["config"]["seed"] for f in facts],
@@ -148,7 +146,7 @@ def what_ran(config: dict[str, Any]) -> dict[str, Any]:
         "recipe": config["recipe"],
         "arch": config["arch"],
         "pretraining": {
-            "dataset": DATASETS.get(config["dataset"], "other"),
+            "dataset": dataset_of(config["dataset"], "")[0],
             "copy": None,
             "incomplete": part_of(config),
             "epochs": config["epochs"],
@@ -205,6 +203,12 @@ def facts_of(run: Path) -> dict[str, Any]:
         "results": results,
         "metrics": metrics.read(run / metrics.NAME),
     }
+
+
+def dataset_of(dataset: str, name: str) -> tuple[str, str | None]:
+    """(data set, which copy of it) from the flag and the name that a run prints."""
+    found = re.search(r"\((.+)\)$", name)
+    return DATASETS.get(dataset, "other"), found.group(1) if found else None
 
 
 def part_of(config: dict[str, Any]) -> str | None:
