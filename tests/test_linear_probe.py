@@ -20,7 +20,6 @@ from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.knn import knn_accuracy
-from common.record import problems
 from eval.encoders import load_encoder
 from eval.evaluation import correct_in_top, held_out, linear_weights, parse_numbers
 from eval.linear_probe import run as script
@@ -28,6 +27,7 @@ from eval.linear_probe.heads import Heads, HeadsSGD, losses
 from eval.linear_probe.protocols import GRID, PROTOCOLS, schedule
 from eval.linear_probe.run import assert_unchanged, best, stored_batches
 from recipes import nnclr
+from results.record import problems
 
 SCRIPT = "eval/linear_probe/run.py"
 FLAGS = ["--dataset", "photos", "--workers", "0"]

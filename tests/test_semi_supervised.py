@@ -17,12 +17,12 @@ from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.models import build_encoder
-from common.record import problems
 from eval.semi_supervised import lists
 from eval.semi_supervised import run as script
 from eval.semi_supervised.lists import SHA256, balanced_subset, read_list, simclr_list
 from eval.semi_supervised.protocols import PROTOCOLS, schedule
 from eval.semi_supervised.run import Classifier, best_of
+from results.record import problems
 
 SCRIPT = "eval/semi_supervised/run.py"
 RANDOM = ["--backbone", "random", "--arch", "tiny", "--image-size", "32", "--workers", "0"]

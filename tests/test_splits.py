@@ -103,7 +103,7 @@ def test_a_run_trains_on_the_subset_and_its_record_says_so(run):
     environment = json.loads((run / "environment.json").read_text())
     assert environment["steps"]["per_epoch"] == 864 // config["batch_size"]
     one = record.knn_record([run])
-    assert one["pretraining"]["incomplete"] == "864 images of it, without the 20 % held out"
+    assert one["pretraining"]["incomplete"] == "864 images of it, without 20 % held out"
     assert one["dataset"]["incomplete"] == (
         "20 % of the training images, held out, votes of 864 images"
     )
