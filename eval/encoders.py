@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import record
+from common import cards
 from common.errors import UserError, nearest_name
 from common.models import EMBED_DIMS, build_encoder
 from common.run import backbone
+from results import record
 
 IMAGE_SIZE = 224  # of checkpoints that do not say their own
 PIXELS, RANDOM = "pixels", "random"  # controls: no encoder at all, and an untrained one
@@ -182,7 +183,7 @@ def record_fields(facts: dict[str, Any], config: Any, described: dict[str, Any])
     metadata, devices = facts["metadata"], described["devices"]
     method = config.method or f"{Path(config.backbone).name} ({facts['layout']})"
     if facts["recipe"] is not None:
-        method = record.METHODS.get(facts["recipe"], facts["recipe"])
+        method = cards.method_of(facts["recipe"], {})
     return {
         "method": method,
         "recipe": facts["recipe"],

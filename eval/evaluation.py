@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import distributed, record
+from common import distributed
 from common.augment import center_view
 from common.config import DATASETS, NotNegative, PositiveInt, Seed, Workers, changed_fields, free
 from common.data.images import Images
@@ -42,6 +42,7 @@ from common.run import checkpoint, environment, metrics
 from common.run.results import in_words
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, load_encoder, record_fields
+from results import record
 
 RECORD = "record.json"
 TOP = (1, 5)

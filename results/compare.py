@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.record import PLACES, read
 from common.run import metrics
+from results.record import PLACES, read
 
 CURVES = (
     ("loss", "loss"),
@@ -58,6 +58,7 @@ def short_names(folders: list[Path]) -> list[str]:
 def text(names: list[str], runs: list[dict[str, Any]]) -> str:
     """A table: flags that differ, then metrics, then the number of flags that are the same."""
     flags = list(dict.fromkeys(name for run in runs for name in run["config"]))
+    flags = [flag for flag in flags if flag not in ("plan", "settings")]
     values = {flag: [show(run["config"].get(flag, "–")) for run in runs] for flag in flags}
     differing = [f for f in flags if len(set(values[f])) > 1 and f not in PLACES]
     rows = [("", names)] + [(flag, values[flag]) for flag in differing]

@@ -11,24 +11,20 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from common import cards
 from common.errors import UserError, command
 from common.run import pictures
-from results import claims, record
+from results import claims
+from results.joined import Joined, load
 
 PANELS = {"knn": "k-NN accuracy", claims.PURITY: "retrieved with the query's label"}
 PANELS |= {"effective_rank": "effective rank"}
-# a row of panels each: they have different numbers of epochs, so no line of one is compared with
-# one of the other
-FAMILIES = {
-    "without negatives": ("simsiam_gsg", "byol_gsg", "nnsiam"),
-    "contrastive": ("nnclr", "snclr"),
-}
 MARKERS = "os^Dvp*X"  # with a colour each: told apart without colours too
 DIGEST = "numbers"  # the PNG's text chunk
 SCRIPT = "results/curves.py"
@@ -36,18 +32,18 @@ SCRIPT = "results/curves.py"
 Points = list[tuple[int, float]]
 
 
-def numbers_of(tier: dict[str, str], what: dict[str, Any], runs: claims.Runs) -> dict[str, Any]:
+def numbers_of(tier: dict[str, str], joined: Joined) -> dict[str, Any]:
     """All that the picture shows: its title, and for each family, run and metric the points
-    (epoch, value) of each seed and of the mean over the seeds that have the epoch.
+    (epoch, value) of each seed and of the mean over the seeds that have the epoch. Families have
+    different numbers of epochs, so no line of one is compared with one of another.
     """
     families: dict[str, Any] = {}
-    for family, recipes in FAMILIES.items():
-        for name, method in what["runs"].items():
-            run = tier["prefix"] + name
-            seeds = claims.histories(runs, run)
-            if seeds and claims.plan()[run]["recipe"] in recipes:
-                lines = {metric: lines_of(seeds, metric) for metric in PANELS}
-                families.setdefault(family, {})[method] = lines
+    for name, method in joined.claims["runs"].items():
+        run = tier["prefix"] + name
+        if seeds := claims.histories(joined.runs, run):
+            lines = {metric: lines_of(seeds, metric) for metric in PANELS}
+            family = cards.load()[joined.plan[run].recipe].family
+            families.setdefault(family, {})[method] = lines
     return {"title": tier["title"].replace("`", ""), "families": families}
 
 
@@ -113,39 +109,39 @@ def draw_panel(axis, methods: dict[str, dict[str, Any]]) -> None:
 # -- what is out of date --------------------------------------------------------------------------
 
 
-def stale(
-    figures: Iterable[dict[str, str]], records: Sequence[tuple[str, dict]], folder: Path
-) -> dict[Path, dict[str, Any]]:
+def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
     """The pictures in `folder` that this script drew of other numbers than the records have, with
     the numbers that they should show.
     """
-    what, runs, found = claims.load(), claims.recorded(records), {}
-    for figure in figures:
+    found = {}
+    for figure in joined.figures:
         words = shlex.split(figure["command"])
         if SCRIPT not in words:
             continue
-        numbers = numbers_of(tiers(what)[words[words.index(SCRIPT) + 1]], what, runs)
+        numbers = numbers_of(tiers(joined)[words[words.index(SCRIPT) + 1]], joined)
         with Image.open(folder / figure["file"]) as picture:
             if picture.info.get(DIGEST) != digest(numbers):
                 found[folder / figure["file"]] = numbers
     return found
 
 
-def tiers(what: dict[str, Any]) -> dict[str, dict[str, str]]:
+def tiers(joined: Joined) -> dict[str, dict[str, str]]:
     """The tiers of claims.yaml by the names that this command has for them."""
-    return {tier["prefix"].rstrip("-") or "cifar10": tier for tier in what["tiers"]}
+    return {tier["prefix"].rstrip("-") or "cifar10": tier for tier in joined.claims["tiers"]}
 
 
 def main(argv: list[str] | None = None) -> None:
-    what = claims.load()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tier", choices=tiers(what), help="whose curves")
+    parser.add_argument("tier", help="whose curves: a tier of claims.yaml, as photos")
     parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
     arguments = parser.parse_args(argv)
-    runs = claims.recorded(record.load_shown())
-    numbers = numbers_of(tiers(what)[arguments.tier], what, runs)
+    joined = load()
+    known = tiers(joined)
+    if arguments.tier not in known:
+        raise UserError(f"{arguments.tier}: no tier of claims.yaml; there are {', '.join(known)}")
+    numbers = numbers_of(known[arguments.tier], joined)
     if not numbers["families"]:
         raise UserError(f"{arguments.tier}: no record of these runs has a history to draw")
     draw(arguments.output, numbers)

@@ -1,16 +1,13 @@
-"""index.html: one page with everything in it, to be opened from the file."""
+"""index.html: one page with all tables and figures, to be opened from the file."""
 
-import base64
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from results import claims, summary, tables
-from results.page_assets import SCRIPT, STYLE
-from results.reproduce import PROTOCOLS
+from results.joined import HERE, Joined, fill
 
 
 @dataclass(frozen=True)
@@ -57,41 +54,25 @@ class Table:
     notes: Sequence[str] = ()
 
 
-def html(published, records, figures: list[dict[str, str]], folder: Path) -> str:
-    """The page's text: a summary, the claims, tables that sort and filter, figures inside, nothing
-    loaded.
+def html(joined: Joined, said: Sequence[str]) -> str:
+    """The page's text: a summary, the claims, tables that sort and filter, figures. It loads the
+    pictures beside it and nothing else.
     """
-    rows, apart = tables.join(published, records)
-    ours = [ours_table(apart, published), published_table(rows)]
-    if any(row.records for row in rows):
+    ours = [ours_table(joined), published_table(joined.rows)]
+    if any(row.records for row in joined.rows):
         ours.reverse()
-    style = STYLE + "".join(map(column_style, ours))
-    of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
-    others = [figure for figure in figures if figure not in of_claims]
-    said = "".join(f"<li>{inline(text)}</li>" for text in summary.in_words(published, records))
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Results</title><style>{style}</style></head><body><h1>Results</h1>",
-        f'<section id="short"><h2>In short</h2><ul>{said}</ul></section>',
-        '<nav><a href="#claims">Claims</a> <a href="#apart">Our runs</a> '
-        '<a href="#compared">Published numbers</a>'
-        + (' <a href="#figures">Figures</a>' if others else "")
-        + "</nav>",
-        claims_section(claims.load(), claims.recorded(records), of_claims, folder),
-        *map(section, ours),
-    ]
-    if others:
-        parts.append('<section id="figures"><h2>Figures</h2>')
-        parts += [picture(figure, folder) for figure in others] + ["</section>"]
-    parts.append(
-        "<footer>Made by <code>python results/report.py</code> from the records and "
-        "published.yaml, never typed. Percentages after the last epoch; a difference is given only "
-        "where data, epochs, batch, encoder and protocol are the same.</footer>"
+    of_claims = [figure for figure in joined.figures if figure.get("page") == "cifar10.md"]
+    others = [figure for figure in joined.figures if figure not in of_claims]
+    templates = HERE / "templates"
+    return fill(
+        "index.html",
+        style=(templates / "index.css").read_text() + "".join(map(column_style, ours)),
+        summary="".join(f"<li>{inline(text)}</li>" for text in said),
+        claims="\n".join([claims_table(joined), *map(picture, of_claims)]),
+        tables="\n".join(map(section, ours)),
+        figures="\n".join(map(picture, others)) or "<p>None so far.</p>",
+        script=(templates / "index.js").read_text(),
     )
-    parts.append(f"<script>{SCRIPT}</script></body></html>")
-    return "\n".join(parts) + "\n"
 
 
 def inline(text: str) -> str:
@@ -100,11 +81,10 @@ def inline(text: str) -> str:
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
 
 
-def picture(figure: dict[str, str], folder: Path) -> str:
-    data = base64.b64encode((folder / figure["file"]).read_bytes()).decode()
+def picture(figure: dict[str, str]) -> str:
     plain = escape(figure["caption"].replace("`", ""))
     return (
-        f'<figure><img alt="{plain}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{plain}" src="figures/{escape(figure["file"])}">'
         f"<figcaption>{inline(figure['caption'])}<details><summary>command</summary>"
         f"<code>{escape(figure['command'])}</code></details></figcaption></figure>"
     )
@@ -113,49 +93,42 @@ def picture(figure: dict[str, str], folder: Path) -> str:
 # -- the claims -----------------------------------------------------------------------------------
 
 
-def claims_section(what: dict[str, Any], runs: claims.Runs, figures, folder: Path) -> str:
-    """A row for each claim, a column for each tier that has been run, then the claims' figures."""
+def claims_table(joined: Joined) -> str:
+    """A row for each claim, a column for each tier that has been run; what the tiers are."""
+    what, runs = joined.claims, joined.runs
     run = [tier for tier in what["tiers"] if summary.ones_of(tier, what, runs)]
     missing = [tier["short"] for tier in what["tiers"] if tier not in run]
     heads = "".join(
         f'<th scope="col">{inline(head)}</th>' for head in ["claim", *map(of_tier, run)]
     )
     body = "\n".join(
-        f"<tr>{claim_cell(number, claim, runs)}"
+        f"<tr>{claim_cell(number, claim, joined)}"
         + "".join(verdict_cell(claim, tier, runs) for tier in run)
         + "</tr>"
         for number, claim in enumerate(what["claims"], 1)
     )
     text = [
-        '<section id="claims"><h2>The papers\' claims at equal budget</h2>',
-        "<p>Each claim compares two runs with the same images, encoder, batch, rate and, unless it "
-        "says otherwise, number of epochs. It <em>holds</em> or <em>does not hold</em> where the "
-        "means over seeds differ by more than the spread of a difference, √(s₁² + s₂²); else the "
-        "difference is <em>within the spread</em>. One seed judges nothing. How the runs were "
-        "made, and their tables: "
-        '<a href="cifar10.md">cifar10.md</a> (a text file; GitHub shows it as a page).</p>',
         f'<div class="scroll"><table class="claims"><thead><tr>{heads}</tr></thead>',
         f"<tbody>\n{body}\n</tbody></table></div>",
     ]
     text += [f"<p><b>{inline(t['title'])}</b>: {inline(t['note'].strip())}</p>" for t in run]
     if missing:
         text.append(f"<p><b>Not run yet</b>: {escape(', '.join(missing))}.</p>")
-    return "\n".join([*text, *(picture(figure, folder) for figure in figures), "</section>"])
+    return "\n".join(text)
 
 
 def of_tier(tier: dict[str, str]) -> str:
     return f"on {tier['short']}"
 
 
-def claim_cell(number: int, claim: dict[str, Any], runs: claims.Runs) -> str:
+def claim_cell(number: int, claim: dict[str, Any], joined: Joined) -> str:
     """The claim, its source, and what else is said of it behind a click."""
-    more = [claim[name].strip() for name in ("differs", "tried") if claim.get(name)]
     text = f"{number}. {claim['claim'][0].upper()}{claim['claim'][1:]}"
-    details = f"Source: {claim['source'].strip()}. {' '.join(more)}"
+    details = f"Source: {claim['source'].strip()}. {' '.join(claims.notes(claim))}"
     label = "source, and what was tried" if claim.get("tried") else "source"
     return (
         f'<th scope="row">{inline(text)}<details><summary>{label}</summary>'
-        f"{inline(claims.filled(details.strip(), runs))}</details></th>"
+        f"{inline(claims.filled(details.strip(), joined.runs, joined.plan))}</details></th>"
     )
 
 
@@ -163,9 +136,8 @@ def verdict_cell(claim: dict[str, Any], tier: dict[str, str], runs: claims.Runs)
     """The tier's verdict by each protocol that both runs were scored by."""
     said = []
     for evaluation, label in claims.SHOWN.items():
-        names = [tier["prefix"] + claim[side] for side in claims.SIDES]
-        pair = [claims.values(runs, name, PROTOCOLS[evaluation]) for name in names]
-        if not all(pair):
+        pair = claims.pair(claim, tier, runs, evaluation)
+        if not pair:
             continue
         found = claims.judge(*pair)
         word = "one seed, not judged" if found.word == "one seed" else found.word
@@ -248,7 +220,7 @@ def ours_cells(r: tables.Record | None, p: dict[str, Any]) -> list[Cell]:
     ]
 
 
-def ours_table(apart, published) -> Table:
+def ours_table(joined: Joined) -> Table:
     """Our runs that no published number may stand beside."""
     columns = [Column("method", picks=True, wraps=True), Column("settings", "wide", wraps=True)]
     columns += [Column("encoder", "wide"), Column("trained on", "wide", picks=True, wraps=True)]
@@ -260,8 +232,8 @@ def ours_table(apart, published) -> Table:
     columns += [Column("images/s", "more"), Column("hardware", "more"), Column("commit", "more")]
     columns += [Column("metric", "more")]
     lines = [
-        Line(apart_cells(name, r, published))
-        for name, r in sorted(apart, key=lambda item: apart_position(item[1]))
+        Line(apart_cells(name, r, joined.published))
+        for name, r in sorted(joined.apart, key=lambda item: apart_position(item[1]))
     ]
     title = "Our runs under other settings, beside no paper's number"
     return Table("apart", title, columns, lines)

@@ -5,82 +5,220 @@
     python results/record.py add linear_probe.json                     # what an evaluation wrote
     python results/record.py check                                     # every stored record
 
-A record is a JSON file as results/schema.json says, one for each evaluated run. `add` validates it
-and stores it in results/records/ under a name made of its own fields. A run from a tree with
-changes outside results/ and runs/, or whose command is unknown, is refused unless --allow-dirty,
-which shows in the tables. The pages come from the records alone: python results/report.py.
+A record is a JSON file as results/schema.json says, one for each evaluated run: an evaluation takes
+`of_runs`, adds what it measured and writes the file. `add` validates it and stores it in
+results/records/ under a name made of its own fields. A run from a tree with changes outside
+results/ and runs/, or whose command is unknown, is refused unless --allow-dirty, which shows in the
+tables. The pages come from the records alone: python results/report.py.
 """
 
 import argparse
+import dataclasses
+import datetime
 import hashlib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from common.config import RunConfig, is_free
 from common.errors import UserError, command
 from common.files import write
-from common.record import as_shown, facts_of, of_runs, problems, read, with_values
+from common.run import backbone, environment, metrics
 
+HERE = Path(__file__).resolve().parent
+RECORDS, SCHEMA = HERE / "records", HERE / "schema.json"
+DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"}
+# flags that say only where and how fast
+PLACES = {field.name for field in dataclasses.fields(RunConfig) if is_free(RunConfig, field.name)}
 HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
 HISTORY += ("images_per_second",)
-RECORDS = Path(__file__).resolve().parent / "records"
 
 
-def name_of(record: dict[str, Any]) -> str:
-    """A file name that says what the record is, and ends in a hash of what sets it apart."""
-    what = record["pretraining"]
-    parts = [record["method"], record["arch"], what["dataset"], f"{what['epochs'] or 0:g}ep"]
-    parts += [record["dataset"]["name"], record["protocol"]]
-    identity = [record[n] for n in ("config_hash", "seeds", "backbone_sha256", "metric")]
-    identity += [*parts, record["dataset"], record["commit"], record.get("hyperparameters")]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    return re.sub(r"[^a-z0-9.]+", "-", "-".join([*parts, digest]).lower()) + ".json"
+# -- what makes a record whole --------------------------------------------------------------------
 
 
-def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORDS) -> Path:
-    """Validates a record and stores it; returns its path. UserError where it is refused."""
-    if isinstance(record, dict):
-        if record.get("commit") in (None, "unknown"):
+def problems(record: Any) -> list[str]:
+    """What is wrong with a record, one line each; empty for a good one."""
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    found = []
+    for error in sorted(validator.iter_errors(record), key=lambda e: [*map(str, e.path)]):
+        where = ".".join(map(str, error.path)) or "the record"
+        found.append(f"{where}: {error.message}")
+    if found:
+        return found
+    seeds = record["seeds"]
+    if len(set(seeds)) != len(seeds):
+        found.append(f"seeds: {seeds} repeat")
+    for number, part in enumerate([record, *record.get("scores", [])]):
+        where = f"scores.{number - 1}." if number else ""
+        found += [where + text for text in wrong_numbers(part, len(seeds))]
+    return found
+
+
+def wrong_numbers(part: dict[str, Any], seeds: int) -> list[str]:
+    """What is wrong with the value, values and spread of a record or of one of its scores."""
+    found, values = [], part["values"]
+    if len(values) != seeds:
+        found.append(f"values: {len(values)} for {seeds} seeds")
+    elif abs(part["value"] - statistics.fmean(values)) > 0.01:
+        found.append(f"value: {part['value']} is not the mean {statistics.fmean(values):.3f}")
+    spread = spread_of(values)
+    if (spread is None) != (part["spread"] is None):
+        found.append("spread: a number for several seeds, null for one")
+    elif spread is not None and abs(spread - part["spread"]) > 0.01:
+        found.append(f"spread: {part['spread']} is not the standard deviation {spread:.3f}")
+    return found
+
+
+def spread_of(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds (n - 1), None for one."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def with_values(record: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
+    """The record with its values in percent, one for each seed, their mean and spread."""
+    values = [round(v, 3) for v in values]
+    spread = spread_of(values)
+    mean = round(statistics.fmean(values), 3)
+    return record | {
+        "value": mean,
+        "values": values,
+        "spread": spread if spread is None else round(spread, 3),
+    }
+
+
+# -- from run folders -----------------------------------------------------------------------------
+
+
+def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
+    """The fields of a record that come from finished run folders; of several, the runs must differ
+    in the seed only. An evaluation adds `dataset`, `protocol`, `metric`, its values and command.
+    """
+    facts = [facts_of(run) for run in runs]
+    first = facts[0]
+    for run, other in zip(runs[1:], facts[1:], strict=True):
+        differing = {n for n in first["config"] if first["config"][n] != other["config"].get(n)}
+        differing -= {"seed", "settings", "method", *PLACES}
+        if differing:
             raise UserError(
-                "the record names no commit: run from a git checkout, or with the file .commit "
-                "that the launcher writes"
+                f"{run} differs from {runs[0]} in {', '.join(sorted(differing))}: one record is of "
+                "runs that differ in the seed only"
             )
-        if not record.get("command") and not allow_dirty:
-            raise UserError("the record has no command: run the evaluation again, or --allow-dirty")
-        if record.get("dirty") is not False and not allow_dirty:
-            raise UserError(
-                "the run started from a tree with uncommitted changes: commit and run again, or "
-                "--allow-dirty, which shows in the tables"
-            )
-        if allow_dirty:
-            record = {**record, "command": record.get("command") or ["unknown"]}
-            record["dirty"] = record.get("dirty") is not False
-    if found := problems(record):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise UserError(f"not a record: {found[0]}{more}; see results/schema.json")
-    path = folder / name_of(record)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    return path
+    config, seen, results = (first[n] for n in ("config", "environment", "results"))
+    commits = {f["results"]["commit"] for f in facts}
+    if len(commits) > 1:
+        raise UserError(f"the runs are of {len(commits)} commits: make one record for each")
+    what, (_, copy) = what_ran(config), dataset_of(config["dataset"], results["dataset"])
+    what["pretraining"] |= {"copy": copy, "epochs": round(results["epoch"], 4)}
+    return {
+        **what,
+        "seeds": [f["config"]["seed"] for f in facts],
+        "seeds_of": "pretraining",
+        "epoch": "last",
+        "commit": commits.pop(),
+        "dirty": any(f["results"]["dirty"] is not False for f in facts),
+        "config_hash": results["config_hash"],
+        "command": [f["environment"]["command"] for f in facts],
+        "versions": {n: v for n, v in seen["versions"].items() if v is not None},
+        "hardware": f"{seen['devices']['name']} x {seen['devices']['ranks']}",
+        "hours": round(statistics.fmean(f["results"]["hours"] for f in facts), 4),
+        "images_per_second": round(
+            statistics.fmean(f["results"]["images_per_second"] for f in facts), 1
+        ),
+        "backbone_sha256": [f["results"]["backbone_sha256"] for f in facts],
+        "date": datetime.date.today().isoformat(),
+        **note_of(config["epochs"], results["epoch"]),
+    }
 
 
-def load_all(folder: Path = RECORDS) -> list[tuple[Path, dict[str, Any]]]:
-    """Every stored record with its path, in the order of names; UserError for a broken one."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        record = read(path)
-        if found := problems(record):
-            raise UserError(f"{path}: {found[0]}")
-        records.append((path, record))
-    return records
+def what_ran(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record that a run's config.yaml decides; `epochs` are the scheduled ones."""
+    what = {
+        "method": config["method"],
+        "recipe": config["recipe"],
+        "arch": config["arch"],
+        "pretraining": {
+            "dataset": dataset_of(config["dataset"], "")[0],
+            "copy": None,
+            "incomplete": part_of(config),
+            "epochs": config["epochs"],
+            "batch": config["batch_size"],
+        },
+        "settings": config["settings"],
+    }
+    return what | ({"plan": config["plan"]} if config["plan"] else {})
 
 
-def load_shown(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
-    """Every stored record with its file's name, as tables read it."""
-    return [(path.name, as_shown(record)) for path, record in load_all(folder)]
+def note_of(scheduled: float, done: float) -> dict[str, str]:
+    """A note for a run that was stopped (--max-steps): its rate had not come to its end."""
+    if done >= scheduled:
+        return {}
+    return {"note": f"stopped after {done:g} of {scheduled:g} scheduled epochs"}
+
+
+def is_of(record: dict[str, Any], run: Any, seed: int) -> bool:
+    """Whether a record, perhaps of another machine, is of one seed of a run of the plan
+    (slurm/plan.py): its name, its seed, and all that its configuration decides agree.
+    """
+    seeds = record["seeds"]
+    if record.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
+        seeds = record["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
+    wanted = what_ran(run.config | {"plan": run.name})
+    its = {name: record.get(name) for name in wanted}
+    its["pretraining"] = record["pretraining"] | {"copy": None}
+    return seeds == [seed] and its == wanted and not is_stopped(record)
+
+
+def is_stopped(record: dict[str, Any]) -> bool:
+    """Whether a record is of a run that was stopped before its scheduled end."""
+    return "stopped after" in record.get("note", "")
+
+
+def facts_of(run: Path) -> dict[str, Any]:
+    """config, environment, results and metrics of one finished run."""
+    run = Path(run)
+    if not (run / "results.json").exists():
+        raise UserError(f"{run} is no finished run: it has no results.json")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    if not {"method", "plan", "settings"} <= set(config):
+        raise UserError(
+            f"{run / 'config.yaml'} does not say the run's method and settings: start the run's "
+            "command again, which notes them"
+        )
+    results = read(run / "results.json")
+    stored = hashlib.sha256((run / backbone.NAME).read_bytes()).hexdigest()
+    if stored != results["backbone_sha256"]:
+        raise UserError(f"{run / backbone.NAME} is not the one that results.json was written for")
+    return {
+        "config": config,
+        "environment": read(run / environment.NAME),
+        "results": results,
+        "metrics": metrics.read(run / metrics.NAME),
+    }
+
+
+def dataset_of(dataset: str, name: str) -> tuple[str, str | None]:
+    """(data set, which copy of it) from the flag and the name that a run prints."""
+    found = re.search(r"\((.+)\)$", name)
+    return DATASETS.get(dataset, "other"), found.group(1) if found else None
+
+
+def part_of(config: dict[str, Any]) -> str | None:
+    """What a run used of its training set, in the words of stored records; None for all of it."""
+    share, words = config.get("validation_share", 0.0), []
+    if config.get("train_images", 0):
+        words.append(f"{config['train_images']} images of it")
+    if share:
+        words.append(f"without {100 * share:g} % held out")
+    return ", ".join(words) or None
 
 
 def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
@@ -124,6 +262,68 @@ def history(logged: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
             values = [r.get(name) for r in epochs]
             found[name] = [None if v is None else float(f"{v:.5g}") for v in values]
     return found
+
+
+# -- the stored ones ------------------------------------------------------------------------------
+
+
+def name_of(record: dict[str, Any]) -> str:
+    """A file name that says what the record is, and ends in a hash of what sets it apart."""
+    what = record["pretraining"]
+    parts = [record["method"], record["arch"], what["dataset"], f"{what['epochs'] or 0:g}ep"]
+    parts += [record["dataset"]["name"], record["protocol"]]
+    identity = [record[n] for n in ("config_hash", "seeds", "backbone_sha256", "metric")]
+    identity += [*parts, record["dataset"], record["commit"], record.get("hyperparameters")]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return re.sub(r"[^a-z0-9.]+", "-", "-".join([*parts, digest]).lower()) + ".json"
+
+
+def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORDS) -> Path:
+    """Validates a record and stores it; returns its path. UserError if it is refused."""
+    if isinstance(record, dict):
+        if record.get("commit") in (None, "unknown"):
+            raise UserError(
+                "the record names no commit: run from a git checkout, or with the file .commit "
+                "that the launcher writes"
+            )
+        if not record.get("command") and not allow_dirty:
+            raise UserError("the record has no command: run the evaluation again, or --allow-dirty")
+        if record.get("dirty") is not False and not allow_dirty:
+            raise UserError(
+                "the run started from a tree with uncommitted changes: commit and run again, or "
+                "--allow-dirty, which shows in the tables"
+            )
+        if allow_dirty:
+            record = {**record, "command": record.get("command") or ["unknown"]}
+            record["dirty"] = record.get("dirty") is not False
+    if found := problems(record):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(f"not a record: {found[0]}{more}; see results/schema.json")
+    path = folder / name_of(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
+    """Every stored record with its file's name, in their order; UserError for a broken one."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        record = read(path)
+        if found := problems(record):
+            raise UserError(f"{path}: {found[0]}")
+        records.append((path.name, record))
+    return records
+
+
+def read(path: Path) -> Any:
+    """A JSON file; UserError if there is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 # -- the command ----------------------------------------------------------------------------------

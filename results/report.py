@@ -16,30 +16,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError, command
-from results import claims, compare, curves, page, record, summary, tables
+from common.files import write
+from results import claims_page, compare, curves, page, summary, tables
+from results.joined import HERE, Joined, fill, load
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-FIGURES = HERE / "figures"
 BEGIN, END = "<!-- results: made by results/report.py -->", "<!-- end of results -->"
-
-HEAD = """# Results
-
-Made by `python results/report.py` from [published.yaml](published.yaml) and the files in
-[records/](records/): change those, not this page. [index.html](index.html) has the same, sortable
-and filterable, with all published numbers and the figures: open it in a browser from the file.
-"""
-
-LEGEND = """Numbers are percentages after the **last** epoch. *Difference* is ours minus published,
-in points, and is given only where data, epochs, batch, encoder and protocol are the same. *Spread*
-is the standard deviation over seeds. *Not available to us*: the paper's table was not available to
-us. *OCR*: read by a machine from slides. *Quoted by another work*: the source is not the method's
-own paper. *Assumed*: the source does not state it, our command takes it. A small number is a
-note's, below the table.
-"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,8 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
     arguments = parser.parse_args(argv)
-    pages = build()
-    figures = curves.stale(load_figures(FIGURES), record.load_shown(), FIGURES)
+    joined = load()
+    pages = build(joined)
+    figures = curves.stale(joined, HERE / "figures")
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if arguments.check:
         if stale or figures:
@@ -61,42 +45,29 @@ def main(argv: list[str] | None = None) -> None:
         print("the pages and figures say what the records say")
         return None
     for path in stale:
-        path.write_text(pages[path])
+        write(path, pages[path])
     for path, numbers in figures.items():
         curves.draw(path, numbers)
     print("\n".join(f"wrote {path}" for path in [*stale, *figures]) or "nothing has changed")
 
 
-def build(folder: Path = HERE, readme: Path = ROOT / "README.md") -> dict[Path, str]:
-    """The text of every page, made of published.yaml, records/ and figures/ in `folder`."""
-    published = tables.load_published(folder / "published.yaml")
-    records = record.load_shown(folder / "records")
-    figures = load_figures(folder / "figures")
-    of_claims = [figure for figure in figures if figure.get("page") == "cifar10.md"]
-    others = [figure for figure in figures if figure not in of_claims]
-    of_page = [figure for figure in figures if figure.get("page") != "README.md"]
+def build(
+    joined: Joined, folder: Path = HERE, readme: Path = ROOT / "README.md"
+) -> dict[Path, str]:
+    """The text of every page."""
+    said = summary.in_words(joined)
     pages = {
-        folder / "README.md": markdown(published, records, others),
-        folder / "cifar10.md": claims.markdown(published, records, of_claims),
-        folder / "index.html": page.html(published, records, of_page, folder / "figures"),
+        folder / "README.md": markdown(joined, said),
+        folder / "cifar10.md": claims_page.markdown(joined),
+        folder / "index.html": page.html(joined, said),
     }
     if readme.exists():
-        pages[readme] = in_readme(readme.read_text(), in_short(published, records))
+        pages[readme] = in_readme(readme.read_text(), in_short(joined, said))
     return pages
 
 
-def load_figures(folder: Path) -> list[dict[str, str]]:
-    """figures.yaml: file, caption, command of each picture, and its page: cifar10.md for the
-    claims, README.md for one that index.html is too small for; UserError for a missing one.
-    """
-    listed = folder / "figures.yaml"
-    if not listed.exists():
-        return []
-    figures = yaml.safe_load(listed.read_text()) or []
-    for figure in figures:
-        if not (folder / figure["file"]).exists():
-            raise UserError(f"{listed} names {figure['file']}, which is not there")
-    return figures
+def as_list(said: Iterable[str]) -> str:
+    return "\n".join(f"- {text}" for text in said)
 
 
 # -- markdown -------------------------------------------------------------------------------------
@@ -108,26 +79,24 @@ APART += ("why not comparable", "commit", "hours", "record")
 NOT_RUN = ("method", "encoder", "protocol", "data", "epochs", "batch", "published", "source")
 
 
-def markdown(published, records, figures) -> str:
+def markdown(joined: Joined, said: Sequence[str]) -> str:
     """The text of results/README.md."""
-    rows, apart = tables.join(published, records)
-    text = [HEAD, *(f"- {said}" for said in summary.in_words(published, records))]
-    text += ["", "The claims one by one: [cifar10.md](cifar10.md).\n", LEGEND]
-    text += [*beside(rows), *under_other_settings(apart, published), *not_run(rows)]
-    if figures:
-        text.append("## Figures\n")
-    for figure in figures:
-        text += [f"![{figure['caption'].replace('`', '')}](figures/{figure['file']})\n"]
-        text += [f"{figure['caption']} `{figure['command']}`\n"]
-    return "\n".join(text).rstrip() + "\n"
+    return fill(
+        "README.md",
+        summary=as_list(said),
+        beside="\n".join(beside(joined.rows)),
+        apart="\n".join(under_other_settings(joined.apart, joined.published)),
+        not_run="\n".join(not_run(joined.rows)),
+        figures=tables.pictures(f for f in joined.figures if f.get("page") != "cifar10.md"),
+    )
 
 
 def beside(rows: Iterable[tables.Row]) -> list[str]:
     """A table for each protocol and data set with a number of ours beside a paper's."""
     rows = [row for row in rows if row.records]
-    text = ["## Ours beside the papers' numbers\n"]
     if not rows:
-        text.append("None so far: no run of ours has had a paper's data, epochs and batch.\n")
+        return ["None so far: no run of ours has had a paper's data, epochs and batch."]
+    text = []
     for protocol, dataset in groups(
         (r.published["protocol"], r.published["dataset"]) for r in rows
     ):
@@ -145,9 +114,7 @@ def beside(rows: Iterable[tables.Row]) -> list[str]:
 
 def under_other_settings(apart, published) -> list[str]:
     """A table for each protocol that ours were scored by, beside no paper's number."""
-    text = ["## Ours under other settings, beside no paper's number\n"]
-    if not apart:
-        text.append("None so far.\n")
+    text = [] if apart else ["None so far."]
     for protocol in sorted({r["protocol"] for _, r in apart}, key=tables.protocol_order):
         of = [(n, r) for n, r in apart if r["protocol"] == protocol]
         of.sort(key=lambda item: apart_order(item[1]))
@@ -159,8 +126,6 @@ def under_other_settings(apart, published) -> list[str]:
 def not_run(rows: Iterable[tables.Row]) -> list[str]:
     """One table of the numbers that this repository aims at and has no run for."""
     of = [row for row in rows if not row.records and tables.is_aim(row.published)]
-    if not of:
-        return []
     of.sort(key=lambda row: tables.whole_order(row.published))
     notes = tables.notes_of(row.published for row in of)
     cells = []
@@ -168,7 +133,7 @@ def not_run(rows: Iterable[tables.Row]) -> list[str]:
         data = p["dataset"] + metric_cell(p)
         left = [tables.method_cell(p), p["arch"], p["protocol"], data, *tables.budget_cells(p)]
         cells.append([*left, tables.published_cell(p), p["source"] + note_mark(p, notes)])
-    return ["## Published, not run yet\n", tables.table(NOT_RUN, cells), "", *footnotes(notes)]
+    return [tables.table(NOT_RUN, cells), "", *footnotes(notes)]
 
 
 def note_mark(row: dict[str, Any], notes: Sequence[str]) -> str:
@@ -243,14 +208,13 @@ def links(names: str) -> str:
 # -- the root README ------------------------------------------------------------------------------
 
 
-def in_short(published, records) -> str:
-    """The root README's part: the papers' ImageNet numbers with ours where there are, and our own
+def in_short(joined: Joined, said: Sequence[str]) -> str:
+    """The root README's part: the papers' ImageNet numbers with ours if there are any, and our own
     runs.
     """
-    rows, apart = tables.join(published, records)
     main_rows = [
         row
-        for row in rows
+        for row in joined.rows
         if tables.is_aim(row.published)
         and (row.published["protocol"], row.published["dataset"]) == ("linear", "ImageNet-1k")
         and row.published["metric"] == "top1"
@@ -264,15 +228,12 @@ def in_short(published, records) -> str:
         ours = ", ".join(summary_cell(r, p) for _, r in row.records) or "not run yet"
         left = [tables.method_cell(p), p["arch"], *tables.budget_cells(p)]
         cells.append([*left, tables.published_cell(p), p["source"] + note_mark(p, notes), ours])
-    text = [f"- {said}" for said in summary.in_words(published, records)]
-    text += ["", "Linear top-1 on ImageNet, in percent (assumed: the source does not state it, our"]
-    text += ["command takes it; not available to us: the paper's table was not):", ""]
-    text += [tables.table(head, cells), "", *footnotes(notes)]
-    text += [*whole_runs(rows, apart)]
-    text.append("The claims, one by one: [results/cifar10.md](results/cifar10.md).")
-    text.append("All tables, with commits, hours and records: [results/](results/README.md);")
-    text.append("in a browser, sortable and with the figures: results/index.html.")
-    return "\n".join(text)
+    return fill(
+        "root.md",
+        summary=as_list(said),
+        table="\n".join([tables.table(head, cells), "", *footnotes(notes)]),
+        runs="\n".join(whole_runs(joined.rows, joined.apart)),
+    ).rstrip()
 
 
 def whole_runs(rows: Sequence[tables.Row], apart: Sequence[tuple[str, dict]]) -> list[str]:

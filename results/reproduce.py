@@ -13,33 +13,23 @@ stored records as they are: its own are under --runs, and it says both numbers.
 """
 
 import argparse
-import dataclasses
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config import gpu_is_there
-from common.errors import EXIT_STOPPED, Stopped, UserError, command, nearest_name
-from common.record import (
-    DATASETS,
-    differing,
-    method_of,
-    part_of,
-    preset_of,
-    resolved,
-    settings_of,
-)
+from common.errors import EXIT_STOPPED, Stopped, UserError, command
 from results import record, tables
+from slurm import plan
+from slurm.plan import PROTOCOLS, Piece, Planned
+from slurm.sweep import is_finished
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -47,61 +37,12 @@ PLAN = HERE / "plan.yaml"
 STATES = ("recorded", "trained", "running", "unfinished", "missing")
 PATIENCE = 120.0  # seconds that a stopped run may take to save before it is killed
 LOCK = "reproduce.lock"
-# an evaluation's script and flags
+# an evaluation's script and flags; k-NN is the run's own, after its last epoch
 EVALUATIONS = {
-    "knn": [],  # the run's own, after its last epoch
     "linear": ["eval/linear_probe/run.py", "--measure", "linear"],
     "semi 1%": ["eval/semi_supervised/run.py", "--percent", "1"],
     "semi 10%": ["eval/semi_supervised/run.py", "--percent", "10"],
 }
-PROTOCOLS = {
-    "knn": "kNN (k200,t.1)",
-    "linear": "linear",
-    "semi 1%": "semi-sup 1%",
-    "semi 10%": "semi-sup 10%",
-}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One seed of one run of the plan."""
-
-    run: dict[str, Any]
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.run['name']}-{self.seed}"
-
-    @property
-    def dataset(self) -> str:
-        return self.run["flags"].get("dataset", "imagenet")
-
-
-def load_plan(path: Path = PLAN) -> list[dict[str, Any]]:
-    """The runs of plan.yaml; UserError for one that lacks a field or asks for the unknown."""
-    runs = yaml.safe_load(path.read_text())["runs"]
-    needed = {"name", "recipe", "flags", "seeds", "evaluations", "hours", "device", "basis"}
-    for run in runs:
-        where = f"{path}: {run.get('name', 'a run')}"
-        if needed != set(run):
-            raise UserError(f"{where}: fields {', '.join(sorted(needed ^ set(run)))} are amiss")
-        if unknown := set(run["evaluations"]) - set(EVALUATIONS):
-            raise UserError(f"{where}: unknown evaluation {', '.join(sorted(unknown))}")
-        if not (ROOT / "recipes" / f"{run['recipe']}.py").exists():
-            raise UserError(f"{where}: no recipe {run['recipe']}")
-    names = [run["name"] for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: a name appears twice")
-    return runs
-
-
-def pieces(plan: list[dict[str, Any]]) -> Iterator[Piece]:
-    """First seeds of all runs first, then second seeds."""
-    for number in range(max(len(run["seeds"]) for run in plan)):
-        for run in plan:
-            if number < len(run["seeds"]):
-                yield Piece(run, run["seeds"][number])
 
 
 class Work:
@@ -109,10 +50,10 @@ class Work:
 
     def __init__(self, runs: Path, records: Path | None = None):
         self.runs, self.records = runs, records or record.RECORDS
-        self.read: tuple[Any, list[tuple[Path, dict[str, Any]]]] = None, []
+        self.read: tuple[Any, list[tuple[str, dict[str, Any]]]] = None, []
 
-    def stored(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Every record; read again only where a file has changed."""
+    def stored(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every record; read again only if a file has changed."""
         files = sorted((p, p.stat().st_mtime_ns) for p in self.records.glob("*.json"))
         if self.read[0] != files:
             self.read = files, record.load_all(self.records)
@@ -121,62 +62,25 @@ class Work:
     def folder(self, piece: Piece) -> Path:
         return self.runs / piece.name
 
-    def found(self, piece: Piece) -> dict[str, tuple[Path, dict[str, Any]]]:
-        """The records of this piece by protocol, known by the backbone's checksum or by name."""
-        results = self.folder(piece) / "results.json"
-        trained = json.loads(results.read_text()) if results.exists() else None
-        found = {}
-        for path, one in self.stored():
-            of_this = trained and trained["backbone_sha256"] in one["backbone_sha256"]
-            if of_this or is_of(one, piece):
-                found[one["protocol"]] = path, one
-        return found
+    def found(self, piece: Piece) -> dict[str, tuple[str, dict[str, Any]]]:
+        """The records of this piece by protocol."""
+        mine = [(n, one) for n, one in self.stored() if record.is_of(one, piece.run, piece.seed)]
+        return {one["protocol"]: (name, one) for name, one in mine}
 
     def recorded(self, piece: Piece) -> list[str]:
         """The evaluations of this piece that have a record."""
         done = self.found(piece)
-        return [e for e in piece.run["evaluations"] if PROTOCOLS[e] in done]
+        return [e for e in piece.run.evaluations if PROTOCOLS[e] in done]
 
     def state(self, piece: Piece) -> str:
-        if set(self.recorded(piece)) >= set(piece.run["evaluations"]):
+        if set(self.recorded(piece)) >= set(piece.run.evaluations):
             return "recorded"
         folder = self.folder(piece)
         if is_locked(folder):
             return "running"
-        if (folder / "results.json").exists():
+        if is_finished(folder):
             return "trained"
         return "unfinished" if (folder / "config.yaml").exists() else "missing"
-
-
-def is_of(one: dict[str, Any], piece: Piece) -> bool:
-    """Whether a record, perhaps of another machine, is of this piece: by recipe, seed,
-    settings, and the name that its training command gave the run folder.
-    """
-    seeds = one["seeds"]
-    if one.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
-        seeds = one["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
-    if one["recipe"] != piece.run["recipe"] or seeds != [piece.seed]:
-        return False
-    folders = re.findall(r"--output[= ](\S+)", " ".join(one["command"]))
-    if piece.name not in {Path(folder).name for folder in folders}:
-        return False
-    if "stopped after" in one.get("note", ""):
-        return False
-    config = config_of(piece.run)
-    if one["pretraining"]["epochs"] != config["epochs"]:
-        return False
-    return differing(one.get("settings") or {}, own_of(piece.run)) == settings_of(config)
-
-
-def config_of(run: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a run of the plan, as its run folder would have it."""
-    config = resolved(run["recipe"], tuple(flags_of(run)))
-    return {"recipe": run["recipe"], **dataclasses.asdict(config)}
-
-
-def own_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What the recipe has for the data set, encoder and length of a run of the plan."""
-    return dataclasses.asdict(preset_of(run["recipe"], config_of(run)))
 
 
 def is_locked(folder: Path) -> bool:
@@ -192,23 +96,21 @@ def is_locked(folder: Path) -> bool:
 # -- doing it -------------------------------------------------------------------------------------
 
 
-def listing(plan: list[dict[str, Any]], work: Work) -> str:
+def listing(runs: Sequence[Planned], work: Work) -> str:
     """The plan as a table: what is recorded, what the rest takes, and what it is for."""
     published = tables.load_published()
     head = ("name", "for", "seeds", "hours left", "", "published number")
     rows, total = [head], {}
     done = of = 0
-    for run in plan:
-        states = [work.state(Piece(run, seed)) for seed in run["seeds"]]
-        hours = run["hours"] * sum(state not in ("recorded", "trained") for state in states)
+    for run in runs:
+        states = [work.state(Piece(run, seed)) for seed in run.seeds]
+        hours = run.hours * sum(state not in ("recorded", "trained") for state in states)
         seeds = f"{states.count('recorded')}/{len(states)}"
         between = [f"{states.count(s)} {s}" for s in STATES[1:-1] if s in states]
         seeds += f" ({', '.join(between)})" if between else ""
-        basis = run["basis"] if hours else ""
-        rows.append(
-            (run["name"], run["device"], seeds, f"{hours:.3g}", basis, aims(run, published))
-        )
-        total[run["device"]] = total.get(run["device"], 0.0) + hours
+        basis = run.basis if hours else ""
+        rows.append((run.name, run.device, seeds, f"{hours:.3g}", basis, aims(run, published)))
+        total[run.device] = total.get(run.device, 0.0) + hours
         done, of = done + states.count("recorded"), of + len(states)
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
@@ -219,18 +121,14 @@ def listing(plan: list[dict[str, Any]], work: Work) -> str:
     return "\n".join([*lines, f"{done} of {of} seeds are recorded; {left}"])
 
 
-def aims(run: dict[str, Any], published: list[dict[str, Any]]) -> str:
+def aims(run: Planned, published: list[dict[str, Any]]) -> str:
     """The published numbers beside which a run's own would stand, were its data set the original:
     linear 75.6.
     """
-    config, said = config_of(run), []
-    name = DATASETS.get(config["dataset"], "other")
-    what = {"dataset": name, "copy": None, "incomplete": part_of(config)}
-    what |= {"epochs": config["epochs"], "batch": config["batch_size"]}
-    on = {"name": name, "copy": None, "incomplete": None}
-    like = {"method": method_of(config), "arch": config["arch"], "pretraining": what, "dataset": on}
-    like |= {"metric": "top1", "epoch": "last", "settings": settings_of(config)}
-    for evaluation in run["evaluations"]:
+    like, said = record.what_ran(run.config), []
+    like |= {"dataset": {"name": like["pretraining"]["dataset"], "copy": None, "incomplete": None}}
+    like |= {"metric": "top1", "epoch": "last"}
+    for evaluation in run.evaluations:
         one = like | {"protocol": PROTOCOLS[evaluation]}
         rows = [row for row in published if tables.is_like(one, row)]
         numbers = [tables.exact(row) for row in rows if row["value"] is not None]
@@ -239,11 +137,11 @@ def aims(run: dict[str, Any], published: list[dict[str, Any]]) -> str:
     return ", ".join(said)
 
 
-def choose(plan: list[dict[str, Any]], work: Work, has_data: Callable[[str], bool]) -> Piece | None:
+def choose(runs: Sequence[Planned], work: Work, has_data: Callable[[str], bool]) -> Piece | None:
     """What is to be done next: an unfinished run, else what waits for evaluation, else the first
     missing run whose data is at hand.
     """
-    candidates = [piece for piece in pieces(plan) if has_data(piece.dataset)]
+    candidates = [piece for piece in plan.pieces(runs) if has_data(piece.dataset)]
     states = {piece.name: work.state(piece) for piece in candidates}
     for wanted in ("unfinished", "trained", "missing"):
         for piece in candidates:
@@ -252,16 +150,16 @@ def choose(plan: list[dict[str, Any]], work: Work, has_data: Callable[[str], boo
     return None
 
 
-def is_for_here(run: dict[str, Any]) -> bool:
+def is_for_here(run: Planned) -> bool:
     """Whether the plan has this run on such a machine: with a GPU, or on a CPU."""
-    return ("CPU" in run["device"]) != gpu_is_there()
+    return ("CPU" in run.device) != gpu_is_there()
 
 
-def nothing_left(plan: list[dict[str, Any]], here: list[dict[str, Any]], work: Work) -> str:
+def nothing_left(runs: Sequence[Planned], here: Sequence[Planned], work: Work) -> str:
     """That there is nothing to do, and what is missing of what is planned here and elsewhere."""
-    missing = [p for p in pieces(plan) if work.state(p) != "recorded"]
+    missing = [p for p in plan.pieces(runs) if work.state(p) != "recorded"]
     sets = {p.dataset for p in missing if p.run in here} - {"photos"}
-    devices = {p.run["device"] for p in missing if p.run not in here}
+    devices = {p.run.device for p in missing if p.run not in here}
     text = ["nothing left to do here"]
     if sets:
         text.append(f"what is missing needs {' and '.join(f'--{n} PATH' for n in sorted(sets))}")
@@ -272,9 +170,9 @@ def nothing_left(plan: list[dict[str, Any]], here: list[dict[str, Any]], work: W
     return "; ".join(text)
 
 
-def nothing_of(run: dict[str, Any], work: Work, again: bool) -> str:
-    """Why there is nothing to do of this one run; UserError where its data is missing."""
-    states = {seed: work.state(Piece(run, seed)) for seed in run["seeds"]}
+def nothing_of(run: Planned, work: Work, again: bool) -> str:
+    """Why there is nothing to do of this one run; UserError if its data is missing."""
+    states = {seed: work.state(Piece(run, seed)) for seed in run.seeds}
 
     def having(*wanted: str) -> str:
         seeds = [str(seed) for seed, state in states.items() if state in wanted]
@@ -282,31 +180,31 @@ def nothing_of(run: dict[str, Any], work: Work, again: bool) -> str:
 
     if left := having("unfinished", "trained", "missing"):
         flag = f"--{Piece(run, 0).dataset} PATH"
-        raise UserError(f"{run['name']} needs {flag}, the folder of its images, for {left}")
+        raise UserError(f"{run.name} needs {flag}, the folder of its images, for {left}")
     if running := having("running"):
-        return f"{run['name']} is running in another process ({running})"
+        return f"{run.name} is running in another process ({running})"
     if again:
-        return f"{run['name']} was run again already ({having('recorded')}): {work.runs}"
-    return f"{run['name']} is recorded already ({having('recorded')}); --again runs it nevertheless"
+        return f"{run.name} was run again already ({having('recorded')}): {work.runs}"
+    return f"{run.name} is recorded already ({having('recorded')}); --again runs it nevertheless"
 
 
-def recorded_part(run: dict[str, Any], work: Work) -> dict[str, Any]:
-    """The run with those of its seeds that are recorded; UserError where none is."""
-    seeds = [seed for seed in run["seeds"] if work.state(Piece(run, seed)) == "recorded"]
+def recorded_part(run: Planned, work: Work) -> Planned:
+    """The run with those of its seeds that are recorded; UserError if none is."""
+    seeds = [seed for seed in run.seeds if work.state(Piece(run, seed)) == "recorded"]
     if not seeds:
-        raise UserError(f"{run['name']} is not recorded yet: run it without --again")
-    return run | {"seeds": seeds}
+        raise UserError(f"{run.name} is not recorded yet: run it without --again")
+    return replace(run, seeds=seeds)
 
 
 def both_numbers(piece: Piece, again: Work, work: Work) -> str:
     """What the repeated run has, and what is stored, for each evaluation."""
     lines, stored = [], work.found(piece)
-    for protocol, (path, one) in again.found(piece).items():
-        old_path, old = stored[protocol]
+    for protocol, (name, one) in again.found(piece).items():
+        old_name, old = stored[protocol]
         now, then = value_of(one, piece.seed), value_of(old, piece.seed)
         lines.append(
-            f"{piece.name}, {protocol}: {now:.2f} ({shown(path)}); "
-            f"recorded: {then:.2f} ({shown(old_path)})"
+            f"{piece.name}, {protocol}: {now:.2f} ({shown(again.records / name)}); "
+            f"recorded: {then:.2f} ({shown(work.records / old_name)})"
         )
     return "\n".join(lines)
 
@@ -318,24 +216,9 @@ def value_of(one: dict[str, Any], seed: int) -> float:
     return one["value"]
 
 
-def flags_of(run: dict[str, Any]) -> list[str]:
-    """The flags of a run of the plan as its command line has them."""
-    flags = []
-    for name, value in run["flags"].items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
-
-
 def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
-    flags = flags_of(piece.run)
-    if data:
-        flags += ["--data", shown(data)]
-    script = ROOT / "recipes" / f"{piece.run['recipe']}.py"
-    flags += ["--seed", str(piece.seed), "--output", shown(folder)]
-    return [sys.executable, str(script), *flags]
+    script = ROOT / "recipes" / f"{piece.run.recipe}.py"
+    return [sys.executable, str(script), *piece.flags(shown(folder), data and shown(data))]
 
 
 def shown(path: Path | str) -> str:
@@ -357,9 +240,8 @@ def work_on(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LOCK).write_text(str(os.getpid()))
     try:
-        if not (folder / "results.json").exists():
-            until(training_command(piece, folder, data), deadline, clock)
-        for evaluation in piece.run["evaluations"]:
+        until(training_command(piece, folder, data), deadline, clock)  # a finished one says so
+        for evaluation in piece.run.evaluations:
             if evaluation in work.recorded(piece):
                 continue
             if evaluation == "knn":
@@ -433,14 +315,13 @@ def main(argv: list[str] | None = None) -> None:
         metavar="TIME",
         help="stop and save after so long: 9m, 1.5h, 540 (default: none)",
     )
-    parser.add_argument("--only", default="", metavar="NAME", help="a run of the plan by its name")
+    parser.add_argument("--only", default="", metavar="NAME", help="a run or tier of the plan")
     parser.add_argument(
         "--again",
         action="store_true",
         help="with --only: run what is recorded once more, into RUNS/again, records and all",
     )
-    parser.add_argument("--imagenet", default="", metavar="PATH", help="its train/ and val/")
-    parser.add_argument("--cifar10", default="", metavar="PATH", help="as the recipes' --data")
+    plan.add_data_flags(parser)
     parser.add_argument(
         "--runs",
         type=Path,
@@ -454,36 +335,34 @@ def main(argv: list[str] | None = None) -> None:
         help="record runs of a tree with changes too; shows in the tables",
     )
     arguments = parser.parse_args(argv)
-    plan = load_plan()
-    if arguments.only:
-        names = [run["name"] for run in plan]
-        if arguments.only not in names:
-            hint = nearest_name(arguments.only, names)
-            raise UserError(f"--only {arguments.only}: no such run in the plan{hint}")
-        plan = [run for run in plan if run["name"] == arguments.only]
+    everything = plan.load(PLAN)
+    runs = plan.chosen(everything, [arguments.only]) if arguments.only else [*everything.values()]
     work = stored = Work(arguments.runs.absolute())
     if arguments.list:
-        print(listing(plan, work))
+        print(listing(runs, work))
         return
     if arguments.again:
         if not arguments.only:
             raise UserError("--again needs --only NAME: which run")
-        plan = [recorded_part(run, work) for run in plan]
+        runs = [recorded_part(run, work) for run in runs]
         work = Work(stored.runs / "again", stored.runs / "again" / "records")
-    data = {"imagenet": arguments.imagenet, "cifar10": arguments.cifar10, "photos": ""}
     deadline = time.monotonic() + arguments.budget
-    here = [run for run in plan if arguments.only or is_for_here(run)]
-    piece = choose(here, work, lambda name: name == "photos" or bool(data.get(name)))
+    here = [run for run in runs if arguments.only or is_for_here(run)]
+    data = {name: getattr(arguments, name) for name in plan.DATA}
+    piece = choose(here, work, lambda name: bool(data.get(name, True)))
     if piece is None:
-        one = arguments.only
-        print(nothing_of(plan[0], work, arguments.again) if one else nothing_left(plan, here, work))
+        if not arguments.only:
+            print(nothing_left(runs, here, work))
+        for run in runs if arguments.only else ():
+            print(nothing_of(run, work, arguments.again))
         return
     print(
-        f"{piece.name}: {work.state(piece)}, {piece.run['hours']:g} h {piece.run['basis']} "
-        f"for its training on {piece.run['device']}",
+        f"{piece.name}: {work.state(piece)}, {piece.run.hours:g} h {piece.run.basis} "
+        f"for its training on {piece.run.device}",
         flush=True,
     )
-    work_on(piece, work, data[piece.dataset] or None, deadline, allow_dirty=arguments.allow_dirty)
+    images = data.get(piece.dataset)
+    work_on(piece, work, images or None, deadline, allow_dirty=arguments.allow_dirty)
     if arguments.again:
         print(both_numbers(piece, work, stored))
         return

@@ -4,16 +4,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from results import claims, tables
-from results.reproduce import PROTOCOLS
+from results.joined import Joined
 
 UNJUDGED = {"one seed": "not judged (one seed)", "not run": "not run"}
 
 
-def in_words(published: Sequence[dict[str, Any]], records) -> list[str]:
+def in_words(joined: Joined) -> list[str]:
     """Sentences in Markdown: the papers' numbers, their claims, and what our other runs are."""
-    rows, apart = tables.join(published, records)
-    text = [papers_numbers(rows), verdicts(claims.load(), claims.recorded(records))]
-    return [*text, *other_runs(rows, [r for _, r in apart])]
+    text = [papers_numbers(joined.rows), verdicts(joined.claims, joined.runs)]
+    return [*text, *other_runs(joined.rows, [r for _, r in joined.apart])]
 
 
 def papers_numbers(rows: Sequence[tables.Row]) -> str:
@@ -41,7 +40,7 @@ def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
     """How many claims hold, by k-NN, on each tier, with its budget; where most is judged first."""
     tiers = []
     for tier in what["tiers"]:
-        words = [word_of(claim, tier, PROTOCOLS["knn"], runs) for claim in what["claims"]]
+        words = claims.words(what, tier, runs)
         judged = [word for word in words if word not in UNJUDGED]
         known = [word for word in claims.WORDS if word in words]
         counts = ", ".join(f"{words.count(w)} {UNJUDGED.get(w, w)}" for w in known)
@@ -57,14 +56,9 @@ def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
     return f"{text} So far none is shown to hold."
 
 
-def word_of(claim: dict, tier: dict, protocol: str, runs: claims.Runs) -> str:
-    pair = [claims.values(runs, tier["prefix"] + claim[side], protocol) for side in claims.SIDES]
-    return claims.judge(*pair).word if all(pair) else "not run"
-
-
 def ones_of(tier: dict, what: dict[str, Any], runs: claims.Runs) -> list[tables.Record]:
     """The records of the runs that a tier's claims compare."""
-    names = dict.fromkeys(tier["prefix"] + c[side] for c in what["claims"] for side in claims.SIDES)
+    names = dict.fromkeys(n for claim in what["claims"] for n in claims.names_of(claim, tier))
     by_seed = [seeds for name in names for seeds in runs.get(name, {}).values()]
     return [one for seeds in by_seed for _, one in seeds.values()]
 

@@ -15,16 +15,14 @@ from typing import Any
 
 import yaml
 
-from common.config import numbers_of
+from common import cards
 from common.errors import UserError
-from common.record import METHODS, NOT_SETTINGS, preset_of, with_values
+from results.record import is_stopped, with_values
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.yaml"
 BUDGET = ("epochs", "batch")  # a source may leave them out; our command still has them
 GRADES = ("source", "ocr", "secondary", "not at hand")
-# the methods that this repository has recipes for, in the order of its tables
-OURS = ("SimSiam", "SimSiam-GSG", "BYOL (SimSiam heads)", "BYOL-GSG", "NNSiam", "NNCLR", "SNCLR")
 LIBRARIES = ("lightly", "solo-learn")  # whose own benchmarks published.yaml has too
 PROTOCOLS = ("linear", "semi-sup 1%", "semi-sup 10%", "kNN (k200,t.1)", "kNN", "linear (L-BFGS)")
 
@@ -51,18 +49,11 @@ def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
             raise UserError(f"{path}: row {number} ({row['method']}): grade and value do not fit")
         if wrong := [n for n in row.get("assumed", []) if n not in BUDGET or row[n] is None]:
             raise UserError(f"{path}: row {number} assumes {', '.join(wrong)}, has none")
-        if wrong := [n for n in row.get("unstated", []) if not may_be_unstated(n, row)]:
+        if wrong := {*row.get("unstated", [])} & {*(row.get("settings") or {})}:
             raise UserError(
-                f"{path}: row {number} ({row['method']}) leaves {', '.join(wrong)} unstated: that "
-                "is a recipe's flag, as multi_crop, which the row's settings do not state"
+                f"{path}: row {number} states {', '.join(wrong)} and leaves it unstated"
             )
     return rows
-
-
-def may_be_unstated(name: str, row: dict[str, Any]) -> bool:
-    """Whether a source may leave this open: a setting that records have, not stated in the row."""
-    known = {n for recipe in METHODS for n in numbers_of(preset_of(recipe, {}))}
-    return name in known - NOT_SETTINGS and name not in (row.get("settings") or {})
 
 
 def is_like(record: Record, row: dict[str, Any]) -> bool:
@@ -70,7 +61,7 @@ def is_like(record: Record, row: dict[str, Any]) -> bool:
     what, on = record["pretraining"], record["dataset"]
     if any((what["copy"], what["incomplete"], on["copy"], on["incomplete"])):
         return False
-    if "stopped after" in record.get("note", ""):
+    if is_stopped(record):
         return False
     if record["epoch"] != "last" or row["epochs"] is None or row["batch"] is None:
         return False
@@ -203,11 +194,12 @@ def protocol_order(protocol: str) -> tuple[int, str]:
 
 
 def method_order(method: str) -> tuple[int, str]:
-    """By our methods, each followed by its variants."""
-    for number, name in enumerate(OURS):
+    """By the methods that have a recipe here, each followed by its variants."""
+    ours = cards.methods()
+    for number, name in enumerate(ours):
         if method == name or (method.startswith(name + " ") and "(as" not in method):
             return number, method
-    return len(OURS), method
+    return len(ours), method
 
 
 def group_order(pair: tuple[str, str]) -> tuple:
@@ -226,7 +218,7 @@ def whole_order(p: dict[str, Any]) -> tuple:
 
 def is_recipe(method: str) -> bool:
     """Whether this repository has a recipe for a published number's method."""
-    return method_order(method)[0] < len(OURS)
+    return method_order(method)[0] < len(cards.methods())
 
 
 def is_aim(row: dict[str, Any]) -> bool:
@@ -238,6 +230,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def pictures(figures: Iterable[dict[str, str]]) -> str:
+    """Each picture with its caption and command, in Markdown."""
+    text = []
+    for figure in figures:
+        text += [f"![{figure['caption'].replace('`', '')}](figures/{figure['file']})"]
+        text += [f"{figure['caption']} `{figure['command']}`"]
+    return "\n\n".join(text) or "None so far."
 
 
 # -- words for cells ------------------------------------------------------------------------------

@@ -2,15 +2,16 @@
 
     echo '[["recipes/snclr.py", ["--epochs", "300"], 8]]' | python slurm/check.py
 
-A process of its own, so that submitting imports no recipe. Reads [script, flags, ranks] of each
-run; prints for each what it will do, as JSON. A mistake is one line on stderr and exit code 2.
+A process of its own, so that submitting and results import no recipe. Reads [script, flags, ranks]
+of each run; prints for each what it will do, as JSON. A mistake is one line on stderr and exit code
+2. [script, flags, null, {flag: its words}] is of a run of the plan, which is not submitted yet; the
+words are left out if the script has no such flag.
 
-A script is checked where its `main` calls `parse(Config, presets, argv[, resolve])`, as the recipes
-and evaluations do, by the same call; or where it has a function `parse_arguments(argv)`.
+A script is checked by its function `parse_arguments(argv)`.
 """
 
 import argparse
-import ast
+import dataclasses
 import importlib
 import json
 import sys
@@ -19,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from common.config import changed_fields, parse
+from common import cards
+from common.config import changed_fields
 from common.errors import UserError, command
 from common.run.run import check_batch, default_folder
 
@@ -31,86 +33,92 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     try:
-        asked = [(script, flags, ranks) for script, flags, ranks in json.load(sys.stdin)]
+        asked = [(script, flags, *more) for script, flags, *more in json.load(sys.stdin)]
     except (ValueError, TypeError):
         raise UserError("stdin is no JSON list of [script, flags, ranks], see --help") from None
     answers = []
-    for script, flags, ranks in asked:
+    for script, flags, *more in asked:
         try:
-            answers.append(facts_of(script, flags, ranks))
+            answers.append(facts_of(script, flags, *more))
         except UserError as error:
             raise UserError(f"{script} {' '.join(flags)}: {error}") from None
     print(json.dumps(answers))
 
 
-def facts_of(script: str, flags: list[str], ranks: int) -> dict[str, Any]:
-    """What a run will do: `checked`, flags with a folder that is `absent` here, and of a recipe its
-    name and folder.
-    """
-    tree = ast.parse((REPOSITORY / script).read_text())  # importing it might run it
-    if call := parse_call(tree):
-        return config_facts(load(script), call, script, flags, ranks)
-    if "parse_arguments" in (getattr(node, "name", "") for node in tree.body):
-        try:
-            load(script).parse_arguments(flags)
-        except SystemExit as exit_:  # argparse has said why
-            if exit_.code:
-                raise UserError("these flags are not understood, see above") from None
-        return {"checked": True, "folder": None, "absent": []}
-    return {"checked": False, "folder": None, "absent": []}
-
-
-def parse_call(tree: ast.Module) -> ast.Call | None:
-    """The call of `parse` in a script's `main`."""
-    mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
-    calls = [node for main in mains for node in ast.walk(main) if isinstance(node, ast.Call)]
-    named = [node for node in calls if getattr(node.func, "id", "") == "parse"]
-    return named[0] if named and len(named[0].args) >= 3 else None
-
-
-def load(script: str) -> Any:
-    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
-
-
-def config_facts(
-    module: Any, call: ast.Call, script: str, flags: list[str], ranks: int
+def facts_of(
+    script: str,
+    flags: list[str],
+    ranks: int | None,
+    optional: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """What `parse` makes of the flags, with the values that the call's names have in the module."""
-    config_class, presets, *resolve = [
-        getattr(module, node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
-        for i, node in enumerate(call.args)
-        if i != 2  # argv
-    ]
-    config = parse(config_class, presets, flags, *resolve)
+    """What a run will do: `checked`, flags with a folder that is `absent` here, and of a recipe its
+    name, folder, flags with those of `optional` that it has, and what its config.yaml will hold.
+    """
+    facts: dict[str, Any] = {"checked": False, "folder": None, "absent": []}
+    if "def parse_arguments(" not in (REPOSITORY / script).read_text():
+        return facts  # importing it might run it
+    facts["checked"] = True
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    for name, words in (optional or {}).items():
+        has = {field.name for field in dataclasses.fields(module.Config)}
+        flags = flags + (words if name.replace("-", "_") in has else [])
+    try:
+        config = module.parse_arguments(flags)
+    except SystemExit:  # argparse has said why
+        raise UserError("these flags are not understood, see above") from None
+    if not dataclasses.is_dataclass(config):
+        return facts
     if config.resume == "never":
         raise UserError(
             "--resume never: a requeued job would begin anew in another folder; name a new folder "
             "with --output"
         )
-    absent = absent_folders(config)
+    facts["absent"] = absent_folders(config)
     if not script.startswith("recipes/"):
-        return {"checked": True, "folder": None, "absent": absent}
+        return facts
     recipe = Path(script).stem
-    check_batch(config.batch_size, ranks, config.micro_batch)
     folder = default_folder(recipe, config)
-    path = folder / "config.yaml"
-    if path.exists():
-        saved = yaml.safe_load(path.read_text()) or {}
-        changes = changed_fields(config, saved)
-        if saved.get("recipe") != recipe:
-            changes = [f"recipe was {saved.get('recipe')}, is {recipe}"]
-        # bf16 or fp32, and where colours are done, is decided where the job runs
-        given = {flag.split("=")[0] for flag in flags}
-        for flag, field in (("--precision", "precision"), ("--augment-device", "augment_device")):
-            if flag not in given:
-                changes = [c for c in changes if not c.startswith(f"{field} ")]
-        if changes:
-            raise UserError(
-                f"{folder} holds a run with another configuration ({'; '.join(changes)}): use the "
-                "same flags or another --output"
-            )
+    if ranks is not None:
+        check_batch(config.batch_size, ranks, config.micro_batch)
+        refuse_another(folder, recipe, config, flags)
     name = f"{recipe}-{config.dataset}-{config.arch}-{config.seed}"
-    return {"checked": True, "folder": str(folder), "name": name, "absent": absent}
+    facts |= {"folder": str(folder), "name": name, "flags": flags}
+    return facts | {"config": noted(recipe, config)}
+
+
+def noted(recipe: str, config: Any) -> dict[str, Any]:
+    """What a run of this configuration notes in its config.yaml."""
+    card = cards.load().get(recipe)
+    chooses = card.chooses if card else ()
+    values = dataclasses.asdict(config)
+    return {
+        "recipe": recipe,
+        "method": cards.method_of(recipe, values),
+        "plan": values.pop("plan_name") or None,
+        "settings": {n: v for n, v in config.settings.items() if n not in chooses},
+        **values,
+    }
+
+
+def refuse_another(folder: Path, recipe: str, config: Any, flags: list[str]) -> None:
+    """UserError if the folder holds a run with another configuration."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    saved = yaml.safe_load(path.read_text()) or {}
+    changes = changed_fields(config, saved)
+    if saved.get("recipe") != recipe:
+        changes = [f"recipe was {saved.get('recipe')}, is {recipe}"]
+    # bf16 or fp32, and where colours are done, is decided where the job runs
+    given = {flag.split("=")[0] for flag in flags}
+    for flag, field in (("--precision", "precision"), ("--augment-device", "augment_device")):
+        if flag not in given:
+            changes = [c for c in changes if not c.startswith(f"{field} ")]
+    if changes:
+        raise UserError(
+            f"{folder} holds a run with another configuration ({'; '.join(changes)}): use the "
+            "same flags or another --output"
+        )
 
 
 def absent_folders(config: Any) -> list[str]:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,41 @@ def script_path(text: str) -> str:
     raise UserError(f"{text}: no such script in {REPOSITORY}{hint}")
 
 
-def check_flags(jobs: list[Job], ranks: int) -> list[dict[str, Any]]:
-    """What each run will do, by the scripts' own parsers; fills in folders and --output."""
+def flags_of(values: dict[str, Any], name: str) -> list[str]:
+    """`{queue_size: 5, symmetric: true}` as a command line, the later of two spellings winning."""
+    flags: dict[str, list[str]] = {}
+    for key, value in values.items():
+        flag = f"--{str(key).replace('_', '-')}"
+        if isinstance(value, dict):
+            raise UserError(f"{name}: {key}: {value} is no value for a flag")
+        if value is None:
+            flags.pop(flag, None)
+        elif isinstance(value, bool):
+            flags[flag] = [flag if value else f"--no-{flag[2:]}"]
+        elif isinstance(value, list):
+            flags[flag] = [flag, *map(str, value)]
+        else:
+            flags[flag] = [flag, str(value).replace("{name}", name)]
+    return [part for parts in flags.values() for part in parts]
+
+
+def ask(questions: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """What slurm/check.py answers, in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "slurm" / "check.py")],
-        input=json.dumps([[job.script, job.flags, ranks] for job in jobs]),
+        input=json.dumps(questions),
         env=os.environ | {"PYTHONPATH": python_path(REPOSITORY)},
         stdout=subprocess.PIPE,
         text=True,
     )
     if done.returncode:
         raise SystemExit(done.returncode)  # it has said why
-    facts = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_flags(jobs: list[Job], ranks: int) -> list[dict[str, Any]]:
+    """What each run will do, by the scripts' own parsers; fills in folders and --output."""
+    facts = ask([[job.script, job.flags, ranks] for job in jobs])
     for job, fact in zip(jobs, facts, strict=True):
         job.folder = fact["folder"] or job.folder
         given = any(flag.split("=")[0] == "--output" for flag in job.flags)

@@ -1,8 +1,9 @@
 """Submits many runs as one Slurm array: a grid or a list of flags, read from a YAML file.
 
     python slurm/sweep.py slurm/examples/seeds.yaml --max-parallel 4
+    python slurm/sweep.py results/plan.yaml --only photos        # a tier of the plan, or its runs
 
-The file:
+Of the plan (its keys: slurm/plan.py) every seed is a run, in runs/plan/NAME-SEED. Another file:
 
     name: seeds                        # default: the file's name
     output: runs/seeds                 # each run gets a folder in it (default runs/<name>)
@@ -23,6 +24,7 @@ all finished run folders that fit; `{name}` inside a text stands for the run's n
 finished and what is still in the queue.
 """
 
+import argparse
 import itertools
 import json
 import sys
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, command, nearest_name
+from slurm import plan
 from slurm.record import Job, check_name, read_record
 from slurm.resources import (
     OneLineParser,
@@ -43,7 +46,7 @@ from slurm.resources import (
     scratch_folder,
 )
 from slurm.status import Queue, state_of
-from slurm.submission import check_flags, script_path, submit
+from slurm.submission import check_flags, flags_of, script_path, submit
 
 KEYS = ("name", "output", "slurm", "max_parallel", "script", "flags", "grid", "runs")
 LONGEST = 64  # characters of a name that is made from values
@@ -64,10 +67,16 @@ def main(argv: list[str] | None = None) -> int:
         help="how many jobs may run at a time (default: the file's max_parallel, else all; "
         "under --local 1)",
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="tiers or runs, if FILE is a plan"
+    )
+    plan.add_data_flags(parser)
     add_common_flags(parser)
     add_resource_flags(parser)
     arguments = parser.parse_args(argv)
-    spec = read_spec(Path(arguments.file))
+    path = Path(arguments.file)
+    planned = "tiers" in read_yaml(path)
+    spec = {"name": path.stem, "slurm": {}, "max_parallel": None} if planned else read_spec(path)
     resources = resources_of(
         cluster_layer(arguments.cluster),
         (f"{arguments.file}: slurm", spec["slurm"]),
@@ -78,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parallel = arguments.max_parallel or spec["max_parallel"]
     if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
         raise UserError(f"--max-parallel {parallel}: must be 1 or more")
-    jobs = jobs_of(spec)
+    jobs = planned_jobs(path, arguments) if planned else jobs_of(spec)
     check_flags(jobs, resources.ranks)
     left = not_done(spec["name"], jobs, resources)
     if not left:
@@ -176,6 +185,21 @@ def jobs_of(spec: dict[str, Any]) -> list[Job]:
     return jobs
 
 
+def planned_jobs(path: Path, arguments: argparse.Namespace) -> list[Job]:
+    """One job for each seed of the plan's runs that --only names."""
+    if not arguments.only:
+        raise UserError(f"{path} is a plan: say which of its tiers or runs with --only NAME …")
+    jobs, folder = [], Path("runs/plan").absolute()
+    for piece in plan.pieces(plan.chosen(plan.load(path), arguments.only)):
+        data = getattr(arguments, piece.dataset, None)
+        if data == "":
+            raise UserError(f"{piece.run.name} needs --{piece.dataset} PATH, its images' folder")
+        output = str(folder / piece.name)
+        script = script_path(f"recipes/{piece.run.recipe}.py")
+        jobs.append(Job(piece.name, script, piece.flags(output, data), output))
+    return jobs
+
+
 def word(item: tuple[str, Any]) -> str:
     """A flag and its value as a part of a run's name: seed0, queue_size65536, snclr."""
     key, value = item
@@ -187,24 +211,6 @@ def word(item: tuple[str, Any]) -> str:
         return key if value else f"no-{key}"
     text = "".join(c if c.isalnum() or c in "._+-" else "-" for c in str(value))
     return f"{key}{text}"[:LONGEST]
-
-
-def flags_of(values: dict[str, Any], name: str) -> list[str]:
-    """`{queue_size: 5, symmetric: true}` as a command line, the later of two spellings winning."""
-    flags: dict[str, list[str]] = {}
-    for key, value in values.items():
-        flag = f"--{str(key).replace('_', '-')}"
-        if isinstance(value, dict):
-            raise UserError(f"{name}: {key}: {value} is no value for a flag")
-        if value is None:
-            flags.pop(flag, None)
-        elif isinstance(value, bool):
-            flags[flag] = [flag if value else f"--no-{flag[2:]}"]
-        elif isinstance(value, list):
-            flags[flag] = [flag, *map(str, value)]
-        else:
-            flags[flag] = [flag, str(value).replace("{name}", name)]
-    return [part for parts in flags.values() for part in parts]
 
 
 def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:

@@ -1,5 +1,6 @@
 """Helpers that several tests share: running a script, and a recipe on one or several ranks."""
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -9,11 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from common import cards
 from common.augment import View, two_views
+from common.run import pictures
 
 if sys.argv[0] == "-c":  # xdist's workers: the recorded command of what runs in this process
     sys.argv = ["pytest", *sys.argv[1:]]
@@ -22,12 +27,49 @@ SHARED_IMAGES = ROOT.parent / "shared" / "data"  # on the project's own machines
 
 # the smallest photos run: every test that starts a process uses it
 SMALL = ["--dataset", "photos", "--batch-size", "36", "--workers", "1", "--knn-every", "0"]
-QUEUE = ["--queue-size", "128"]
 
 
 def small(recipe: str) -> list[str]:
-    """The smallest run of a recipe, with its queue where it has one."""
-    return SMALL if recipe.endswith("gsg") else [*SMALL, *QUEUE]
+    """The smallest run of a recipe, as its card has it."""
+    return [*SMALL, *map(str, cards.load()[recipe].smallest)]
+
+
+def flags_of(values: dict[str, object]) -> list[str]:
+    """A card's values as flags: {"gsg": False} is --no-gsg."""
+    flags = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+# every method of every card: its name, recipe and the flags that make it
+QUEUE = ["--queue-size", "128"]
+METHODS = {
+    method: (recipe, flags_of(values))
+    for recipe, card in cards.load().items()
+    for method, values in card.methods.items()
+}
+
+
+DRAWS = {"runs": True}
+PICTURES = {name: getattr(pictures, name) for name in ("draw_curves", "draw_neighbours")}
+
+
+def draw(runs: bool) -> None:
+    """Whether the runs of this process, and of the scripts that it starts, draw their pictures."""
+    DRAWS["runs"] = runs
+    for name, function in PICTURES.items():
+        setattr(pictures, name, function if runs else lambda *_: None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Pictures are half of a small run's time: only tests marked `pictures` get them."""
+    draw("pictures" in item.keywords)
 
 
 def byol_views(size: int) -> tuple[View, View]:
@@ -53,35 +95,70 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | extra
 
 
-def run_script(script: str, *flags: str, timeout: float = 240, **extra: str):
-    """The finished process of `python script flags`, with its output as text.
+class Script:
+    """A script in a process of its own, with what subprocess.Popen offers.
 
     Forked from a server that has imported PyTorch already, which saves 4 s of a core each time;
-    `run_fresh` is the same from a new interpreter.
+    `run_fresh` starts a new interpreter.
     """
-    line = [str(ROOT / script), *map(str, flags)]
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("out", "err")]
-        process = FORKS.Process(target=as_script, args=(line, files, environment(**extra)))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(line, timeout, files[0].read_text())
-        texts = [file.read_text(errors="replace") for file in files]
-        return subprocess.CompletedProcess(line, process.exitcode, *texts)
+
+    def __init__(self, script: str, *flags: object, merged: bool = False, **extra: str):
+        self.args = [str(ROOT / script), *map(str, flags)]
+        self.folder = tempfile.TemporaryDirectory()
+        names = ("out", "out") if merged else ("out", "err")
+        self.files = [Path(self.folder.name) / name for name in names]
+        for file in self.files:
+            file.touch()
+        arguments = (self.args, self.files, environment(**extra), DRAWS["runs"])
+        start_fork_server()
+        self.process = FORKS.Process(target=as_script, args=arguments)
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.poll() is None:
+            self.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired(self.args, timeout, self.files[0].read_text())
+        return self.process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> list[str]:
+        self.wait(timeout)
+        return [file.read_text(errors="replace") for file in self.files]
+
+    def said(self, text: str, timeout: float = 200) -> bool:
+        """Whether it says `text` before it ends; returns as soon as it has."""
+        end = time.monotonic() + timeout
+        while text not in self.files[0].read_text() and time.monotonic() < end:
+            if self.poll() is not None:
+                break
+            time.sleep(0.02)
+        return text in self.files[0].read_text()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
-def as_script(line: list[str], files: list[Path], variables: dict[str, str]) -> None:
+def as_script(line: list[str], files: list[Path], variables: dict[str, str], draws: bool) -> None:
     """In the forked process: what a new interpreter would do with this command line."""
+    draw(draws)
     for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = open(os.devnull)  # noqa: SIM115, open until the process ends, as these two
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers: Linux's own
     sys.argv = line
     sys.path[0] = str(Path(line[0]).parent)
     try:
@@ -92,11 +169,25 @@ def as_script(line: list[str], files: list[Path], variables: dict[str, str]) -> 
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torchvision", "timm", "tyro", "recipes.snclr"])
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the fork server: threads do not survive a fork
+FORKS.set_forkserver_preload(["warm"])
 
 
-def run_fresh(script: str, *flags: str, timeout: float = 240, **extra: str):
+@functools.cache
+def start_fork_server() -> None:
+    """With one thread, since none survives a fork, and with tests/ where it looks for `warm`."""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    with mock.patch.dict(os.environ, environment(PYTHONPATH=path)):
+        forkserver.ensure_running()
+
+
+def run_script(script: str, *flags: object, timeout: float = 240, **extra: str):
+    """The finished process of `python script flags`, with its output as text."""
+    process = Script(script, *flags, **extra)
+    output, errors = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def run_fresh(script: str, *flags: object, timeout: float = 240, **extra: str):
     """As run_script, by a new interpreter: what a user would start."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, flags)],
@@ -114,50 +205,34 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start_ranks(ranks: int, script: str, *flags: str) -> list[subprocess.Popen]:
+def start_ranks(ranks: int, script: str, *flags: object) -> list[Script]:
     """A process for each rank of one gloo group, as torchrun would start them."""
+    if ranks == 1:
+        return [Script(script, *flags, merged=True)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        extra = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / script), *map(str, flags)],
-                env=environment(**(extra if ranks > 1 else {})),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return processes
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [Script(script, *flags, merged=True, **group, **names) for names in own]
 
 
-def run_ranks(ranks: int, script: str, *flags: str, timeout: float = 240) -> None:
+def run_ranks(ranks: int, script: str, *flags: object, timeout: float = 240) -> None:
     """Runs a script on several ranks; fails with the first rank's output."""
     processes = start_ranks(ranks, script, *flags)
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    outputs = [process.communicate(timeout)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
 
 
 def interrupted(script: str, flags, has_begun, number=signal.SIGTERM) -> tuple[int, str]:
     """Exit code and output of a script that gets a signal once it `has_begun`."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *flags],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=interruptible,
-    )
+    process = Script(script, *flags, merged=True)
     end = time.monotonic() + 200
     while not has_begun() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(200)
     return process.returncode, output
 
 

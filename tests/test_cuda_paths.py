@@ -26,6 +26,7 @@ from common.run.run import Run
 from eval.linear_probe import run as probe
 from recipes import nnsiam
 
+pytestmark = pytest.mark.pictures  # a whole run has them
 # what waits on purpose: metrics once a second, checkpoints, the dear monitor, what is sent once
 READING = ("flush", "save", "effective_rank", "mean_and_std")
 PHOTOS_RUN = ["--dataset", "photos", "--batch-size", "8", "--workers", "0", "--knn-every", "0"]

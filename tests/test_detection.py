@@ -15,13 +15,13 @@ from torch import nn
 
 from common.errors import UserError, command
 from common.models import build_encoder
-from common.record import problems
 from common.run import metrics
 from eval.dense import same_features
 from eval.detection import convert as converter
 from eval.detection import data, scores, torchvision_backend, train
 from eval.detection.settings import PROTOCOLS, Settings, parse_overrides
 from results import tables
+from results.record import problems
 
 SCRIPT = "eval/detection/run.py"
 SMALL = "SOLVER.WARMUP_ITERS=4 MODEL.RPN.BATCH_SIZE_PER_IMAGE=32 "

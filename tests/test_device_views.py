@@ -13,8 +13,7 @@ from PIL import Image
 
 from common import augment
 from common.augment import Draw, View, draw_row, view_rng
-from common.data import loaders as data
-from common.data.images import ArrayImages
+from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, view_loader
 from common.data.photos import PHOTOS, read_photo
 from common.data.sets import load_dataset
@@ -232,7 +231,7 @@ def test_cuda_without_a_gpu_is_one_line():
 
 def test_subsets_in_memory_keep_their_own_numbers():
     images, _ = load_dataset("photos", "")
-    part = data.subset(images, np.array([5, 3, 9]))
+    part = subset(images, np.array([5, 3, 9]))
     assert isinstance(part, ArrayImages)
     finish = device_views.DeviceViews(part, [cifar_view(32)], torch.device("cpu"))
     assert torch.equal(finish.pixels[1], torch.from_numpy(images.pixels[3].transpose(2, 0, 1)))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.knn import knn_accuracy
-from common.record import problems
 from eval.encoders import load_encoder
 from eval.evaluation import correct_in_top, held_out, linear_weights, parse_numbers
 from eval.linear_probe import run as script
@@ -27,6 +27,7 @@ from eval.linear_probe.heads import Heads, HeadsSGD, losses
 from eval.linear_probe.protocols import GRID, PROTOCOLS, schedule
 from eval.linear_probe.run import assert_unchanged, best, stored_batches
 from recipes import nnclr
+from results.record import problems
 
 SCRIPT = "eval/linear_probe/run.py"
 FLAGS = ["--dataset", "photos", "--workers", "0"]
@@ -395,10 +396,8 @@ def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
     whole = run_script(SCRIPT, *flags, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     (process,) = start_ranks(1, SCRIPT, *flags, "--output", tmp_path / "cut")
-    for line in process.stdout:
-        if "epoch 20 of 100" in line:
-            process.terminate()
-            break
+    assert process.said("epoch 20 of 100")
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75 and "stopped by SIGTERM, saved" in output, output
     assert not (tmp_path / "cut" / "record.json").exists()

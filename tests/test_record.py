@@ -1,52 +1,19 @@
-"""Records: what the schema refuses, what a run gives, what may be stored."""
+"""Records: what the schema refuses, what a run gives, what may be stored, what is of the plan."""
 
 import json
 import subprocess
+from pathlib import Path
 
+import golden_set
 import pytest
 import yaml
 from conftest import QUEUE, ROOT, SMALL, only_error, run_script
+from golden_set import good, of_run
 
-from common import record as common_record
+from common import cards
 from common.errors import UserError
-from results import record, reproduce
-
-
-def good(**changes):
-    """A whole record of a run on ImageNet that stands beside SNCLR's 73.38."""
-    whole = {
-        "method": "SNCLR",
-        "recipe": "snclr",
-        "arch": "vit_small",
-        "pretraining": {
-            "dataset": "ImageNet-1k",
-            "copy": None,
-            "incomplete": None,
-            "epochs": 300,
-            "batch": 4096,
-        },
-        "dataset": {"name": "ImageNet-1k", "copy": None, "incomplete": None},
-        "protocol": "linear",
-        "metric": "top1",
-        "value": 73.0,
-        "values": [72.5, 73.5],
-        "seeds": [0, 1],
-        "seeds_of": "pretraining",
-        "spread": 0.707,
-        "epoch": "last",
-        "settings": {},
-        "commit": "0123456789abcdef0123456789abcdef01234567",
-        "dirty": False,
-        "config_hash": "0123456789ab",
-        "command": ["snclr.py --arch vit_small --epochs 300", "run.py --backbone RUN"],
-        "versions": {"python": "3.11.7", "torch": "2.11.0"},
-        "hardware": "NVIDIA A100 x 32",
-        "hours": 20.0,
-        "images_per_second": 6000.0,
-        "backbone_sha256": ["a" * 64, "b" * 64],
-        "date": "2026-01-31",
-    }
-    return whole | changes
+from results import record
+from slurm import plan
 
 
 def without(*path):
@@ -81,17 +48,17 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_record_is_refused_and_says_where(case, tmp_path):
     broken, expected = BROKEN[case]
-    assert any(expected in text for text in common_record.problems(broken))
+    assert any(expected in text for text in record.problems(broken))
     with pytest.raises(UserError):
         record.add(broken, folder=tmp_path)
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_good_record_is_stored_under_a_name_that_says_what_it_is(tmp_path):
-    assert common_record.problems(good()) == []
+    assert record.problems(good()) == []
     path = record.add(good(), folder=tmp_path)
     assert path.name.startswith("snclr-vit-small-imagenet-1k-300ep-imagenet-1k-linear-")
-    assert record.load_all(tmp_path) == [(path, good())]
+    assert record.load_all(tmp_path) == [(path.name, good())]
     assert record.add(good(), folder=tmp_path) == path  # the same record is not doubled
     other = record.add(good(seeds=[2, 3]), folder=tmp_path)
     assert other != path and len(record.load_all(tmp_path)) == 2
@@ -152,6 +119,7 @@ def runs(tmp_path_factory):
         folders.append(tmp_path_factory.mktemp("runs") / f"seed{seed}")
         flags = [*SMALL, *QUEUE, "--knn-every", "1", "--max-steps", "3", "--seed", seed]
         flags += ["--config", file, "--momentum-encoder", "--lr", "0.02", "--no-multi-crop"]
+        flags += ["--plan-name", "a-plan"]
         done = run_script("recipes/nnclr.py", *flags, "--output", folders[-1])
         assert done.returncode == 0, done.stderr
     return folders
@@ -168,12 +136,13 @@ def test_the_k_nn_of_runs_becomes_a_record(runs, tmp_path):
     for run in runs:
         clean(run)
     made = record.knn_record(runs)
-    assert common_record.problems(made) == []
+    assert record.problems(made) == []
     results = [json.loads((run / "results.json").read_text()) for run in runs]
     assert made["values"] == [round(100 * r["knn"], 3) for r in results]
     assert made["method"] == "NNCLR (momentum encoder)" and made["seeds"] == [0, 1]
     asked = {"queue_size": 128, "momentum_encoder": True, "temperature": 0.4}
     assert made["settings"] == asked  # wherever it was said, and nothing that is the preset's
+    assert made["plan"] == "a-plan"
     assert made["pretraining"]["dataset"] == "photos" and made["pretraining"]["batch"] == 36
     assert (
         made["commit"]
@@ -185,28 +154,35 @@ def test_the_k_nn_of_runs_becomes_a_record(runs, tmp_path):
     assert alone["spread"] is None and alone["value"] == made["values"][0]
 
 
-def test_runs_that_differ_in_more_than_the_seed_make_no_record(runs, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in runs[1].iterdir():
+def copied(run: Path, folder: Path, **changes) -> Path:
+    """The run in another folder, with these values in its config.yaml; None takes one out."""
+    folder.mkdir()
+    for path in run.iterdir():
         if path.is_file():
-            (other / path.name).write_bytes(path.read_bytes())
-    config = yaml.safe_load((other / "config.yaml").read_text())
-    config["temperature"] = 0.3
-    (other / "config.yaml").write_text(yaml.safe_dump(config))
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | changes
+    config = {n: v for n, v in config.items() if v is not None}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_runs_that_differ_in_more_than_the_seed_make_no_record(runs, tmp_path):
+    other = copied(runs[1], tmp_path / "other", temperature=0.3, settings={"temperature": 0.3})
     with pytest.raises(UserError, match=r"differs from .* in temperature: one"):
-        common_record.of_runs([runs[0], other])
+        record.of_runs([runs[0], other])
+
+
+def test_a_run_that_does_not_say_its_settings_is_to_be_started_again(runs, tmp_path):
+    other = copied(runs[1], tmp_path / "other", settings=None, method=None)
+    with pytest.raises(UserError, match="start the run's command again, which notes them"):
+        record.of_runs([other])
 
 
 def test_an_exchanged_backbone_is_noticed(runs, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in runs[1].iterdir():
-        if path.is_file():
-            (other / path.name).write_bytes(path.read_bytes())
+    other = copied(runs[1], tmp_path / "other")
     (other / "backbone.safetensors").write_bytes((runs[0] / "backbone.safetensors").read_bytes())
     with pytest.raises(UserError, match="is not the one"):
-        common_record.of_runs([other])
+        record.of_runs([other])
 
 
 @pytest.mark.parametrize(
@@ -220,66 +196,75 @@ def test_an_exchanged_backbone_is_noticed(runs, tmp_path):
     ],
 )
 def test_methods_are_named_as_in_the_published_numbers(config, expected):
-    assert common_record.method_of(config) == expected
+    assert cards.method_of(config.pop("recipe"), config) == expected
 
 
 def test_a_recipe_of_somebody_elses_is_recorded_by_its_name():
-    assert common_record.method_of({"recipe": "mine"}) == "mine"
-    assert common_record.method_of({"recipe": "nnclr", "momentum_encoder": True}) == (
-        "NNCLR (momentum encoder)"
-    )
+    assert cards.method_of("mine", {"momentum_encoder": True}) == "mine"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "flags", "expected"),
-    [
-        ("snclr", {"temperature": 0.2, "neighbours": 30}, {}),
-        ("snclr", {"temperature": 0.4, "neighbours": 5}, {"temperature": 0.4, "neighbours": 5}),
-        ("snclr", {"dataset": "photos", "epochs": 5, "neighbour-free-epochs": 0.25}, {}),
-        ("snclr", {"dataset": "photos", "queue-size": 2048, "lr": 0.02}, {}),
-        ("snclr", {"dataset": "cifar10", "queue-size": 2048}, {"queue_size": 2048}),
-        ("snclr", {"arch": "vit_small", "follow": "official"}, {}),
-        ("snclr", {"arch": "vit_small", "loss": "official"}, {"loss": "official"}),
-        ("simsiam_gsg", {"gsg": False, "seed": 3, "max-steps": 5, "data": "x"}, {}),
-        ("simsiam_gsg", {"precision": "fp32", "compile": True, "augment-device": "cuda"}, {}),
-        ("nnclr", {"input": "reference", "workers": 3, "knn-every": 1}, {}),
-        ("nnclr", {"micro-batch": 512}, {"micro_batch": 512}),
-        ("snclr", {"arch": "vit_base", "micro-batch": 512}, {}),
-    ],
-)
-def test_settings_are_what_differs_from_the_recipes_own_values(recipe, flags, expected):
-    config = reproduce.config_of({"recipe": recipe, "flags": flags})
-    assert common_record.settings_of(config) == expected
+# -- which run of the plan a record is of ---------------------------------------------------------
 
 
-def test_a_run_that_is_older_than_a_flag_has_no_setting_of_it():
-    config = reproduce.config_of({"recipe": "nnclr", "flags": {"input": "reference"}})
-    del config["input"], config["augment_device"]
-    assert common_record.settings_of(config) == {}
+def is_of(one, name, seed=0):
+    return record.is_of(one, golden_set.planned()[name], seed)
 
 
-def test_tables_leave_out_settings_that_an_older_record_has_of_its_recipe():
-    """As records had them that took their settings from the command line."""
-    old = {"temperature": 0.2, "neighbours": 5}
-    assert common_record.as_shown(good(settings=old))["settings"] == {"neighbours": 5}
-    what = {"dataset": "photos", "copy": None, "incomplete": None, "epochs": 0.02, "batch": 64}
-    photos = {"arch": "tiny", "pretraining": what}
-    photos |= {"note": "stopped after 0.02 of 5 scheduled epochs"}
-    old = {"queue_size": 2048, "neighbour_free_epochs": 0.25, "lr": 0.3}  # 5 % of the 5 epochs
-    assert common_record.as_shown(good(settings=old, **photos))["settings"] == {"lr": 0.3}
-    old = {"exclude_self": False, "neighbour_free_epochs": 0}
-    official = good(method="SNCLR (official)", settings=old)
-    assert common_record.as_shown(official)["settings"] == {}
-    assert common_record.as_shown(good(settings=old))["settings"] == old
-    foreign = good(recipe=None, settings={"temperature": 0.2})
-    assert common_record.as_shown(foreign) == foreign
+def pretraining(one, **changes):
+    return one | {"pretraining": one["pretraining"] | changes}
 
 
-def test_the_stored_records_own_values_are_no_reason_to_stand_apart():
-    shown = dict(record.load_shown())
-    scans = [
-        name
-        for name, one in ((path.name, one) for path, one in record.load_all())
-        if one["recipe"] == "snclr" and one.get("settings") == {"temperature": 0.2}
-    ]
-    assert scans and all(shown[name]["settings"] == {} for name in scans)
+OTHER = {
+    "plan": lambda one: one | {"plan": "photos-nnclr"},
+    "no plan": lambda one: {n: v for n, v in one.items() if n != "plan"},
+    "seed": lambda one: one | {"seeds": [1]},
+    "two seeds": lambda one: one | {"seeds": [0, 1]},
+    "epochs": lambda one: pretraining(one, epochs=50),
+    "batch": lambda one: pretraining(one, batch=128),
+    "data set": lambda one: pretraining(one, dataset="CIFAR-10"),
+    "part of it": lambda one: pretraining(one, incomplete="500 images of it"),
+    "arch": lambda one: one | {"arch": "resnet18"},
+    "settings": lambda one: one | {"settings": {"neighbours": 6}},
+    "no settings": lambda one: one | {"settings": {}},
+    "one more setting": lambda one: one | {"settings": {"neighbours": 5, "temperature": 0.5}},
+    "recipe": lambda one: one | {"recipe": "nnclr"},
+    "method": lambda one: one | {"method": "SNCLR (official)"},
+    "length": lambda one: one | {"note": "stopped after 5 of 10 scheduled epochs"},
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_a_record_counts_for_a_run_of_the_plan_if_all_agrees(what):
+    _, one = of_run("photos-snclr", 0, 70.0)
+    assert is_of(one, "photos-snclr") and is_of(one | {"note": "of a copy"}, "photos-snclr")
+    assert not is_of(OTHER[what](one), "photos-snclr")
+
+
+def test_runs_of_the_plan_that_differ_in_what_chooses_a_preset_are_told_apart():
+    names = ("photos-simsiam", "photos-simsiam-gsg")
+    for name in names:
+        _, one = of_run(name, 0, 70.0)
+        assert [is_of(one | {"plan": other}, other) for other in names] == [
+            n == name for n in names
+        ]
+
+
+def test_a_copy_of_the_data_set_may_stand_for_it():
+    _, one = of_run("simsiam", 1, 60.0)
+    assert one["pretraining"]["copy"] == "JPEG copy" and is_of(one, "simsiam", 1)
+
+
+def test_several_seeds_of_a_probe_are_of_the_one_encoder_that_they_probe():
+    _, one = of_run("simsiam", 1, 60.0, "linear")
+    one |= {"seeds": [0, 1, 2], "seeds_of": "evaluation"}
+    one |= {"hyperparameters": {"evaluation": {"pretraining_seeds": [1]}}}
+    assert is_of(one, "simsiam", 1) and not is_of(one, "simsiam", 0)
+
+
+def test_every_stored_record_that_names_a_run_of_the_plan_is_of_it():
+    planned = plan.load(ROOT / "results" / "plan.yaml")
+    named = [(name, one) for name, one in record.load_all() if "plan" in one]
+    assert len(named) >= 64
+    for name, one in named:
+        run = planned[one["plan"]]
+        assert any(record.is_of(one, run, seed) for seed in run.seeds), name

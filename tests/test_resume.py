@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, only_error, run_ranks, run_script, start_ranks
+from conftest import (
+    ROOT,
+    SMALL,
+    Script,
+    environment,
+    only_error,
+    run_ranks,
+    run_script,
+    start_ranks,
+)
 from PIL import Image
 
 from common.data import photos
@@ -55,17 +64,7 @@ def images():
 
 
 def start(recipe, folder, workers, *more):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / f"recipes/{recipe}.py"),
-            *flags_of(recipe, folder, workers, *more),
-        ],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Script(f"recipes/{recipe}.py", *flags_of(recipe, folder, workers, *more), merged=True)
 
 
 def logged(folder):

@@ -53,6 +53,7 @@ def error_of(capsys, recipe, *flags):
     return lines[0]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("recipe", "flags"),
     [

@@ -14,10 +14,10 @@ from PIL import Image
 
 from common.errors import UserError, command
 from common.models import build_encoder
-from common.record import problems
 from common.run import metrics
 from eval.segmentation import ade20k as scenes
 from eval.segmentation import model, picture, run
+from results.record import problems
 
 SCRIPT = "eval/segmentation/run.py"
 QUICK = ["--backbone", "random", "--arch", "resnet18", "--workers", "0"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.models import build_encoder
-from common.record import problems
 from eval.semi_supervised import lists
 from eval.semi_supervised import run as script
 from eval.semi_supervised.lists import SHA256, balanced_subset, read_list, simclr_list
 from eval.semi_supervised.protocols import PROTOCOLS, schedule
 from eval.semi_supervised.run import Classifier, best_of
+from results.record import problems
 
 SCRIPT = "eval/semi_supervised/run.py"
 RANDOM = ["--backbone", "random", "--arch", "tiny", "--image-size", "32", "--workers", "0"]
@@ -240,10 +241,8 @@ def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
     whole = run_script(SCRIPT, *flags, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     (process,) = start_ranks(1, SCRIPT, *flags, "--output", tmp_path / "cut")
-    for line in process.stdout:
-        if "setting 1 of 3" in line:
-            process.terminate()
-            break
+    assert process.said("setting 1 of 3")
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75 and "stopped by SIGTERM" in output, output
     rest = run_script(SCRIPT, *flags, "--output", tmp_path / "cut")

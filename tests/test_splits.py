@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from conftest import QUEUE, SMALL, only_error, run_script
+from conftest import SMALL, only_error, run_script, small
 
 from common.data.images import ArrayImages
 from common.data.sets import load_dataset
@@ -91,7 +91,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("held-out") / "run"
     flags = ["--validation-share", "0.2", "--train-images", "864", "--knn-every", "1"]
     done = run_script(
-        "recipes/nnclr.py", *SMALL, *QUEUE, *flags, "--epochs", "1", "--output", str(folder)
+        "recipes/nnclr.py", *small("nnclr"), *flags, "--epochs", "1", "--output", str(folder)
     )
     assert done.returncode == 0, done.stderr
     assert "k-NN is scored on 1,080 held-out training images" in done.stdout
@@ -103,7 +103,7 @@ def test_a_run_trains_on_the_subset_and_its_record_says_so(run):
     environment = json.loads((run / "environment.json").read_text())
     assert environment["steps"]["per_epoch"] == 864 // config["batch_size"]
     one = record.knn_record([run])
-    assert one["pretraining"]["incomplete"] == "864 images of it, without the 20 % held out"
+    assert one["pretraining"]["incomplete"] == "864 images of it, without 20 % held out"
     assert one["dataset"]["incomplete"] == (
         "20 % of the training images, held out, votes of 864 images"
     )

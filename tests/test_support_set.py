@@ -237,6 +237,8 @@ def test_the_search_makes_no_copy_of_the_queue(k):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, tuple) else (out,):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
                 memory = tensor.untyped_storage()
                 if memory.data_ptr() != queue.embeddings.untyped_storage().data_ptr():
                     made.append(memory.nbytes())

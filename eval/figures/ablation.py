@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
+from common import cards
 from common.errors import UserError, command, nearest_name
-from common.record import PLACES, method_of
 from common.run import pictures
+from results.record import PLACES
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.yaml"
 # what a published row without settings had for a flag: the paper's main setting
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     config, points = points_of(arguments.runs, flag)
     if len(points) < 2:
         raise UserError(f"--over {arguments.over}: all runs have the same value")
-    method = method_of(config)
+    method = cards.method_of(config["recipe"], config)
     results = json.loads((arguments.runs[0] / "results.json").read_text())
     title = f"{method}, {config['arch']}, {results['dataset']}, {results['epoch']:g} epochs"
     panels = [(title, "k-NN accuracy, %", points)]

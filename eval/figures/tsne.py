@@ -17,11 +17,11 @@ import numpy as np
 import yaml
 from torch.nn import functional as F
 
+from common import cards
 from common.data.images import Images
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.knn import extract_features
-from common.record import method_of
 from common.run import pictures
 from common.run.backbone import load_backbone
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         features = features_of(run, images, samples)
         where = " on held-out training images" if config.get("validation_share", 0.0) else ""
         knn = "" if results["knn"] is None else f"k-NN {results['knn']:.1%}{where}, "
-        text = f"{method_of(config)}, {results['epoch']:g} epochs\n"
+        text = f"{cards.method_of(config['recipe'], config)}, {results['epoch']:g} epochs\n"
         text += f"{knn}silhouette {silhouette(features, labels):+.3f}"
         print(text.replace("\n", ": "), flush=True)
         panels.append((text, embed(features, arguments.seed, arguments.perplexity)))

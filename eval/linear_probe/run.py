@@ -112,7 +112,8 @@ class Probe:
         name = config.protocol or (card and card.linear)
         if name is None:
             raise UserError(
-                f"no recipe's card names a protocol for {config.backbone}: give --protocol ({', '.join(PROTOCOLS)})"
+                f"no recipe's card names a protocol for {config.backbone}: give --protocol "
+                f"({', '.join(PROTOCOLS)})"
             )
         protocol = PROTOCOLS[name]
         batch = PHOTOS_BATCH if config.dataset == "photos" else protocol.batch

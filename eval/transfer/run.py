@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import record
 from common.config import PositiveInt, Seed, free, parse
 from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
@@ -34,6 +33,7 @@ from eval.transfer import classifier, few_shot, manifest, readers, scores, split
 from eval.transfer.features import IMAGE_SIZE, cached
 from eval.transfer.manifest import DATASETS, Manifest
 from eval.transfer.solver import DECAYS
+from results import record
 
 PROTOCOL = "linear (L-BFGS)"  # as in results/published.yaml
 SOLVERS = {

@@ -1,0 +1,77 @@
+"""Records and published numbers, joined once: what every page is made of."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+from results import claims, record, tables
+from slurm import plan
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Joined:
+    """`rows` has a row for each published number, `apart` the records that stand beside none,
+    `runs` those of the plan's runs; `claims` is claims.yaml, `figures` figures.yaml.
+    """
+
+    published: list[dict[str, Any]]
+    rows: list[tables.Row]
+    apart: list[tuple[str, tables.Record]]
+    plan: dict[str, plan.Planned]
+    claims: dict[str, Any]
+    runs: claims.Runs
+    figures: list[dict[str, str]]
+
+
+def load(folder: Path = HERE) -> Joined:
+    """All that is in published.yaml, records/, plan.yaml, claims.yaml and figures/ of `folder`."""
+    planned = plan.load(folder / "plan.yaml")
+    return join(
+        tables.load_published(folder / "published.yaml"),
+        record.load_all(folder / "records"),
+        planned,
+        claims.load(folder / "claims.yaml", planned),
+        load_figures(folder / "figures"),
+    )
+
+
+def join(
+    published: list[dict[str, Any]],
+    records: Sequence[tuple[str, tables.Record]],
+    planned: dict[str, plan.Planned],
+    what: dict[str, Any],
+    figures: Sequence[dict[str, str]] = (),
+) -> Joined:
+    rows, apart = tables.join(published, records)
+    runs = claims.recorded(records, planned)
+    return Joined(published, rows, apart, planned, what, runs, [*figures])
+
+
+def load_figures(folder: Path) -> list[dict[str, str]]:
+    """figures.yaml: file, caption and command of each picture, and its page: cifar10.md for those
+    of the claims. UserError for one that is missing.
+    """
+    listed = folder / "figures.yaml"
+    if not listed.exists():
+        return []
+    figures = yaml.safe_load(listed.read_text()) or []
+    for figure in figures:
+        if not (folder / figure["file"]).exists():
+            raise UserError(f"{listed} names {figure['file']}, which is not there")
+    return figures
+
+
+def fill(template: str, **parts: str) -> str:
+    """A page: a file of templates/ with each $name replaced. No two empty lines follow each
+    other.
+    """
+    text = Template((HERE / "templates" / template).read_text()).substitute(parts)
+    return re.sub(r"\n{3,}", "\n\n", text)

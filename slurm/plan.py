@@ -1,0 +1,155 @@
+"""The plan of runs, results/plan.yaml, as command lines: results/ lists and records its runs,
+slurm/sweep.py submits them.
+
+The file holds tiers by name. A tier: dataset, arch and batch (if they are not the preset's), flags
+of all its runs, flags by family of recipes/recipes.yaml under `families`, and its runs by name. A
+run: recipe, flags (which win over the tier's; null takes one away), hours. seeds, evaluations,
+device and basis stand in the tier or in the run. A recipe that lacks one of its flags is a mistake,
+unless the tier names the flag under `optional`: then it does without.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import cards
+from common.errors import UserError, nearest_name
+from slurm.resources import read_yaml
+from slurm.submission import ask, flags_of
+
+# the evaluations that a plan may ask for, with the protocols of their records
+PROTOCOLS = {
+    "knn": "kNN (k200,t.1)",
+    "linear": "linear",
+    "semi 1%": "semi-sup 1%",
+    "semi 10%": "semi-sup 10%",
+}
+DATA = {"imagenet": "its train/ and val/", "cifar10": "as the recipes' --data"}  # a flag for each
+EITHER = ("seeds", "evaluations", "device", "basis")  # of the run, else of its tier
+OF_TIER = ("dataset", "arch", "batch", "flags", "families", "optional", "runs", *EITHER)
+OF_RUN = ("recipe", "flags", "hours", *EITHER)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the plan: `hours` are those of one seed's training on `device`, `basis` whether they
+    were measured; `config` is what its config.yaml will hold, but for the seed.
+    """
+
+    name: str
+    tier: str
+    recipe: str
+    flags: list[str]
+    seeds: list[int]
+    evaluations: list[str]
+    hours: float
+    device: str
+    basis: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One seed of one run of the plan."""
+
+    run: Planned
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}-{self.seed}"
+
+    @property
+    def dataset(self) -> str:
+        return self.run.config["dataset"]
+
+    def flags(self, output: str, data: str | None) -> list[str]:
+        """The flags of its training."""
+        flags = [*self.run.flags, *(["--data", data] if data else [])]
+        flags += ["--seed", str(self.seed), "--plan-name", self.run.name]
+        return [*flags, "--output", output]
+
+
+def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
+    """First seeds of all runs first, then second seeds."""
+    for number in range(max((len(run.seeds) for run in runs), default=0)):
+        for run in runs:
+            if number < len(run.seeds):
+                yield Piece(run, run.seeds[number])
+
+
+def load(path: Path) -> dict[str, Planned]:
+    """The runs of a plan by name; UserError for one that lacks a field or asks for the unknown."""
+    found: dict[str, dict[str, Any]] = {}
+    tiers = read_yaml(path).get("tiers") or {}
+    for tier, of_tier in tiers.items():
+        check_keys(f"{path}: {tier}", of_tier, OF_TIER, {"dataset", "runs"})
+        for name, run in of_tier["runs"].items():
+            if name in found or name in tiers:
+                raise UserError(f"{path}: the name {name} appears twice")
+            found[name] = merged(f"{path}: {name}", name, tier, of_tier, run)
+    answers = resolved(json.dumps([run.pop("asked") for run in found.values()]))
+    return {
+        name: Planned(**run, flags=answer["flags"], config=answer["config"])
+        for (name, run), answer in zip(found.items(), answers, strict=True)
+    }
+
+
+def check_keys(where: str, block: Any, known: Sequence[str], needed: set[str]) -> None:
+    if not isinstance(block, dict):
+        raise UserError(f"{where}: must hold 'key: value' lines")
+    for key in block:
+        if key not in known:
+            raise UserError(f"{where}: {key} is unknown{nearest_name(str(key), known)}")
+    if missing := needed - set(block):
+        raise UserError(f"{where}: {', '.join(sorted(missing))} missing")
+
+
+def merged(
+    where: str, name: str, tier: str, of_tier: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of a run with its tier's, and under `asked` what slurm/check.py is to resolve."""
+    check_keys(where, run, OF_RUN, {"recipe", "hours"})
+    fields = {key: run.get(key, of_tier.get(key)) for key in EITHER}
+    if missing := [key for key, value in fields.items() if not value]:
+        raise UserError(f"{where}: {', '.join(missing)} missing, in the run and in its tier")
+    if unknown := set(fields["evaluations"]) - set(PROTOCOLS):
+        raise UserError(f"{where}: unknown evaluation {', '.join(sorted(unknown))}")
+    recipe, families = run["recipe"], of_tier.get("families") or {}
+    if recipe not in cards.load():
+        raise UserError(f"{where}: no recipe {recipe}{nearest_name(recipe, cards.load())}")
+    if unknown := set(families) - set(cards.FAMILIES):
+        raise UserError(f"{where}: its tier has flags of no known family {', '.join(unknown)}")
+    values = {"dataset": of_tier["dataset"], "arch": of_tier.get("arch")}
+    values |= {"batch-size": of_tier.get("batch"), **(of_tier.get("flags") or {})}
+    values |= families.get(cards.load()[recipe].family) or {}
+    own = run.get("flags") or {}
+    spare = [f for f in of_tier.get("optional") or [] if f in values and f not in own]
+    optional = {flag: flags_of({flag: values.pop(flag)}, name) for flag in spare}
+    asked = [f"recipes/{recipe}.py", flags_of(values | own, name), None, optional]
+    own_fields = {"name": name, "tier": tier, "recipe": recipe, "hours": run["hours"]}
+    return {**own_fields, **fields, "asked": asked}
+
+
+@functools.cache  # asking starts a process that imports every recipe
+def resolved(asked: str) -> list[dict[str, Any]]:
+    return ask(json.loads(asked))
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    for name, words in DATA.items():
+        parser.add_argument(f"--{name}", default="", metavar="PATH", help=words)
+
+
+def chosen(runs: dict[str, Planned], names: Sequence[str]) -> list[Planned]:
+    """The runs of these names and of the tiers of these names."""
+    tiers = {run.tier for run in runs.values()}
+    for name in names:
+        if name not in {*runs, *tiers}:
+            hint = nearest_name(name, [*runs, *tiers])
+            raise UserError(f"--only {name}: no such run or tier in the plan{hint}")
+    return [run for run in runs.values() if {run.name, run.tier} & {*names}]

@@ -1,0 +1,128 @@
+"""The plan of runs as command lines: tiers, families, optional flags, and a sweep of them."""
+
+import shlex
+
+import golden_set
+import pytest
+import yaml
+from conftest import ROOT
+
+from common.errors import UserError
+from slurm import plan, sweep
+
+REAL = ROOT / "results" / "plan.yaml"
+
+
+def sorted_words(words: list[str]) -> list[tuple[str, ...]]:
+    """The flags of a command line with their values, by name and not in their order."""
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    ends = [*starts[1:], len(words)]
+    return sorted(tuple(words[a:b]) for a, b in zip(starts, ends, strict=True))
+
+
+def test_the_plan_expands_to_the_runs_that_it_has_always_had():
+    expected = yaml.safe_load((golden_set.GOLDEN / "expansion.yaml").read_text())
+    planned = plan.load(REAL)
+    assert [*planned] == [*expected]
+    for name, (line, *facts) in expected.items():
+        run, words = planned[name], shlex.split(line)
+        assert run.recipe == words[0]
+        assert sorted_words(run.flags) == sorted_words(words[1:]), name
+        assert [run.seeds, run.evaluations, run.hours, run.device, run.basis] == facts, name
+
+
+def test_first_seeds_of_all_runs_come_first():
+    runs = [golden_set.planned()[name] for name in ("cifar5k-simsiam", "simsiam", "photos-nnclr")]
+    names = [piece.name for piece in plan.pieces(runs)]
+    assert names[:3] == ["cifar5k-simsiam-0", "simsiam-0", "photos-nnclr-0"]
+    assert names[3:] == ["simsiam-1", "photos-nnclr-1", "photos-nnclr-2"]
+
+
+def test_a_run_has_its_tiers_flags_its_familys_and_its_own_over_them():
+    tier = {"dataset": "photos", "arch": "tiny", "batch": 32, "flags": {"lr": 0.1, "epochs": 9}}
+    tier |= {"families": {"contrastive": {"epochs": 5, "queue-size": 64}}, "seeds": [0, 1]}
+    tier |= {"evaluations": ["knn"], "device": "CPU", "basis": "measured", "runs": {}}
+    run = {"recipe": "nnclr", "hours": 1, "seeds": [3]}
+    own = {"flags": {"queue-size": 128, "momentum-encoder": True, "lr": None}}
+
+    def asked(**changes):
+        return plan.merged("here", "a", "t", tier, run | changes)["asked"][1]
+
+    start = "--dataset photos --arch tiny --batch-size 32"
+    assert asked() == f"{start} --lr 0.1 --epochs 5 --queue-size 64".split()
+    assert asked(**own) == f"{start} --epochs 5 --queue-size 128 --momentum-encoder".split()
+    assert asked(recipe="nnsiam") == f"{start} --lr 0.1 --epochs 9".split()
+    merged = plan.merged("here", "a", "t", tier, run)
+    assert merged["seeds"] == [3] and merged["device"] == "CPU"
+
+
+def changed(tmp_path, change):
+    """The golden plan with its tier photos changed."""
+    tiers = yaml.safe_load((golden_set.GOLDEN / "plan.yaml").read_text())["tiers"]
+    change(tiers["photos"])
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"tiers": tiers}, sort_keys=False))
+    return tmp_path / "plan.yaml"
+
+
+def test_a_flag_that_a_recipe_lacks_is_left_out_only_if_it_is_optional(tmp_path):
+    runs = golden_set.planned()
+    assert "--cosine-per" in runs["photos-simsiam"].flags
+    assert "--cosine-per" not in runs["photos-nnsiam"].flags
+    with pytest.raises(UserError, match="unknown flag --cosine-per"):
+        plan.load(changed(tmp_path, lambda tier: tier.pop("optional")))
+
+
+def run_of(tier):
+    return tier["runs"]["photos-nnclr"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tier: run_of(tier).pop("hours"), "photos-nnclr: hours missing"),
+        (lambda tier: tier.pop("basis"), "basis missing, in the run and in its tier"),
+        (lambda tier: tier.pop("dataset"), "photos: dataset missing"),
+        (lambda tier: tier.update(batches=3), "batches is unknown; did you mean batch?"),
+        (lambda tier: run_of(tier).update(flag={}), "flag is unknown; did you mean flags?"),
+        (lambda tier: tier.update(evaluations=["magic"]), "unknown evaluation magic"),
+        (lambda tier: run_of(tier).update(recipe="nnclrr"), "no recipe nnclrr; did you mean nnclr"),
+        (lambda tier: tier.update(families={"negative": {}}), "of no known family negative"),
+        (lambda tier: tier["runs"].update(simsiam=run_of(tier)), "the name simsiam appears twice"),
+        (lambda tier: tier["runs"].update(scan=run_of(tier)), "the name scan appears twice"),
+        (lambda tier: tier["runs"].update(a=3), "a: must hold 'key: value' lines"),
+    ],
+)
+def test_a_broken_plan_is_a_mistake(change, expected, tmp_path):
+    with pytest.raises(UserError) as error:
+        plan.load(changed(tmp_path, change))
+    assert expected in str(error.value)
+
+
+def test_runs_are_chosen_by_their_names_and_their_tiers():
+    runs = golden_set.planned()
+    names = [run.name for run in plan.chosen(runs, ["cifar5k", "photos-nnclr"])]
+    assert names == ["cifar5k-simsiam", "cifar5k-simsiam-gsg", "photos-nnclr"]
+    with pytest.raises(UserError, match="did you mean photos-nnclr"):
+        plan.chosen(runs, ["photos-nnclrr"])
+
+
+def test_the_plan_is_a_sweep(tmp_path, monkeypatch, capsys):
+    """A tier and a run, a job for each seed, which says what it is of the plan."""
+    monkeypatch.chdir(tmp_path)
+    flags = [str(golden_set.GOLDEN / "plan.yaml"), "--time", "1h", "--dry-run", "--allow-dirty"]
+    chosen = ["--only", "cifar5k", "photos-nnclr", "--cifar10", str(tmp_path)]
+    assert sweep.main([*flags, *chosen]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": recipes/" in line]
+    jobs = dict(line.removeprefix("# ").split(": ", 1) for line in lines)
+    assert [*jobs] == [
+        *("cifar5k-simsiam-0", "cifar5k-simsiam-gsg-0"),
+        *("photos-nnclr-0", "photos-nnclr-1", "photos-nnclr-2"),
+    ]
+    output = tmp_path / "runs" / "plan" / "photos-nnclr-2"
+    expected = "recipes/nnclr.py --dataset photos --knn-every 1 --epochs 5 --seed 2"
+    assert jobs["photos-nnclr-2"] == f"{expected} --plan-name photos-nnclr --output {output}"
+    assert f"--data {tmp_path}" in jobs["cifar5k-simsiam-0"]
+    with pytest.raises(UserError, match="cifar5k-simsiam needs --cifar10 PATH"):
+        sweep.main([*flags, "--only", "cifar5k"])
+    with pytest.raises(UserError, match="say which of its tiers or runs"):
+        sweep.main(flags)
