@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.config import changed_fields, parse
+from common.config import parse
 from common.errors import UserError, command
+from common.run.folder import changes, read_config
 from common.run.run import check_batch, default_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -93,21 +92,17 @@ def config_facts(
     recipe = Path(script).stem
     check_batch(config.batch_size, ranks, config.micro_batch)
     folder = default_folder(recipe, config)
-    path = folder / "config.yaml"
-    if path.exists():
-        saved = yaml.safe_load(path.read_text()) or {}
-        changes = changed_fields(config, saved)
-        if saved.get("recipe") != recipe:
-            changes = [f"recipe was {saved.get('recipe')}, is {recipe}"]
+    if (saved := read_config(folder)) is not None:
+        changed = changes({"recipe": recipe}, config, saved)
         # bf16 or fp32, and where colours are done, is decided where the job runs
         given = {flag.split("=")[0] for flag in flags}
         for flag, field in (("--precision", "precision"), ("--augment-device", "augment_device")):
             if flag not in given:
-                changes = [c for c in changes if not c.startswith(f"{field} ")]
-        if changes:
+                changed = [c for c in changed if not c.startswith(f"{field} ")]
+        if changed:
             raise UserError(
-                f"{folder} holds a run with another configuration ({'; '.join(changes)}): use the "
-                "same flags or another --output"
+                f"{folder} holds something else ({'; '.join(changed)}): use the same flags or "
+                "another --output"
             )
     name = f"{recipe}-{config.dataset}-{config.arch}-{config.seed}"
     return {"checked": True, "folder": str(folder), "name": name, "absent": absent}

@@ -24,12 +24,12 @@ finished and what is still in the queue.
 """
 
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, command, nearest_name
+from common.run.results import is_finished
 from slurm.record import Job, check_name, read_record
 from slurm.resources import (
     OneLineParser,
@@ -135,20 +135,6 @@ def glob(pattern: str) -> list[Path]:
     return [*Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
 
 
-def is_finished(folder: Path | str | None) -> bool:
-    """Whether a folder holds the results and the backbone of a run that reached its last step."""
-    if folder is None:
-        return False
-    try:
-        results = json.loads((Path(folder) / "results.json").read_text())
-        starts = json.loads((Path(folder) / "environment.json").read_text())
-        steps = [starts, *starts.get("restarts", [])][-1].get("steps", {})
-    except (OSError, json.JSONDecodeError, KeyError):
-        return False
-    whole = results.get("step") == steps.get("last", results.get("step"))
-    return whole and (Path(folder) / "backbone.safetensors").exists()
-
-
 def jobs_of(spec: dict[str, Any]) -> list[Job]:
     """One job for each combination of the grid with each entry of `runs`."""
     jobs = []
@@ -207,6 +193,10 @@ def flags_of(values: dict[str, Any], name: str) -> list[str]:
     return [part for parts in flags.values() for part in parts]
 
 
+def done_in(folder: str | None) -> bool:
+    return folder is not None and is_finished(Path(folder))
+
+
 def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
     """The runs that are neither finished nor in the queue; says how many are."""
     folder = scratch_folder(resources)
@@ -221,7 +211,7 @@ def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
         ended = state is not None and state.state == "FINISHED"
         if state is not None and state.live:
             print(f"{job.name}: {state.state}, job {state.job}")
-        elif same and (is_finished(job.folder) if job.script.startswith("recipes/") else ended):
+        elif same and (done_in(job.folder) if job.script.startswith("recipes/") else ended):
             print(f"{job.name}: finished")
         else:
             left.append(job)
