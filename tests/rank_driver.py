@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common import distributed
-from common.run import results
+from common.run.run import Run
 from common.support_set import SupportSet
 
 folder, recipe_name, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -71,6 +71,6 @@ if recipe_name.endswith("gsg"):
     recipe.gsg_loss = noting_gsg_loss
 
 # the pictures of the end look neighbours up too, on rank 0 alone
-results.draw_neighbours = lambda *arguments: None
+Run.draw_neighbours = lambda *arguments: None
 recipe.main(flags)
 torch.save(seen, folder / f"rank{rank}.pt")

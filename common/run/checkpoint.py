@@ -82,6 +82,12 @@ def find(folder: Path) -> Path | None:
     return None
 
 
+def forget(folder: Path) -> None:
+    """Removes the folder's checkpoints."""
+    for name in (NAME, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state in a checkpoint of ours, on CPU. UserError for a truncated or foreign file."""
     spare = path.with_name(PREVIOUS)
