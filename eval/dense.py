@@ -19,7 +19,7 @@ from common import distributed
 from common.config import free
 from common.errors import UserError
 from common.run import backbone
-from common.run.results import in_words
+from common.run.results import duration
 from eval.encoders import PIXELS
 from eval.evaluation import Evaluation, TrainingConfig
 
@@ -152,7 +152,7 @@ class DenseEvaluation(Evaluation):
                     left = (time.monotonic() - begun) * (total - done) / (done - first)
                     self.say(
                         f"iteration {done:,} of {total:,}: loss {values['loss']:.4f}, "
-                        f"{seconds:.2f} s each, {in_words(left)} left"
+                        f"{seconds:.2f} s each, {duration(left)} left"
                     )
             self.after_step(
                 lambda done=done: {

@@ -30,16 +30,17 @@ from tqdm import tqdm
 
 from common import distributed
 from common.augment import center_view
-from common.config import DATASETS, NotNegative, PositiveInt, Seed, Workers, changed_fields, free
+from common.config import DATASETS, NotNegative, PositiveInt, Seed, Workers, free
 from common.data.images import Images
 from common.data.loaders import default_workers
 from common.data.sets import load_dataset
 from common.data.splits import split_classes
-from common.errors import Stopped, UserError, make_folder
+from common.errors import Stopped, UserError
 from common.files import write
 from common.knn import extract_features, rank_share
 from common.run import checkpoint, environment, metrics
-from common.run.results import in_words
+from common.run.folder import Folder, changes, choose, finished_record
+from common.run.results import duration
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, load_encoder, record_fields
 from results import record
@@ -124,7 +125,6 @@ class Evaluation:
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
         self.seconds_before = 0.0
-        self.commit, self.dirty = environment.commit()
         self.environment = environment.describe(self.device, self.ranks)
         script = Path(sys.argv[0]).resolve()
         if script.is_relative_to(environment.REPOSITORY):
@@ -174,12 +174,7 @@ class Evaluation:
             source = Path(config.backbone).stem
             source = f"random-{config.arch}" if config.backbone == RANDOM else source
             folder = Path("runs/eval") / f"{source}-{self.facts['sha256'][:8]}" / name
-        folder = folder.expanduser().absolute()
-        if config.resume == "never":
-            first, number = folder, 2
-            while folder.exists():
-                folder, number = first.with_name(f"{first.name}-{number}"), number + 1
-        return folder
+        return choose(folder, config.resume)
 
     # -- images ---------------------------------------------------------------------------------
 
@@ -247,76 +242,52 @@ class Evaluation:
         """Prepares the folder of the evaluation of this name, which says its protocol; UserError
         where it holds another evaluation. `self.config` is complete by now.
         """
-        self.name = name
         self.folder = distributed.from_rank_zero(self.choose_folder(name))
-        saved = distributed.from_rank_zero(self.saved_config() if self.rank == 0 else None)
-        now = {
-            "evaluation": self.name,
+        holds = {
+            "evaluation": name,
             "backbone_sha256": self.facts["sha256"],
             "images": f"{self.train.fingerprint()} {self.test.fingerprint()}",
         }
-        if saved is not None:
-            changes = [
-                f"{n} was {saved.get(n)}, is {v}" for n, v in now.items() if saved.get(n) != v
-            ]
-            changes += changed_fields(self.config, saved)
-            if len(changes) == 1 and self.has_trained_further(saved):
-                raise UserError(
-                    f"{self.folder} holds this evaluation of an earlier state of "
-                    f"{self.facts['run']}: the run has trained further since; use another "
-                    "--output, or --resume never",
-                )
-            if changes:
-                raise UserError(
-                    f"{self.folder} holds another evaluation ({'; '.join(changes)}): use the same "
-                    "flags, another --output, or --resume never",
-                )
+        self.store = Folder(self.folder, holds, self.config)
+        if self.has_trained_further(self.store.saved or holds):
+            raise UserError(
+                f"{self.folder} holds this evaluation of an earlier state of "
+                f"{self.facts['run']}: the run has trained further since; use another "
+                "--output, or --resume never",
+            )
+        self.store.refuse_changes()
+        distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
         if self.rank == 0:
-            make_folder(self.folder)
-            config = now | dataclasses.asdict(self.config)
-            write(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        distributed.barrier()
+            self.store.write_config()
         self.say(
-            f"{self.name} · {self.facts['arch']} · {self.train.name}: {len(self.train):,} training "
+            f"{name} · {self.facts['arch']} · {self.train.name}: {len(self.train):,} training "
             f"and {len(self.test):,} test images · {self.environment['devices']['name']} x "
             f"{self.ranks}"
         )
         self.say(f"folder: {self.folder}")
 
     def has_trained_further(self, saved: dict[str, Any]) -> bool:
-        """Whether a saved evaluation is of this very run, but of another backbone."""
+        """Whether a saved evaluation is of this very run, and differs in the backbone alone."""
         if self.facts["run"] is None or saved.get("backbone_sha256") == self.facts["sha256"]:
             return False
         run = self.facts["run"].resolve()
         source = Path(saved.get("backbone", "")).expanduser().resolve()
-        return run in (source, source.parent) or self.folder.resolve().is_relative_to(run)
-
-    def saved_config(self) -> dict[str, Any] | None:
-        path = self.folder / "config.yaml"
-        if not path.exists():
-            return None
-        try:
-            saved = yaml.safe_load(path.read_bytes())
-        except yaml.YAMLError:
-            saved = None
-        if not isinstance(saved, dict):
-            raise UserError(f"{path} is damaged: remove it, or use another --output")
-        return saved
+        same = run in (source, source.parent) or self.folder.resolve().is_relative_to(run)
+        return same and len(changes(self.store.holds, self.config, saved)) == 1
 
     def restore(self) -> dict[str, Any] | None:
         """The state that an interrupted evaluation left in this folder, or None."""
-        path = distributed.from_rank_zero(checkpoint.find(self.folder) if self.rank == 0 else None)
-        if path is None:
+        saved = self.store.restore()
+        if saved is None:
             return None
-        saved = checkpoint.load(path)
         self.seconds_before = saved["seconds"]
-        if saved["commit"] != self.commit:
-            self.warn(f"the checkpoint was written with commit {saved['commit'][:12]}")
         return saved["state"]
 
     def is_written(self, file: str = RECORD) -> bool:
         """Whether this evaluation has finished: its record is there."""
-        return distributed.from_rank_zero((self.folder / file).exists())
+        return distributed.from_rank_zero(
+            finished_record(self.folder / file, self.facts["sha256"]) is not None
+        )
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -357,11 +328,7 @@ class Evaluation:
         raise Stopped
 
     def save(self, state: dict[str, Any]) -> None:
-        if self.rank == 0:
-            checkpoint.save(
-                self.folder,
-                {"seconds": self.seconds(), "commit": self.commit, "state": state},
-            )
+        self.store.save(seconds=self.seconds(), state=state)
         self.last_save = time.monotonic()
 
     def seconds(self) -> float:
@@ -408,8 +375,8 @@ class Evaluation:
         found = self.encoder_fields()
         hyperparameters = hyperparameters | {
             "evaluation": {
-                "commit": self.commit,
-                "dirty": self.dirty,
+                "commit": self.store.commit,
+                "dirty": self.store.dirty,
                 "seeds": seeds,
                 "hardware": f"{self.environment['devices']['name']} x {self.ranks}",
                 "precision": config.precision,
@@ -429,7 +396,7 @@ class Evaluation:
             "metric": metric,
             "hyperparameters": hyperparameters,
             "others": others,
-            "dirty": found["dirty"] or self.dirty is not False,
+            "dirty": found["dirty"] or self.store.dirty is not False,
             "command": [*found["command"], self.command],
             "evaluation_hours": round(self.seconds() / 3600, 4),
         }
@@ -443,6 +410,8 @@ class Evaluation:
             write(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             for problem in record.problems(found):
                 self.warn(f"{path} cannot be stored as it is: {problem}")
+            if file == RECORD:  # what was trained for it is done
+                checkpoint.forget(self.folder)
         return path
 
     def encoder_fields(self) -> dict[str, Any]:
@@ -465,8 +434,8 @@ class Evaluation:
         return {"name": name, "copy": copy, "incomplete": ", ".join(missing) or None}
 
     def finish(self, text: str, paths: Sequence[Path]) -> None:
-        """The last lines; the checkpoint is no longer needed."""
-        self.say(f"{text}, {in_words(self.seconds())}")
+        """The last lines."""
+        self.say(f"{text}, {duration(self.seconds())}")
         for path in paths:
             self.say(f"record: {path} (python results/record.py add stores it)")
 
@@ -527,10 +496,3 @@ def parse_numbers(text: str, flag: str) -> list[float]:
     if not numbers or not all(0 <= n < float("inf") for n in numbers):
         raise UserError(f"{flag} {text}: numbers with commas between them, like 0.1,0.3")
     return list(dict.fromkeys(numbers))
-
-
-def forget_checkpoint(folder: Path) -> None:
-    """Removes a finished evaluation's checkpoints."""
-    for name in (checkpoint.NAME, checkpoint.PREVIOUS):
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()

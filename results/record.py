@@ -29,7 +29,7 @@ import yaml
 from common.config import RunConfig, is_free
 from common.errors import UserError, command
 from common.files import write
-from common.run import backbone, environment, metrics
+from common.run import environment, metrics, results
 
 HERE = Path(__file__).resolve().parent
 RECORDS, SCHEMA = HERE / "records", HERE / "schema.json"
@@ -112,12 +112,12 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
                 f"{run} differs from {runs[0]} in {', '.join(sorted(differing))}: one record is of "
                 "runs that differ in the seed only"
             )
-    config, seen, results = (first[n] for n in ("config", "environment", "results"))
+    config, seen, found = (first[n] for n in ("config", "environment", "results"))
     commits = {f["results"]["commit"] for f in facts}
     if len(commits) > 1:
         raise UserError(f"the runs are of {len(commits)} commits: make one record for each")
-    what, (_, copy) = what_ran(config), dataset_of(config["dataset"], results["dataset"])
-    what["pretraining"] |= {"copy": copy, "epochs": round(results["epoch"], 4)}
+    what, (_, copy) = what_ran(config), dataset_of(config["dataset"], found["dataset"])
+    what["pretraining"] |= {"copy": copy, "epochs": round(found["epoch"], 4)}
     return {
         **what,
         "seeds": [f["config"]["seed"] for f in facts],
@@ -125,7 +125,7 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
         "epoch": "last",
         "commit": commits.pop(),
         "dirty": any(f["results"]["dirty"] is not False for f in facts),
-        "config_hash": results["config_hash"],
+        "config_hash": found["config_hash"],
         "command": [f["environment"]["command"] for f in facts],
         "versions": {n: v for n, v in seen["versions"].items() if v is not None},
         "hardware": f"{seen['devices']['name']} x {seen['devices']['ranks']}",
@@ -135,7 +135,7 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
         ),
         "backbone_sha256": [f["results"]["backbone_sha256"] for f in facts],
         "date": datetime.date.today().isoformat(),
-        **note_of(config["epochs"], results["epoch"]),
+        **note_of(config["epochs"], found["epoch"]),
     }
 
 
@@ -185,22 +185,19 @@ def is_stopped(record: dict[str, Any]) -> bool:
 def facts_of(run: Path) -> dict[str, Any]:
     """config, environment, results and metrics of one finished run."""
     run = Path(run)
-    if not (run / "results.json").exists():
-        raise UserError(f"{run} is no finished run: it has no results.json")
+    found = results.read(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     if not {"method", "plan", "settings"} <= set(config):
         raise UserError(
             f"{run / 'config.yaml'} does not say the run's method and settings: start the run's "
             "command again, which notes them"
         )
-    results = read(run / "results.json")
-    stored = hashlib.sha256((run / backbone.NAME).read_bytes()).hexdigest()
-    if stored != results["backbone_sha256"]:
-        raise UserError(f"{run / backbone.NAME} is not the one that results.json was written for")
+    if results.checksum(run / results.BACKBONE) != found["backbone_sha256"]:
+        raise UserError(f"{run / results.BACKBONE} is not the one that {results.NAME} is of")
     return {
         "config": config,
         "environment": read(run / environment.NAME),
-        "results": results,
+        "results": found,
         "metrics": metrics.read(run / metrics.NAME),
     }
 

@@ -26,10 +26,10 @@ from typing import Any
 
 from common.config import gpu_is_there
 from common.errors import EXIT_STOPPED, Stopped, UserError, command
+from common.run.results import is_finished
 from results import record, tables
 from slurm import plan
 from slurm.plan import PROTOCOLS, Piece, Planned
-from slurm.sweep import is_finished
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

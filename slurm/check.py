@@ -18,11 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common import cards
-from common.config import changed_fields
 from common.errors import UserError, command
+from common.run.folder import changes, facts_of_run, read_config
 from common.run.run import check_batch, default_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -88,36 +85,25 @@ def facts_of(
 
 def noted(recipe: str, config: Any) -> dict[str, Any]:
     """What a run of this configuration notes in its config.yaml."""
-    card = cards.load().get(recipe)
-    chooses = card.chooses if card else ()
-    values = dataclasses.asdict(config)
-    return {
-        "recipe": recipe,
-        "method": cards.method_of(recipe, values),
-        "plan": values.pop("plan_name") or None,
-        "settings": {n: v for n, v in config.settings.items() if n not in chooses},
-        **values,
-    }
+    flags = dataclasses.asdict(config)
+    flags.pop("plan_name", None)
+    return {"recipe": recipe, **facts_of_run(recipe, config), **flags}
 
 
 def refuse_another(folder: Path, recipe: str, config: Any, flags: list[str]) -> None:
-    """UserError if the folder holds a run with another configuration."""
-    path = folder / "config.yaml"
-    if not path.exists():
+    """UserError if the folder holds something else."""
+    if (saved := read_config(folder)) is None:
         return
-    saved = yaml.safe_load(path.read_text()) or {}
-    changes = changed_fields(config, saved)
-    if saved.get("recipe") != recipe:
-        changes = [f"recipe was {saved.get('recipe')}, is {recipe}"]
+    changed = changes({"recipe": recipe}, config, saved)
     # bf16 or fp32, and where colours are done, is decided where the job runs
     given = {flag.split("=")[0] for flag in flags}
     for flag, field in (("--precision", "precision"), ("--augment-device", "augment_device")):
         if flag not in given:
-            changes = [c for c in changes if not c.startswith(f"{field} ")]
-    if changes:
+            changed = [c for c in changed if not c.startswith(f"{field} ")]
+    if changed:
         raise UserError(
-            f"{folder} holds a run with another configuration ({'; '.join(changes)}): use the "
-            "same flags or another --output"
+            f"{folder} holds something else ({'; '.join(changed)}): use the same flags or "
+            "another --output"
         )
 
 

@@ -26,12 +26,12 @@ finished and what is still in the queue.
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, command, nearest_name
+from common.run.results import is_finished
 from slurm import plan
 from slurm.record import Job, check_name, read_record
 from slurm.resources import (
@@ -144,20 +144,6 @@ def glob(pattern: str) -> list[Path]:
     return [*Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
 
 
-def is_finished(folder: Path | str | None) -> bool:
-    """Whether a folder holds the results and the backbone of a run that reached its last step."""
-    if folder is None:
-        return False
-    try:
-        results = json.loads((Path(folder) / "results.json").read_text())
-        starts = json.loads((Path(folder) / "environment.json").read_text())
-        steps = [starts, *starts.get("restarts", [])][-1].get("steps", {})
-    except (OSError, json.JSONDecodeError, KeyError):
-        return False
-    whole = results.get("step") == steps.get("last", results.get("step"))
-    return whole and (Path(folder) / "backbone.safetensors").exists()
-
-
 def jobs_of(spec: dict[str, Any]) -> list[Job]:
     """One job for each combination of the grid with each entry of `runs`."""
     jobs = []
@@ -213,6 +199,10 @@ def word(item: tuple[str, Any]) -> str:
     return f"{key}{text}"[:LONGEST]
 
 
+def done_in(folder: str | None) -> bool:
+    return folder is not None and is_finished(Path(folder))
+
+
 def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
     """The runs that are neither finished nor in the queue; says how many are."""
     folder = scratch_folder(resources)
@@ -227,7 +217,7 @@ def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
         ended = state is not None and state.state == "FINISHED"
         if state is not None and state.live:
             print(f"{job.name}: {state.state}, job {state.job}")
-        elif same and (is_finished(job.folder) if job.script.startswith("recipes/") else ended):
+        elif same and (done_in(job.folder) if job.script.startswith("recipes/") else ended):
             print(f"{job.name}: finished")
         else:
             left.append(job)

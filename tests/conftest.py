@@ -19,6 +19,7 @@ import pytest
 from common import cards
 from common.augment import View, two_views
 from common.run import pictures
+from common.run.run import Run
 
 if sys.argv[0] == "-c":  # xdist's workers: the recorded command of what runs in this process
     sys.argv = ["pytest", *sys.argv[1:]]
@@ -56,14 +57,17 @@ METHODS = {
 
 
 DRAWS = {"runs": True}
-PICTURES = {name: getattr(pictures, name) for name in ("draw_curves", "draw_neighbours")}
+PICTURES = (
+    (pictures, "draw_curves", pictures.draw_curves),
+    (Run, "draw_neighbours", Run.draw_neighbours),
+)
 
 
 def draw(runs: bool) -> None:
     """Whether the runs of this process, and of the scripts that it starts, draw their pictures."""
     DRAWS["runs"] = runs
-    for name, function in PICTURES.items():
-        setattr(pictures, name, function if runs else lambda *_: None)
+    for place, name, function in PICTURES:
+        setattr(place, name, function if runs else lambda *_: None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,5 +1,6 @@
 """Doing the plan: states, what comes next, a budget on a fake clock, a run that dies half-way."""
 
+import hashlib
 import json
 import os
 import re
@@ -38,7 +39,8 @@ def finished(folder):
     (folder / "config.yaml").write_text("{}")
     (folder / "environment.json").write_text(json.dumps({"steps": {"last": 3}}))
     (folder / "backbone.safetensors").write_bytes(b"")
-    (folder / "results.json").write_text(json.dumps({"step": 3}))
+    results = {"step": 3, "backbone_sha256": hashlib.sha256(b"").hexdigest()}
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 def test_unfinished_first_then_to_evaluate_then_missing_with_data(work, planned):

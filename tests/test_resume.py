@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import (
     ROOT,
     SMALL,
@@ -273,6 +274,25 @@ def test_a_finished_run_is_not_written_to(whole, tmp_path):
     again = start("nnsiam", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}  # nothing is written
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("nnsiam"), folder)
+    path = folder / "config.yaml"
+    now = path.read_text()
+    names = [*yaml.safe_load(now)]
+    assert names[:4] == ["recipe", "method", "plan", "settings"] and "plan_name" not in names
+    old = {n: v for n, v in yaml.safe_load(now).items() if n not in ("method", "plan", "settings")}
+    path.write_text(yaml.safe_dump(old, sort_keys=False))
+    if not finished:
+        (folder / "results.json").unlink()
+    again = start("nnsiam", folder, 1)
+    assert again.wait(timeout=60) == 0, again.communicate()[0]
+    expected = yaml.safe_load(now) | {"output": str(folder)}
+    assert yaml.safe_load(path.read_text()) == expected and [*expected] == names
+    assert expected["method"] == "NNSiam" and expected["plan"] is None
 
 
 def test_a_damaged_backbone_is_exported_again(whole, tmp_path):

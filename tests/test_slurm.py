@@ -1,6 +1,7 @@
 """Launching without a Slurm: what is refused, snapshots, submitit's local and debug executors."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -356,7 +357,8 @@ def test_a_wrong_flag_in_a_sweep_is_found_before_submission(code, tmp_path):
 
 def finished_run(folder: Path, step: int = 30, last: int = 30) -> Path:
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"step": step}))
+    results = {"step": step, "backbone_sha256": hashlib.sha256(b"").hexdigest()}
+    (folder / "results.json").write_text(json.dumps(results))
     (folder / "environment.json").write_text(
         json.dumps({"steps": {"last": 1}, "restarts": [{"steps": {"last": last}}]})
     )

@@ -19,8 +19,9 @@ from common.augment import MEAN, STD
 from common.errors import UserError
 from common.files import write
 from common.models import build_encoder, timm_arguments
+from common.run import results
 
-NAME = "backbone.safetensors"
+NAME = results.BACKBONE
 CHECK_FEATURES = 16  # how many features of the fixed input are stored
 TOLERANCE = 1e-3  # of their largest: other machines round differently, other networks differ by far
 

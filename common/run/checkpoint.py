@@ -15,7 +15,13 @@ from common.files import replacing
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
-FORMAT = "selfsup-recipes checkpoint 1"
+FORMAT = "selfsup-recipes checkpoint 2"
+# of format 1, in which recipes had other names for the same parts: f or branch for encoder and
+# projector, g or h for the predictor, f_m for the target
+FORMAT_1 = "selfsup-recipes checkpoint 1"
+MODEL_1 = {"f.0.": "encoder.", "f.1.": "projector.", "branch.0.": "encoder."}
+MODEL_1 |= {"branch.1.": "projector.", "g.": "predictor.", "h.": "predictor."}
+TARGET_1 = {"0.": "encoder.", "1.": "projector."}
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -82,6 +88,12 @@ def find(folder: Path) -> Path | None:
     return None
 
 
+def forget(folder: Path) -> None:
+    """Removes the folder's checkpoints."""
+    for name in (NAME, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state in a checkpoint of ours, on CPU. UserError for a truncated or foreign file."""
     spare = path.with_name(PREVIOUS)
@@ -95,6 +107,26 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # zip, pickle and stream errors of many types
         kind = type(error).__name__
         raise UserError(f"{path} is truncated or no checkpoint ({kind}): {hint}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, FORMAT_1):
         raise UserError(f"{path} is not a checkpoint of these recipes: {hint}")
+    if state["format"] == FORMAT_1 and "model" in state.get("state", {}):
+        state["state"] = renamed(state["state"])
     return state
+
+
+def renamed(parts: dict[str, Any]) -> dict[str, Any]:
+    """A run's state of format 1 under the names of format 2; the optimizer knows parameters by
+    their order, which is the same.
+    """
+    parts = {"target" if name == "f_m" else name: part for name, part in parts.items()}
+    for name, table in (("model", MODEL_1), ("target", TARGET_1)):
+        if name in parts:
+            parts[name] = {with_new_start(key, table): v for key, v in parts[name].items()}
+    return parts
+
+
+def with_new_start(key: str, table: dict[str, str]) -> str:
+    for old, new in table.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key

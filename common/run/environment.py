@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from common.files import write
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "environment.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,8 +46,10 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def describe(device: torch.device, ranks: int) -> dict[str, Any]:
+def describe(device: "torch.device", ranks: int) -> dict[str, Any]:
     """One start of a run, as it is stored in environment.json."""
+    import torch  # not for who only asks for the commit
+
     head, dirty = commit()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, and queries beside their retrieved neighbours."""
+"""Pictures of a run: its learning curves, and what all pictures share."""
 
 import io
 from pathlib import Path
@@ -79,36 +79,6 @@ def draw_curves(
 def lines_of(panel: str, logged: list[str]) -> list[str]:
     """The metrics that a panel shows, of those that were logged."""
     return [n for n in logged if n == panel or (panel.endswith("_") and n.startswith(panel))]
-
-
-def draw_neighbours(
-    path: Path,
-    queries: list[np.ndarray],
-    neighbours: list[list[np.ndarray | None]],
-    cosines: np.ndarray,
-    weights: np.ndarray | None,
-    same_label: list[list[bool | None]],
-    title: str,
-) -> None:
-    """Queries in the first column, their neighbours in order with cosine and positiveness.
-
-    Images are (H,W,3) uint8, None for an entry of the queue's random start; `weights` (N,k) is
-    the positiveness; a green frame marks a neighbour with the query's label, a red one another.
-    """
-    plt = headless_pyplot()
-    rows, columns = len(queries), len(neighbours[0]) + 1
-    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.5 * rows), squeeze=False)
-    for row in range(rows):
-        show(axes[row, 0], queries[row], "query", "black")
-        for column, image in enumerate(neighbours[row]):
-            text = f"cos {cosines[row, column]:.2f}"
-            if weights is not None:
-                text += f"\nw {weights[row, column]:.3f}"
-            frame = {True: "tab:green", False: "tab:red", None: "grey"}[same_label[row][column]]
-            show(axes[row, column + 1], image, text, frame)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.99))
-    save(figure, path, plt)
 
 
 def show(axis, image: np.ndarray | None, text: str, frame: str) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: set-up, exact resume, metrics, progress, signals, export.
+"""The loop around a recipe: set-up, metrics, progress, signals, export.
 
 What is not the paper's is here, so that a recipe's `main()` is the algorithm:
 
@@ -22,26 +22,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import distributed
+from common import cards, distributed
 from common.augment import View
-from common.config import changed_fields, gpu_is_there, snapshot_epochs
+from common.config import config_hash, gpu_is_there, snapshot_epochs
 from common.data.images import Images
 from common.data.loaders import RankBatches, default_workers, view_loader
 from common.data.sets import load_dataset
 from common.data.splits import parts
-from common.errors import PeerFailed, Stopped, UserError, make_folder, say_error
+from common.errors import PeerFailed, Stopped, UserError, say_error
 from common.fast.batch_norm import rank_batch_norm
 from common.fast.device_views import DeviceViews
 from common.fast.pixels import to_input
-from common.files import write
 from common.knn import knn_of_encoder
 from common.optim import grad_norm
-from common.run import checkpoint, environment, metrics, results
+from common.run import backbone, checkpoint, environment, metrics, neighbours, pictures, results
 from common.run.allocator import keep_freed_memory
+from common.run.folder import Folder, choose, facts_of_run
 from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
 from common.run.signals import StopRequests
 from common.support_set import SupportSet
@@ -49,6 +48,7 @@ from common.support_set import SupportSet
 FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they are read
 # steps between the dearer monitors: the effective rank's eigenvalues make the host wait for a GPU
 MONITOR_STEPS = 20
+SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 8  # of neighbours.png
 
 
 def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
@@ -76,9 +76,9 @@ def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
 
 
 def default_folder(recipe: str, config: Any) -> Path:
-    """--output, or runs/<recipe>/<dataset>-<arch>-<seed>."""
+    """--output, or runs/<recipe>/<dataset>-<arch>-<seed>; with --resume never another one."""
     name = f"{config.dataset}-{config.arch}-{config.seed}"
-    return Path(config.output or f"runs/{recipe}/{name}").expanduser().absolute()
+    return choose(config.output or f"runs/{recipe}/{name}", config.resume)
 
 
 class Run:
@@ -110,7 +110,7 @@ class Run:
         self.workers = config.workers
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
-        self.folder = distributed.from_rank_zero(self.choose_folder())
+        self.folder = distributed.from_rank_zero(default_folder(recipe, config))
         self.snapshots = snapshot_epochs(config)
         self.step, self.seconds = 0, 0.0
         self.last_saved_step, self.last_knn = 0, None
@@ -134,14 +134,6 @@ class Run:
             raise UserError(error)
         images = load_dataset(config.dataset, config.data)
         return parts(*images, config.train_images, config.validation_share)
-
-    def choose_folder(self) -> Path:
-        folder = default_folder(self.recipe, self.config)
-        if self.config.resume == "never":
-            first, number = folder, 2
-            while folder.exists():
-                folder, number = first.with_name(f"{first.name}-{number}"), number + 1
-        return folder
 
     def seed_everything(self) -> None:
         """Seeds initialisation in this very process (data order and views have their own keys)."""
@@ -191,14 +183,13 @@ class Run:
         for item in state.values():
             if isinstance(item, SupportSet):
                 self.warn_of_long_queue(item.size)
-        self.commit, self.dirty = environment.commit()  # of the start: the tree may change later
         self.fingerprint = self.train.fingerprint()
-        self.refuse_changes()
-        path = checkpoint.find(self.folder) if self.rank == 0 else None
-        path = distributed.from_rank_zero(path)
-        if path is not None:
-            self.restore(path)
-        elif distributed.from_rank_zero(results.is_finished(self)):
+        self.store = Folder(self.folder, {"recipe": self.recipe}, self.config)
+        self.store.refuse_changes()
+        saved, finished = self.store.restore(), self.is_finished()
+        if saved is not None:
+            self.restore(saved)
+        elif finished:
             self.step = self.last_step  # results without a checkpoint: nothing is trained anew
         elif distributed.from_rank_zero((self.folder / results.NAME).exists()):
             raise UserError(
@@ -212,76 +203,48 @@ class Run:
         description = environment.describe(self.device, self.ranks)
         description["steps"] = {"per_epoch": self.steps_per_epoch, "last": self.last_step}
         distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
-        if self.rank == 0 and not results.is_finished(self):  # a finished run may be read-only
-            make_folder(self.folder)
+        facts = facts_of_run(self.recipe, self.config, self.store.saved)
+        if self.rank == 0 and finished:
+            self.store.complete_config(**facts)
+        elif self.rank == 0:
+            self.store.write_config(**facts)
             kept = metrics.cut(self.folder / metrics.NAME, self.step or -1)
             self.epoch_records = [
                 r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
             ]
             environment.record_start(self.folder, description)
-            saved = {"recipe": self.recipe, **dataclasses.asdict(self.config)}
-            write(self.folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
         self.wandb = metrics.Wandb(
-            self.config.wandb and self.rank == 0 and not results.is_finished(self),
+            self.config.wandb and self.rank == 0 and not finished,
             self.folder,
             self.recipe,
             dataclasses.asdict(self.config),
         )
         self.introduce(description)
 
-    def refuse_changes(self) -> None:
-        """A folder of another recipe or other numbers is never written over."""
-        path = self.folder / "config.yaml"
-        if not path.exists():
-            return
-        try:
-            saved = yaml.safe_load(path.read_bytes()) or {}
-        except yaml.YAMLError:
-            saved = None
-        if not isinstance(saved, dict):
-            raise UserError(f"{path} is damaged: remove it, or use another --output")
-        changes = changed_fields(self.config, saved)
-        if saved.get("recipe") != self.recipe:
-            changes = [f"recipe was {saved.get('recipe')}, is {self.recipe}"]
-        if changes:
-            raise UserError(
-                f"{self.folder} holds a run with another configuration ({'; '.join(changes)}): "
-                "use the same flags, another --output, or --resume never",
-            )
+    def is_finished(self) -> bool:
+        """Whether the folder holds the results of this run's very last step."""
+        done = self.rank == 0 and results.is_finished(self.folder, self.last_step)
+        return distributed.from_rank_zero(done)
 
-    def restore(self, path: Path) -> None:
-        state = checkpoint.load(path)
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Puts a checkpoint's state into this run; UserError if it does not fit."""
+        where = f"the checkpoint in {self.folder}"
         try:
-            same_images = state["images"] == self.fingerprint
-            changes = changed_fields(self.config, state["config"])
-            if state["recipe"] != self.recipe or changes:
+            if saved["images"] != self.fingerprint:
                 raise UserError(
-                    f"{path} is of another run (recipe {state['recipe']}; "
-                    f"{'; '.join(changes) or 'same configuration'}): use another --output",
-                )
-            if not same_images:
-                raise UserError(
-                    f"the images in --data are not those that {path} was trained on "
-                    f"(was {state['images']}, is {self.fingerprint})",
+                    f"the images in --data are not those of {where} "
+                    f"(was {saved['images']}, is {self.fingerprint})",
                 )
             for name, item in self.state.items():
-                saved = state["state"][name]
                 if isinstance(item, SupportSet):
-                    item.load_checkpoint_state(saved)
+                    item.load_checkpoint_state(saved["state"][name])
                 else:
-                    item.load_state_dict(saved)
+                    item.load_state_dict(saved["state"][name])
+            self.step, self.seconds = saved["step"], saved["seconds"]
         except (LookupError, AttributeError, RuntimeError, ValueError, TypeError) as error:
             text = str(error).split("\n")[0]
-            raise UserError(f"{path} does not fit this run: {text}") from None
-        self.step, self.seconds = state["step"], state["seconds"]
+            raise UserError(f"{where} does not fit this run: {text}") from None
         self.last_saved_step = self.step
-        for what, was, now in (
-            ("commit", state["commit"], self.commit),
-            ("torch", state["torch"], torch.__version__),
-            ("ranks", state["ranks"], self.ranks),
-        ):
-            if was != now:
-                self.warn(f"the checkpoint was written with {what} {was}, this is {now}")
 
     def introduce(self, description: dict[str, Any]) -> None:
         config = self.config
@@ -519,7 +482,7 @@ class Run:
         text = f"epoch {epoch} of {self.config.epochs}: loss {record.get('loss', 0):.4f}"
         text += f", k-NN {accuracy:.1%}" if accuracy is not None else ""
         text += f", {record.get('images_per_second', 0):.0f} images/s"
-        self.say(f"{text}, {results.in_words(left)} left")
+        self.say(f"{text}, {results.duration(left)} left")
 
     def knn(self, due: bool) -> float | None:
         """k-NN accuracy of the encoder on the test images, where due and possible."""
@@ -546,22 +509,13 @@ class Run:
             name: item.checkpoint_state() if isinstance(item, SupportSet) else item.state_dict()
             for name, item in self.state.items()
         }
-        if self.rank == 0:
-            checkpoint.save(
-                self.folder,
-                {
-                    "recipe": self.recipe,
-                    "step": self.step,
-                    "epoch": self.step / self.steps_per_epoch,
-                    "seconds": self.seconds,
-                    "config": dataclasses.asdict(self.config),
-                    "images": self.fingerprint,
-                    "ranks": self.ranks,
-                    "commit": self.commit,
-                    "torch": str(torch.__version__),
-                    "state": state,
-                },
-            )
+        self.store.save(
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            seconds=self.seconds,
+            images=self.fingerprint,
+            state=state,
+        )
         self.last_save, self.last_saved_step = time.monotonic(), self.step
 
     # -- the end --------------------------------------------------------------------------------
@@ -572,28 +526,75 @@ class Run:
         queue: SupportSet | None = None,
         select: Callable[[Tensor], Tensor] | None = None,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
-        k: int = results.SHOWN_NEIGHBOURS,
+        k: int = SHOWN_NEIGHBOURS,
     ) -> None:
         """Export, pictures, results; prints them. `dim` is the width of the watched embedding.
         With a queue also neighbours.png: `select` maps images to the embedding that looks
         neighbours up, `weigh` images and their k neighbours to the positiveness.
         """
-        if not distributed.from_rank_zero(results.is_finished(self)):
+        if not self.is_finished():
             accuracy = distributed.from_rank_zero(self.last_knn)
             if accuracy is None:
                 accuracy = self.knn(due=True)  # stopped within an epoch, or continued at its end
             if self.rank == 0:
-                results.draw_curves(self, dim)
+                title = f"{self.recipe}, {self.config.arch}, {self.train.name}"
+                title += f", seed {self.config.seed}"
+                records = metrics.read(self.folder / metrics.NAME)
+                card = cards.load().get(self.recipe)
+                own = card.metrics if card else {}
+                pictures.draw_curves(self.folder / "curves.png", records, title, dim, own)
                 try:
                     if queue is not None:
-                        results.draw_neighbours(self, queue, select, weigh, k)
+                        self.draw_neighbours(title, queue, select, weigh, k)
                 except UserError as error:  # an unreadable image costs the picture, not the run
                     self.warn(f"no neighbours.png: {error}")
-                results.write(self, accuracy)
+                self.write_results(accuracy)
                 self.wandb.finish()
         if self.rank == 0:
-            results.say(self)
+            results.say(self.folder)
         distributed.stop()
+
+    def draw_neighbours(
+        self,
+        title: str,
+        queue: SupportSet,
+        select: Callable[[Tensor], Tensor],
+        weigh: Callable[[Tensor, Tensor], Tensor] | None,
+        k: int,
+    ) -> None:
+        """neighbours.png, of a few images spread over the training set."""
+        for module in self.state.values():
+            if isinstance(module, nn.Module):
+                module.eval()
+        queries = np.linspace(0, len(self.train) - 1, min(SHOWN_QUERIES, len(self.train)))
+        queries, size = queries.round().astype(int), self.config.image_size
+        at = neighbours.Lookup(self.step / self.steps_per_epoch, queue, select, weigh)
+        found = neighbours.look_up(at, self.train, queries, size, k).best(SHOWN_NEIGHBOURS)
+        path = self.folder / "neighbours.png"
+        neighbours.draw(
+            path, self.train, queries, [found], size, f"neighbours in the queue: {title}"
+        )
+
+    def write_results(self, accuracy: float | None) -> None:
+        """Exports the backbone, then writes results.json."""
+        config = self.config
+        facts = {
+            "recipe": self.recipe,
+            "epoch": self.step / self.steps_per_epoch,
+            "commit": self.store.commit,
+            "config_hash": config_hash(config),
+        }
+        path = self.folder / backbone.NAME
+        backbone.export_backbone(path, self.encoder, config.arch, config.image_size, facts)
+        numbers = {
+            "dirty": self.store.dirty,
+            "step": self.step,
+            "dataset": self.train.name,
+            "knn": accuracy,
+            "hours": self.seconds / 3600,
+            "images_per_second": config.batch_size * self.step / max(self.seconds, 1e-9),
+        }
+        results.write(self.folder, facts | numbers)
 
 
 def report_problems(problems: list[str], must_stop: bool) -> None:

@@ -26,7 +26,7 @@ from eval.dense import DenseConfig, DenseEvaluation
 from eval.detection import data, torchvision_backend
 from eval.detection.scores import MEASURES
 from eval.detection.settings import Settings, Task, parse_overrides
-from eval.evaluation import RECORD, forget_checkpoint
+from eval.evaluation import RECORD
 
 INSTALL = "eval/detection/README.md says how to install it"
 
@@ -135,8 +135,6 @@ class Detection(DenseEvaluation):
             metric=first["metric"],
             scores=rest,
         )
-        if self.rank == 0:
-            forget_checkpoint(self.folder)
 
     def say_result(self) -> None:
         if self.rank:

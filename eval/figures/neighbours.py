@@ -13,38 +13,21 @@ import argparse
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from torch import Tensor
 
-from common.augment import center_view
 from common.data.images import Images
-from common.data.loaders import center_batches
 from common.data.sets import load_dataset
 from common.data.splits import parts
 from common.errors import UserError, command
-from common.fast.pixels import to_input
 from common.models import full_precision, momentum_copy
 from common.run import checkpoint, pictures
+from common.run.neighbours import Found, Lookup, draw, look_up, purity
 from common.support_set import SupportSet
-
-MAX_SIDE = 112  # of a shown image, in pixels
-
-
-@dataclass
-class Lookup:
-    """A recipe's state at one moment: what looks up, and where."""
-
-    epoch: float
-    queue: SupportSet
-    select: Callable[[Tensor], Tensor]  # images -> the embedding that is looked up
-    weigh: Callable[[Tensor, Tensor], Tensor] | None = None  # SNCLR: images, neighbours -> weights
 
 
 def restore(run: Path, path: Path) -> Lookup:
@@ -97,32 +80,6 @@ def of_snclr(recipe, config, state: dict[str, Any]):
 NETWORKS = {"nnclr": of_nnclr, "nnsiam": of_nnsiam, "snclr": of_snclr}
 
 
-# -- looking up and drawing -----------------------------------------------------------------------
-
-
-@dataclass
-class Found:
-    """Neighbours of the queries at one moment: ids, cosines and, for SNCLR, weights, (N,k) each."""
-
-    epoch: float
-    ids: np.ndarray
-    cosines: np.ndarray
-    weights: np.ndarray | None
-
-
-@torch.no_grad()
-def look_up(at: Lookup, images: Images, queries: np.ndarray, size: int, k: int) -> Found:
-    """The k nearest entries to the center views of the queries, never their own."""
-    dtype = at.queue.embeddings.dtype
-    x = to_input(torch.cat([*center_batches(images, queries, size)]), torch.device("cpu"), dtype)
-    z = at.select(x)
-    ids = torch.from_numpy(queries)
-    neighbours, positions = at.queue.nearest(z, k, exclude_ids=ids)
-    cosines = torch.einsum("nd,nkd->nk", torch.nn.functional.normalize(z, dim=1), neighbours)
-    weights = at.weigh(x, neighbours).numpy() if at.weigh else None
-    return Found(at.epoch, at.queue.ids[positions].numpy(), cosines.numpy(), weights)
-
-
 def choose_queries(images: Images, count: int, seed: int) -> np.ndarray:
     """One image of each of `count` classes, drawn from the seed; without labels, any images."""
     rng = np.random.default_rng(seed)
@@ -131,66 +88,6 @@ def choose_queries(images: Images, count: int, seed: int) -> np.ndarray:
     classes = np.unique(images.labels)
     spread = np.linspace(0, len(classes) - 1, min(count, len(classes))).round().astype(int)
     return np.array([rng.choice(np.flatnonzero(images.labels == classes[c])) for c in spread])
-
-
-def purity(found: Found, images: Images, queries: np.ndarray) -> float | None:
-    """Share of the shown neighbours with the query's label; None without labels or neighbours."""
-    if images.labels is None or not (found.ids >= 0).any():
-        return None
-    same = images.labels[found.ids.clip(min=0)] == images.labels[queries][:, None]
-    return float(same[found.ids >= 0].mean())
-
-
-def draw(
-    path: Path, images: Images, queries: np.ndarray, moments: list[Found], size: int, title: str
-) -> None:
-    """A row for each query; a block of neighbours for each moment."""
-    plt = pictures.headless_pyplot()
-    k = moments[0].ids.shape[1]
-    widths = [1.0] + ([0.25] + [1.0] * k) * len(moments)
-    figure, axes = plt.subplots(
-        len(queries),
-        len(widths),
-        figsize=(0.82 * sum(widths), 1.2 * len(queries) + 1.0),
-        squeeze=False,
-        gridspec_kw={"width_ratios": widths, "wspace": 0.06, "hspace": 0.45},
-    )
-    side = min(size, MAX_SIDE)
-    for row, query in enumerate(queries):
-        pictures.show(axes[row, 0], thumbnail(images, query, side), "", "black")
-        for number, found in enumerate(moments):
-            first = 1 + number * (k + 1)
-            axes[row, first].axis("off")
-            for column in range(k):
-                sample = int(found.ids[row, column])
-                text = f"{found.cosines[row, column]:.2f}"
-                if found.weights is not None:
-                    text = f"w {found.weights[row, column]:.4f}\ncos {text}"
-                image = thumbnail(images, sample, side) if sample >= 0 else None
-                frame = frame_of(images, query, sample)
-                pictures.show(axes[row, first + 1 + column], image, text, frame)
-    figure.suptitle(title, fontsize=10)
-    above, below = 1.0 / figure.get_figheight(), 0.1 / figure.get_figheight()
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=below, top=1 - above)
-    height = 1.62 if moments[0].weights is not None else 1.38  # above the first row's numbers
-    axes[0, 0].annotate("query", (0.5, height), xycoords="axes fraction", ha="center", fontsize=9)
-    for number, found in enumerate(moments):
-        share = purity(found, images, queries)
-        label = f"epoch {found.epoch:g}"
-        label += f": {share:.0%} of the label" if share is not None else ""
-        axis = axes[0, 2 + number * (k + 1)]
-        axis.annotate(label, (0, height), xycoords="axes fraction", ha="left", fontsize=9)
-    pictures.save(figure, path, plt)
-
-
-def thumbnail(images: Images, sample: int, side: int) -> np.ndarray:
-    return center_view(images.load(int(sample)), side).permute(1, 2, 0).numpy()
-
-
-def frame_of(images: Images, query: int, sample: int) -> str:
-    if sample < 0 or images.labels is None:
-        return "grey"
-    return "tab:green" if images.labels[sample] == images.labels[query] else "tab:red"
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -35,13 +35,12 @@ from common.fast.pixels import to_input
 from common.files import replacing
 from common.knn import gather_shares, knn_over_ranks, rank_share
 from common.models import full_precision
-from common.run.results import in_words
+from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
     Evaluation,
     EvaluationConfig,
-    forget_checkpoint,
     held_out,
     linear_weights,
     parse_numbers,
@@ -308,7 +307,7 @@ class Probe:
             shown = min((v for v in values if v is not None), default=math.nan)
             left = (time.monotonic() - started) * (epochs - epoch) / max(1, epoch - first)
             job.say(
-                f"seed {seed}, epoch {epoch} of {epochs}: loss {shown:.4f}, {in_words(left)} left"
+                f"seed {seed}, epoch {epoch} of {epochs}: loss {shown:.4f}, {duration(left)} left"
             )
 
     def write_linear(self, state: dict[str, Any], words: str | None) -> None:
@@ -337,8 +336,6 @@ class Probe:
         note = "stored features, no augmentation: a quick look" if config.cache_features else ""
         name = "linear (stored features)" if config.cache_features else "linear"
         self.job.write_record(name, values, hyperparameters, others, protocol.assumed, note)
-        if self.job.rank == 0:
-            forget_checkpoint(self.job.folder)
 
     # -- k-NN -----------------------------------------------------------------------------------
 

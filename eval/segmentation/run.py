@@ -23,7 +23,7 @@ from common.config import NotNegative, PositiveInt, Share, parse
 from common.data.loaders import ignore_stop_signals
 from common.errors import UserError, command
 from eval.dense import DenseConfig, DenseEvaluation, per_rank, raise_errors
-from eval.evaluation import RECORD, forget_checkpoint, parse_numbers
+from eval.evaluation import RECORD, parse_numbers
 from eval.segmentation import ade20k, model, picture
 
 PROTOCOL = "UPerNet 150k"
@@ -207,8 +207,6 @@ class Segmentation(DenseEvaluation):
             assumed=True,  # sizes, test scales and decoder are unstated, see README
             metric="mIoU",
         )
-        if self.rank == 0:
-            forget_checkpoint(self.folder)
 
     def say_result(self) -> None:
         if self.rank:

@@ -33,13 +33,12 @@ from common.data.loaders import RankBatches, view_loader
 from common.errors import UserError, command
 from common.fast.pixels import to_input
 from common.models import full_precision
-from common.run.results import in_words
+from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
     Evaluation,
     EvaluationConfig,
-    forget_checkpoint,
     held_out,
     linear_weights,
     parse_numbers,
@@ -345,7 +344,7 @@ class FineTuning:
             left = (time.monotonic() - started) * (candidate.epochs - epoch) / (epoch - first)
             self.job.say(
                 f"seed {seed}, epoch {epoch} of {candidate.epochs}: loss {loss:.4f}, "
-                f"{in_words(left)} left"
+                f"{duration(left)} left"
             )
 
     def accuracy(self, model: Classifier, images: Images, what: str) -> list[float]:
@@ -383,8 +382,6 @@ class FineTuning:
             {"top5": [top5 for _, top5 in state["results"]]},
             protocol.assumed,
         )
-        if self.job.rank == 0:
-            forget_checkpoint(self.job.folder)
 
     def say_result(self, path: Path) -> None:
         if self.job.rank:
