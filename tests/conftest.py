@@ -1,6 +1,8 @@
 """Helpers that several tests share: running a script, and a recipe on one or several ranks."""
 
+import fcntl
 import functools
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -35,6 +38,12 @@ def small(recipe: str) -> list[str]:
     return [*SMALL, *map(str, cards.load()[recipe].smallest)]
 
 
+def smallest(method: str) -> tuple[str, list[str]]:
+    """The recipe of a method, and the flags of its smallest run."""
+    recipe, flags = METHODS[method]
+    return recipe, [*small(recipe), *flags]
+
+
 def flags_of(values: dict[str, object]) -> list[str]:
     """A card's values as flags: {"gsg": False} is --no-gsg."""
     flags = []
@@ -47,14 +56,32 @@ def flags_of(values: dict[str, object]) -> list[str]:
     return flags
 
 
-# every method of every card: its name, recipe and the flags that make it
-QUEUE = ["--queue-size", "128"]
+# every method of every card, with its recipe and the flags that make it
 METHODS = {
     method: (recipe, flags_of(values))
     for recipe, card in cards.load().items()
     for method, values in card.methods.items()
 }
 
+
+def is_default(method: str) -> bool:
+    """Whether the method is what its recipe does without flags."""
+    recipe, _ = METHODS[method]
+    config = importlib.import_module(f"recipes.{recipe}").Config()
+    return cards.method_of(recipe, vars(config)) == method
+
+
+DEFAULTS = [*filter(is_default, METHODS)]
+FIRST = {cards.load()[METHODS[m][0]].family: m for m in reversed(DEFAULTS)}
+
+
+def long_unless(quick: Iterable[str]) -> list:
+    """Every method as a parameter of a test; those that are not among `quick` are long."""
+    return [m if m in quick else pytest.param(m, marks=pytest.mark.long) for m in METHODS]
+
+
+# for parametrize: in `make test` run what each recipe is by default, or the first of each family
+BY_RECIPE, BY_FAMILY = long_unless(DEFAULTS), long_unless(FIRST.values())
 
 DRAWS = {"runs": True}
 PICTURES = (
@@ -268,3 +295,24 @@ def shared_images() -> Path:
     if not SHARED_IMAGES.is_dir():
         pytest.skip("the project's shared images are not on this machine")
     return SHARED_IMAGES
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Makes a folder once for all of xdist's workers: `made_once(name, make)` is a folder that
+    `make(folder)` has filled.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return of
