@@ -18,7 +18,8 @@ from common.models import build_encoder
 from common.run import metrics
 from eval.dense import same_features
 from eval.detection import convert as converter
-from eval.detection import data, scores, torchvision_backend, train
+from eval.detection import data, scores, torchvision_backend
+from eval.detection import run as train
 from eval.detection.settings import PROTOCOLS, Settings, parse_overrides
 from results import tables
 from results.record import problems

@@ -45,8 +45,12 @@ class DetectionConfig(DenseConfig):
     gpus: int = free(-1)
 
 
+def parse_arguments(argv: list[str] | None = None) -> DetectionConfig:
+    return parse(DetectionConfig, {}, argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    job = Detection(parse(DetectionConfig, {}, argv))
+    job = Detection(parse_arguments(argv))
     job.evaluate(f"detection-{job.config.task}-{job.config.backend}")
 
 

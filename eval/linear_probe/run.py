@@ -75,8 +75,12 @@ class ProbeConfig(EvaluationConfig):
     )
 
 
+def parse_arguments(argv: list[str] | None = None) -> ProbeConfig:
+    return parse(ProbeConfig, {}, argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    config = parse(ProbeConfig, {}, argv)
+    config = parse_arguments(argv)
     probe = Probe(config)
     job = probe.job
     cached = "-cached" if probe.config.cache_features else ""

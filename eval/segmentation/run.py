@@ -53,8 +53,12 @@ class SegmentationConfig(DenseConfig):
     longest: PositiveInt = 1000  # bound of the longer side: ssl-transfer
 
 
+def parse_arguments(argv: list[str] | None = None) -> SegmentationConfig:
+    return parse(SegmentationConfig, {}, argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    Segmentation(parse(SegmentationConfig, {}, argv)).evaluate("segmentation-ade20k")
+    Segmentation(parse_arguments(argv)).evaluate("segmentation-ade20k")
 
 
 class Segmentation(DenseEvaluation):

@@ -73,8 +73,12 @@ class Candidate:
     epochs: int
 
 
+def parse_arguments(argv: list[str] | None = None) -> SemiConfig:
+    return parse(SemiConfig, {}, argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    config = parse(SemiConfig, {}, argv)
+    config = parse_arguments(argv)
     tuning = FineTuning(config)
     job = tuning.job
     job.begin(f"semi_supervised-{config.percent}percent-{tuning.config.protocol}")
