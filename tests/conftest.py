@@ -133,14 +133,16 @@ class Script:
     `run_fresh` starts a new interpreter.
     """
 
-    def __init__(self, script: str, *flags: object, merged: bool = False, **extra: str):
-        self.args = [str(ROOT / script), *map(str, flags)]
+    def __init__(
+        self, script: str, *flags: object, merged: bool = False, root: Path = ROOT, **extra: str
+    ):
+        self.args = [str(root / script), *map(str, flags)]
         self.folder = tempfile.TemporaryDirectory()
         names = ("out", "out") if merged else ("out", "err")
         self.files = [Path(self.folder.name) / name for name in names]
         for file in self.files:
             file.touch()
-        arguments = (self.args, self.files, environment(**extra), DRAWS["runs"])
+        arguments = (self.args, self.files, environment(**extra), DRAWS["runs"], root)
         start_fork_server()
         self.process = FORKS.Process(target=as_script, args=arguments)
         self.process.start()
@@ -179,9 +181,13 @@ class Script:
         self.send_signal(signal.SIGKILL)
 
 
-def as_script(line: list[str], files: list[Path], variables: dict[str, str], draws: bool) -> None:
+def as_script(
+    line: list[str], files: list[Path], variables: dict[str, str], draws: bool, root: Path
+) -> None:
     """In the forked process: what a new interpreter would do with this command line."""
     draw(draws)
+    if root != ROOT:
+        move_to(root)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = open(os.devnull)  # noqa: SIM115, open until the process ends, as these two
@@ -199,6 +205,15 @@ def as_script(line: list[str], files: list[Path], variables: dict[str, str], dra
         sys.stderr.flush()
 
 
+def move_to(root: Path) -> None:
+    """In the forked process: forgets this project's modules for those of a copy of it."""
+    ours = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+        del sys.modules[name]
+    sys.path[1:1] = [str(root)]
+    os.chdir(root)
+
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["warm"])
 
@@ -211,9 +226,12 @@ def start_fork_server() -> None:
         forkserver.ensure_running()
 
 
-def run_script(script: str, *flags: object, timeout: float = 240, **extra: str):
-    """The finished process of `python script flags`, with its output as text."""
-    process = Script(script, *flags, **extra)
+def run_script(script: str, *flags: object, timeout: float = 240, root: Path = ROOT, **extra: str):
+    """The finished process of `python script flags`, with its output as text.
+
+    `root`: of a copy of this project.
+    """
+    process = Script(script, *flags, root=root, **extra)
     output, errors = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
@@ -316,3 +334,18 @@ def made_once(tmp_path_factory):
         return folder
 
     return of
+
+
+@pytest.fixture(scope="session")
+def run_of(made_once):
+    """The folder of a method's smallest run: three steps, with k-NN and without pictures."""
+
+    def train(folder, method):
+        recipe, flags = smallest(method)
+        flags = [*flags, "--max-steps", "3", "--knn-every", "1"]
+        flags += ["--train-images", "180", "--output", folder]
+        done = run_script(f"recipes/{recipe}.py", *flags)
+        assert done.returncode == 0, done.stderr
+        assert str(folder) in done.stdout.splitlines()[-1]
+
+    return lambda method: made_once(f"trained {method}", lambda folder: train(folder, method))

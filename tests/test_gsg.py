@@ -13,6 +13,7 @@ from test_ranks import STEPS, run_on, step_losses, two_ranks_are_one
 
 from common.fast.micro_batch import Pieces
 from common.pairs import draw_pairs
+from common.run import metrics
 from recipes import byol_gsg, simsiam_gsg
 from recipes.simsiam_gsg import gsg_loss
 
@@ -176,6 +177,14 @@ def test_statistics_count_the_choices(recipe):
     statistics = recipe.choice_statistics(distances)
     assert [statistics[f"choice_{n}"].item() for n in recipe.CHOICES] == [0.25, 0.5, 0, 0.25]
     assert [statistics[f"distance_{n}"].item() for n in recipe.CHOICES] == [3, 2, 2.75, 3.25]
+
+
+@pytest.mark.parametrize("method", ["SimSiam-GSG", "BYOL-GSG"])
+def test_a_run_logs_the_choices(method, run_of):
+    steps = [r for r in metrics.read(run_of(method) / "metrics.jsonl") if r["kind"] == "step"]
+    for step in steps:
+        shares = [step[f"choice_{name}"] for name in ("11_21", "11_22", "12_21", "12_22")]
+        assert sum(shares) == pytest.approx(1) and step["distance_11_21"] > 0
 
 
 # -- pairings -------------------------------------------------------------------------------------

@@ -298,6 +298,7 @@ def test_a_changed_encoder_is_noticed():
 # -- end to end -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_trained_beats_random_and_both_have_whole_records(run, tmp_path):
     """On stored features: a trained encoder over a random one and over pixels, and over chance."""
     flags = ["--protocol", "snclr", "--lrs", "0.03,0.3,3", "--cache-features", "--epochs", "30"]

@@ -3,13 +3,18 @@ and what two ranks say of an error.
 """
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import BY_FAMILY, BY_RECIPE, run_ranks, small, smallest
+from conftest import BY_FAMILY, BY_RECIPE, SMALL, run_ranks, small, smallest, start_ranks
+from test_resume import FLAGS, images
 
 from common import cards
+from common.data.loaders import RankBatches
+from common.data.sets import load_dataset
 from common.run import checkpoint, metrics
 
 STEPS = 3
@@ -87,3 +92,34 @@ def test_the_k_nn_of_two_ranks_is_that_of_one(tmp_path):
     for name in ("knn_before", "knn"):
         accuracies = [json.loads((run / "results.json").read_text())[name] for run in runs]
         assert accuracies[0] == accuracies[1] > 1 / 18
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def errors_of_two_ranks(*flags):
+    """For each rank the errors that it says; both must end, and not with 0."""
+    processes = start_ranks(2, f"recipes/{next(iter(cards.load()))}.py", *flags)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode not in (0, None) and "Traceback" not in output, output
+    return [[line for line in o.splitlines() if line.startswith("error: ")] for o in outputs]
+
+
+def test_an_error_of_all_ranks_is_said_by_rank_0(tmp_path):
+    flags = [*SMALL, "--train-images", "50", "--output", tmp_path / "run"]
+    (first,), others = errors_of_two_ranks(*flags)
+    assert "not the same number of each of 18 classes" in first and others == []
+
+
+def test_an_error_of_one_rank_is_said_by_that_rank(tmp_path):
+    """An image that only rank 1 loads cannot be read."""
+    shutil.copytree(images(), tmp_path / "images")
+    train = load_dataset("imagefolder", str(tmp_path / "images"))[0]
+    (_, sample), *_ = next(iter(RankBatches(len(train), 16, 0, 0, 1, 1, 2)))
+    path = Path(train.path(sample))
+    path.write_bytes(path.read_bytes()[:100])
+    flags = [*FLAGS, "--knn-every", "0", "--workers", "1", "--max-steps", "1"]
+    folders = ["--data", tmp_path / "images", "--output", tmp_path / "run"]
+    first, (other,) = errors_of_two_ranks(*flags, *folders)
+    assert str(path) in other and "--on-bad-image skip" in other and first == []

@@ -179,6 +179,7 @@ def finished(miniature, tmp_path_factory):
     return folder, record_of(folder)
 
 
+@pytest.mark.long
 def test_it_learns_more_than_the_constant_answer(finished, miniature):
     folder, record = finished
     assert problems(record) == [] and record["metric"] == "mIoU"
@@ -200,6 +201,7 @@ def test_it_learns_more_than_the_constant_answer(finished, miniature):
         assert (np.abs(pixels.astype(int) - colours[label]).max(1) <= 2).sum() > 50, label
 
 
+@pytest.mark.long
 def test_stopped_it_continues_to_the_same_numbers(finished, miniature, tmp_path):
     folder = tmp_path / "run"
     flags = [*QUICK, "--data", str(miniature), "--output", str(folder)]

@@ -1,4 +1,4 @@
-"""SNCLR on two ranks as its released code has it: one private queue for each."""
+"""SNCLR's own: its monitors, and one private queue for each rank, as its released code has it."""
 
 import signal
 
@@ -9,7 +9,7 @@ from conftest import run_ranks, small, start_ranks
 from test_ranks import run_on, state_of, step_losses
 from test_resume import assert_same_runs, flags_of, wait_for_step
 
-from common.run import checkpoint
+from common.run import checkpoint, metrics
 
 STEPS = 3
 
@@ -103,3 +103,9 @@ def test_two_ranks_agree_on_a_stop_and_resume_with_their_private_queues(tmp_path
     assert 3 <= checkpoint.load(b / "checkpoint.pt")["step"] < 20
     run_ranks(2, *flags(b))
     assert_same_runs(a, b)
+
+
+def test_the_mean_positiveness_is_one_over_the_neighbours(run_of):
+    last = metrics.read(run_of("SNCLR") / "metrics.jsonl")[-1]
+    assert last["positiveness_mean"] == pytest.approx(1 / 5, rel=1e-5)
+    assert last["positiveness_std"] >= 0
