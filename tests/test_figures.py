@@ -118,7 +118,7 @@ def test_mistakes_of_the_neighbour_figures(runs, tmp_path):
 
     assert "no run folder" in error("evolution", tmp_path)
     assert "no support set" in error("evolution", runs("simsiam_gsg"))
-    assert "only SNCLR" in error("positiveness", runs("nnclr"))
+    assert "weighs no neighbours" in error("positiveness", runs("nnclr"))
     bad = run_script("recipes/nnclr.py", *SMALL, "--snapshot-epochs", "1;2")
     assert "--snapshot-epochs 1;2" in only_error(bad)
 

@@ -356,7 +356,7 @@ def test_two_ranks_with_a_vit_in_pieces_are_one_process_whole(tmp_path):
     flags = ["snclr", *small("snclr"), "--precision", "fp64", "--max-steps", "3"]
     whole = first_gradients_and_steps(tmp_path / "1", 1, driver, *flags)
     pieces = first_gradients_and_steps(tmp_path / "2", 2, driver, *flags, "--micro-batch", "12")
-    assert "branch.0.patch_embed.proj.weight" in whole[0]
+    assert "encoder.patch_embed.proj.weight" in whole[0]
     assert_same_training(whole, pieces)
 
 

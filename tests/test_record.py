@@ -178,6 +178,15 @@ def test_a_run_that_does_not_say_its_settings_is_to_be_started_again(runs, tmp_p
         record.of_runs([other])
 
 
+def test_a_run_that_was_begun_again_for_more_steps_is_not_finished(runs, tmp_path):
+    other = copied(runs[1], tmp_path / "other")
+    starts = json.loads((other / "environment.json").read_text())
+    starts["restarts"] = [{"steps": {"per_epoch": 150, "last": 9}}]
+    (other / "environment.json").write_text(json.dumps(starts))
+    with pytest.raises(UserError, match="goes on after its results"):
+        record.of_runs([other])
+
+
 def test_an_exchanged_backbone_is_noticed(runs, tmp_path):
     other = copied(runs[1], tmp_path / "other")
     (other / "backbone.safetensors").write_bytes((runs[0] / "backbone.safetensors").read_bytes())

@@ -97,7 +97,8 @@ def test_both_solvers_agree_at_the_same_gradient_norm():
         if fit.decay >= 1e-2:
             objective, _ = loops(data, fit.decay, weight, bias)
             worst = max(worst, abs(fit.objective / objective - 1))
-            assert (ours == theirs).double().mean() >= 0.999
+            # of 1000 points up to two lie between the two boundaries, by processor
+            assert (ours == theirs).double().mean() >= 0.998
         accuracy = [(p == test.targets).double().mean() for p in (ours, theirs)]
         assert abs(accuracy[0] - accuracy[1]) <= 0.002 + 1e-12
     assert worst < 1e-4

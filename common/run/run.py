@@ -13,7 +13,6 @@ What is not the paper's is here, so that a recipe's `main()` is the algorithm:
 
 import contextlib
 import dataclasses
-import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -158,13 +157,6 @@ class Run:
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         )
 
-    @functools.cached_property
-    def labels(self) -> Tensor | None:
-        """Labels of the training images on the device, for monitors only."""
-        if self.train.labels is None:
-            return None
-        return torch.from_numpy(self.train.labels).to(self.device)
-
     def warn(self, text: str) -> None:
         if self.rank == 0:
             print(f"warning: {text}", flush=True)
@@ -180,9 +172,12 @@ class Run:
         next step depends on: modules, optimizer, support set.
         """
         self.encoder, self.state = encoder, state
+        self.labels = None  # of the training images on the device, for the monitors of look-ups
         for item in state.values():
             if isinstance(item, SupportSet):
                 self.warn_of_long_queue(item.size)
+                if self.train.labels is not None:
+                    self.labels = torch.from_numpy(self.train.labels).to(self.device)
         self.fingerprint = self.train.fingerprint()
         self.store = Folder(self.folder, {"recipe": self.recipe}, self.config)
         self.store.refuse_changes()

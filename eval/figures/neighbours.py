@@ -14,24 +14,21 @@ import dataclasses
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
-from torch import Tensor
 
 from common.data.images import Images
 from common.data.sets import load_dataset
 from common.data.splits import parts
 from common.errors import UserError, command
-from common.models import full_precision, momentum_copy
 from common.run import checkpoint, pictures
 from common.run.neighbours import Found, Lookup, draw, look_up, purity
 from common.support_set import SupportSet
 
 
 def restore(run: Path, path: Path) -> Lookup:
-    """The look-up of a run at one of its checkpoints."""
+    """The look-up of a run at one of its checkpoints, as its recipe's `look_up` builds it."""
     saved = yaml.safe_load((run / "config.yaml").read_text())
     name = saved.pop("recipe")
     recipe = importlib.import_module(f"recipes.{name}")
@@ -39,45 +36,12 @@ def restore(run: Path, path: Path) -> Lookup:
     config = recipe.Config(**{n: v for n, v in saved.items() if n in fields})
     state = checkpoint.load(path)
     if "queue" not in state["state"]:
-        raise UserError(f"{run}: {name} has no support set, so there are no neighbours to show")
+        raise UserError(f"{run}: {name} has no support set, so no neighbours to show")
     embeddings = state["state"]["queue"]["ranks"][0]
     queue = SupportSet(*embeddings["embeddings"].shape)
     queue.load_state_dict(embeddings)
-    network, select, weigh = NETWORKS[name](recipe, config, state["state"])
-    network.eval()
-    return Lookup(state["epoch"], queue, select, weigh)
-
-
-def of_nnclr(recipe, config, state: dict[str, Any]):
-    model = recipe.NNCLR(config)
-    model.load_state_dict(state["model"])
-    if not config.momentum_encoder:
-        return model, model.f, None
-    f_m = momentum_copy(model.f)
-    f_m.load_state_dict(state["f_m"])
-    return f_m, f_m, None
-
-
-def of_nnsiam(recipe, config, state: dict[str, Any]):
-    model = recipe.NNSiam(config)
-    model.load_state_dict(state["model"])
-    return model, model.f, None
-
-
-def of_snclr(recipe, config, state: dict[str, Any]):
-    model = recipe.SNCLR(config)
-    target = momentum_copy(model.branch)
-    model.load_state_dict(state["model"])
-    target.load_state_dict(state["target"])
-    model.eval()
-
-    def weigh(x: Tensor, near: Tensor) -> Tensor:
-        return recipe.positiveness(*full_precision(model.branch(x)), near)
-
-    return target, target, weigh
-
-
-NETWORKS = {"nnclr": of_nnclr, "nnsiam": of_nnsiam, "snclr": of_snclr}
+    select, weigh = recipe.look_up(config, state["state"])
+    return Lookup(state["epoch"], queue, select.eval(), weigh)
 
 
 def choose_queries(images: Images, count: int, seed: int) -> np.ndarray:
@@ -98,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("evolution", "positiveness"))
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of nnclr, nnsiam, snclr")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of a recipe with a queue")
     parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
     parser.add_argument("--data", default=None, help="the images, where the run's --data has moved")
     parser.add_argument("--queries", type=int, default=6, help="number of queries (default 6)")
@@ -114,10 +78,6 @@ def main(argv: list[str] | None = None) -> None:
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    if config["recipe"] not in NETWORKS:
-        raise UserError(f"{run}: {config['recipe']} has no support set, so no neighbours to show")
-    if arguments.what == "positiveness" and config["recipe"] != "snclr":
-        raise UserError(f"{run}: only SNCLR has a positiveness, this is {config['recipe']}")
     last = checkpoint.find(run)
     if last is None:
         raise UserError(f"{run} has no checkpoint.pt")
@@ -140,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     moments = [look_up(restore(run, path), images, queries, size, k) for path in paths]
     moments = [*{found.epoch: found for found in moments}.values()]
     if arguments.what == "positiveness":
+        if moments[-1].weights is None:
+            raise UserError(f"{run}: its recipe, {config['recipe']}, weighs no neighbours")
         moments = [by_weight(found, shown) for found in moments]
     else:
         moments = [dataclasses.replace(found, weights=None) for found in moments]

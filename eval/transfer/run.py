@@ -430,8 +430,12 @@ def checked(config: TransferConfig) -> TransferConfig:
     return config
 
 
+def parse_arguments(argv: list[str] | None = None) -> TransferConfig:
+    return parse(TransferConfig, {}, argv, checked)
+
+
 def main(argv: list[str] | None = None) -> None:
-    Transfer(parse(TransferConfig, {}, argv, checked)).run()
+    Transfer(parse_arguments(argv)).run()
 
 
 if __name__ == "__main__":
