@@ -191,7 +191,10 @@ def as_script(
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = open(os.devnull)  # noqa: SIM115, open until the process ends, as these two
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (  # in UTF-8 by the name that Python gives it, which --help looks at
+        open(n, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+        for n in (1, 2)
+    )
     os.environ.clear()
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it

@@ -142,7 +142,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretendCud
         train("nnclr", *flags, "--max-steps", "1", whole=True)
         (folder / "backbone.safetensors").unlink()  # as of a run that was stopped
         saved = checkpoint.load(folder / checkpoint.NAME)["state"]
-        assert saved["model"]["f.0.0.weight"].device.type == "cpu"
+        assert next(iter(saved["model"].values())).device.type == "cpu"
         return folder, train("nnclr", *flags, "--max-steps", "2", whole=True)
 
 

@@ -348,6 +348,7 @@ runpy.run_path({driver!r}, run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_two_ranks_with_a_vit_in_pieces_are_one_process_whole(tmp_path):
     tests = Path(__file__).parent
     driver = tmp_path / "driver.py"

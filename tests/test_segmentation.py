@@ -220,6 +220,7 @@ def test_stopped_it_continues_to_the_same_numbers(finished, miniature, tmp_path)
     assert record_of(folder)["others"] == finished[1]["others"]
 
 
+@pytest.mark.long
 def test_protocol_of_the_paper_is_called_so(finished, miniature, tmp_path):
     """Without a changed setting the record has the name of published.yaml."""
     job = run.Segmentation.__new__(run.Segmentation)
@@ -242,7 +243,7 @@ def test_protocol_of_the_paper_is_called_so(finished, miniature, tmp_path):
         (["--data", ""], "--data is missing"),
         (["--batch-size", "64"], "--batch-size 64 is the batch over all 1 ranks"),
         (["--sizes", "30.5"], "--sizes 30.5: whole numbers above 0"),
-        (["--decay-every", "0"], "--decay-every: must be 1 or more"),
+        (["--decay-every", "0"], "--decay-every 0: must be above 0"),
         (["--iterations", "0"], "--iterations 0: must be above 0"),
         (["--lr", "1e30"], "lower the learning rate"),
     ],

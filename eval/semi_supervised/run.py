@@ -31,6 +31,7 @@ from common.config import PositiveInt, parse
 from common.data.images import Images, subset
 from common.data.loaders import RankBatches, view_loader
 from common.errors import UserError, command
+from common.fast.batch_norm import rank_batch_norm
 from common.fast.pixels import to_input
 from common.models import full_precision
 from common.run.results import duration
@@ -240,7 +241,7 @@ class FineTuning:
         job = self.job
         weight = linear_weights(job.classes, job.encoder.embed_dim, self.protocol.init, seed)
         model = Classifier(copy.deepcopy(job.encoder), weight).to(job.device, job.dtype)
-        return distributed.rank_batch_norm(model, job.device)
+        return rank_batch_norm(model, job.device)
 
     def train(
         self, samples: np.ndarray, candidate: Candidate, seed: int, state: dict[str, Any]
