@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import BY_FAMILY, BY_RECIPE, METHODS, byol_views, cifar_view, small
+from conftest import BY_FAMILY, METHODS, byol_views, cifar_view, small
 from pretend_cuda import CUDA, PretendCuda, is_fake, pretend_cuda
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -64,7 +64,7 @@ def least(recipe: str, *flags: str) -> list[str]:
     return [*small(recipe), *PHOTOS_RUN, *flags]
 
 
-@pytest.mark.parametrize("method", BY_RECIPE)
+@pytest.mark.parametrize("method", BY_FAMILY)
 def test_a_step_stays_on_the_gpu(method: str, tmp_path: Path):
     recipe, flags = METHODS[method]
     gpu = train(recipe, *least(recipe, *flags), "--output", str(tmp_path))
@@ -146,6 +146,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretendCud
         return folder, train("nnclr", *flags, "--max-steps", "2", whole=True)
 
 
+@pytest.mark.long
 def test_a_whole_run_and_its_continuation(finished: tuple[Path, PretendCuda]):
     folder, gpu = finished
     assert [w for w in in_steps(gpu) if "finish" not in w and "knn" not in w] == []
@@ -153,6 +154,7 @@ def test_a_whole_run_and_its_continuation(finished: tuple[Path, PretendCuda]):
     assert metrics.read(folder / metrics.NAME)[-1]["step"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["linear_probe", "semi_supervised"])
 def test_an_evaluation_on_the_gpu(script: str, finished, tmp_path: Path):
     """From the backbone to the record. No batch waits: of what its loader does, only the labels of
@@ -167,6 +169,7 @@ def test_an_evaluation_on_the_gpu(script: str, finished, tmp_path: Path):
     assert len(batches) == (1 if script == "linear_probe" else 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("precision", "rounded"), [("fp32", False), ("bf16", True)])
 def test_fp32_is_float32_on_a_gpu_too(precision, rounded, finished, tmp_path, monkeypatch):
     """Not TF32, which PyTorch lets convolutions take."""

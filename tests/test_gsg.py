@@ -297,7 +297,7 @@ def recipe_name(recipe):
     return recipe.__name__.removeprefix("recipes.")
 
 
-@BOTH
+@pytest.mark.parametrize("recipe", [simsiam_gsg, pytest.param(byol_gsg, marks=pytest.mark.long)])
 def test_local_pairing_is_algorithm_1_in_each_ranks_own_batch(recipe, tmp_path):
     flags = ["--follow", "official", "--precision", "fp64", "--max-steps", STEPS]
     run, ranks = run_on(2, tmp_path, recipe_name(recipe), *flags)

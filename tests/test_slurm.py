@@ -254,6 +254,7 @@ def test_a_cluster_file_with_a_mistake(values, expected):
         resources.resources_of(("cluster.yaml", values))
 
 
+@pytest.mark.long
 def test_the_example_cluster_file_and_the_script_it_gives(code, tmp_path):
     example = code / "slurm" / "cluster.example.yaml"
     wide = ["--nodes", "4", "--time", "72h", "--partition", "X", "--scratch", tmp_path / "scratch"]
