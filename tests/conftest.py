@@ -2,7 +2,6 @@
 
 import fcntl
 import functools
-import importlib
 import multiprocessing
 import os
 import runpy
@@ -19,10 +18,7 @@ from unittest import mock
 
 import pytest
 
-from common import cards
-from common.augment import View, two_views
-from common.run import pictures
-from common.run.run import Run
+from common import cards  # what is heavy waits, since xdist's first process runs no test
 
 if sys.argv[0] == "-c":  # xdist's workers: the recorded command of what runs in this process
     sys.argv = ["pytest", *sys.argv[1:]]
@@ -64,14 +60,11 @@ METHODS = {
 }
 
 
-def is_default(method: str) -> bool:
-    """Whether the method is what its recipe does without flags."""
-    recipe, _ = METHODS[method]
-    config = importlib.import_module(f"recipes.{recipe}").Config()
-    return cards.method_of(recipe, vars(config)) == method
-
-
-DEFAULTS = [*filter(is_default, METHODS)]
+# what a recipe is without flags: its method without flags, or else its card's last
+DEFAULTS = [
+    next((method for method, flags in card.methods.items() if not flags), [*card.methods][-1])
+    for card in cards.load().values()
+]
 FIRST = {cards.load()[METHODS[m][0]].family: m for m in reversed(DEFAULTS)}
 
 
@@ -84,16 +77,22 @@ def long_unless(quick: Iterable[str]) -> list:
 BY_RECIPE, BY_FAMILY = long_unless(DEFAULTS), long_unless(FIRST.values())
 
 DRAWS = {"runs": True}
-PICTURES = (
-    (pictures, "draw_curves", pictures.draw_curves),
-    (Run, "draw_neighbours", Run.draw_neighbours),
-)
+
+
+@functools.cache
+def drawing() -> list[tuple[object, str, Callable]]:
+    """Where a run looks its pictures' functions up, their names, and what they are."""
+    from common.run import pictures
+    from common.run.run import Run
+
+    places = [(pictures, "draw_curves"), (Run, "draw_neighbours")]
+    return [(place, name, getattr(place, name)) for place, name in places]
 
 
 def draw(runs: bool) -> None:
     """Whether the runs of this process, and of the scripts that it starts, draw their pictures."""
     DRAWS["runs"] = runs
-    for place, name, function in PICTURES:
+    for place, name, function in drawing():
         setattr(place, name, function if runs else lambda *_: None)
 
 
@@ -101,22 +100,6 @@ def draw(runs: bool) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Pictures are half of a small run's time: only tests marked `pictures` get them."""
     draw("pictures" in item.keywords)
-
-
-def byol_views(size: int) -> tuple[View, View]:
-    return two_views("byol", size, interpolation="bicubic")
-
-
-def simsiam_view(size: int) -> View:
-    return two_views("simsiam", size, 0.2)[0]
-
-
-def cifar_view(size: int, crop_min: float = 0.08) -> View:
-    return two_views("cifar", size, crop_min)[0]
-
-
-def crop_view(size: int) -> View:
-    return two_views("crop-flip", size)[0]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import BY_FAMILY, METHODS, byol_views, cifar_view, small
+from conftest import BY_FAMILY, METHODS, small
+from paper_views import byol_views, cifar_view
 from pretend_cuda import CUDA, PretendCuda, is_fake, pretend_cuda
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cifar_view
+from paper_views import cifar_view
 from PIL import Image
 
 from common.augment import view_rng

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_IMAGES, SMALL, byol_views, cifar_view, run_script, simsiam_view
+from conftest import SHARED_IMAGES, SMALL, run_script
+from paper_views import byol_views, cifar_view, simsiam_view
 from PIL import Image
 
 from common import augment

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import crop_view, run_ranks, run_script, start_ranks
+from conftest import run_ranks, run_script, start_ranks
+from paper_views import crop_view
 
 from common.augment import center_view, view_rng
 from common.data import photos
@@ -370,6 +371,7 @@ def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
     assert "epochs was 2, is 3" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_without_an_output_it_lies_in_the_run(shortest):
     flags = ["--backbone", shortest, "--epochs", "1", "--lrs", "0.1", "--protocol", "gsg"]
     done = run_script(SCRIPT, "--workers", "0", *flags, "--knn-transform", "gsg")

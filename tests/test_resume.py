@@ -230,11 +230,11 @@ def test_a_finished_run_prints_its_results_and_changes_nothing(whole):
 
 def test_results_without_a_checkpoint_are_not_trained_anew(whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     for path in folder.glob("checkpoint*.pt"):
         path.unlink()
     before = (folder / "metrics.jsonl").read_bytes()
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     output = again.communicate(timeout=60)[0]
     assert again.returncode == 0 and "k-NN" in output, output
     assert (folder / "metrics.jsonl").read_bytes() == before
@@ -242,9 +242,9 @@ def test_results_without_a_checkpoint_are_not_trained_anew(whole, tmp_path):
 
 def test_a_finished_run_is_not_written_to(whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}  # nothing is written
 
@@ -252,7 +252,7 @@ def test_a_finished_run_is_not_written_to(whole, tmp_path):
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     path = folder / "config.yaml"
     now = path.read_text()
     names = [*yaml.safe_load(now)]
@@ -261,7 +261,7 @@ def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, who
     path.write_text(yaml.safe_dump(old, sort_keys=False))
     if not finished:
         (folder / "results.json").unlink()
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     expected = yaml.safe_load(now) | {"output": str(folder)}
     assert yaml.safe_load(path.read_text()) == expected and [*expected] == names
@@ -270,17 +270,17 @@ def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, who
 
 def test_a_damaged_backbone_is_exported_again(whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     whole_file = (folder / "backbone.safetensors").read_bytes()
     (folder / "backbone.safetensors").write_bytes(whole_file[:1000])
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     assert (folder / "backbone.safetensors").read_bytes() == whole_file
     (folder / "backbone.safetensors").write_bytes(whole_file[:1000])
     for path in folder.glob("checkpoint*.pt"):
         path.unlink()
     metrics_before = (folder / "metrics.jsonl").read_bytes()
-    error = only_error(run_script("recipes/nnsiam.py", *flags_of("nnsiam", folder, 1)))
+    error = only_error(run_script("recipes/snclr.py", *flags_of("snclr", folder, 1)))
     assert "no checkpoint to go on from" in error
     assert (folder / "metrics.jsonl").read_bytes() == metrics_before
 
@@ -296,9 +296,9 @@ DAMAGED = {
 def test_damaged_files_of_a_run_are_one_line_or_mended(name, whole, tmp_path):
     for number, content in enumerate(DAMAGED[name]):
         folder = tmp_path / str(number)
-        shutil.copytree(whole("nnsiam"), folder)
+        shutil.copytree(whole("snclr"), folder)
         (folder / name).write_bytes(content)
-        done = run_script("recipes/nnsiam.py", *flags_of("nnsiam", folder, 1))
+        done = run_script("recipes/snclr.py", *flags_of("snclr", folder, 1))
         if name == "config.yaml":
             assert f"{folder / name} is damaged" in only_error(done)
         else:

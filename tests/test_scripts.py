@@ -99,10 +99,10 @@ def test_what_a_recipe_logs_beside_the_others_is_on_its_card(run_of):
 
 @pytest.mark.pictures
 @pytest.mark.parametrize("method", long_unless(["SNCLR"]))
-def test_pictures_of_a_run_by_a_new_interpreter(method, tmp_path):
+def test_pictures_of_a_run(method, tmp_path):
     recipe, flags = smallest(method)
     flags = [*flags, "--max-steps", "2", "--output", tmp_path / "run"]
-    done = run_fresh(f"recipes/{recipe}.py", *flags)
+    done = run_script(f"recipes/{recipe}.py", *flags)
     assert done.returncode == 0, done.stderr
     for picture in ("curves.png", "neighbours.png")[: 1 + has_queue(tmp_path / "run")]:
         with Image.open(tmp_path / "run" / picture) as image:

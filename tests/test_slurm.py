@@ -45,9 +45,10 @@ def repository(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (
+        pytest.param(
             ["--", "recipes/snclr.py", "--epoch", "3"],
             "unknown flag --epoch; did you mean --epochs?",
+            marks=LONG,
         ),
         (["--", "recipes/snlcr.py"], "no such script"),
         (["--", "/etc/hostname"], "no such script"),
