@@ -265,7 +265,7 @@ def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, who
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     expected = yaml.safe_load(now) | {"output": str(folder)}
     assert yaml.safe_load(path.read_text()) == expected and [*expected] == names
-    assert expected["method"] == "NNSiam" and expected["plan"] is None
+    assert expected["method"] == "SNCLR" and expected["plan"] is None
 
 
 def test_a_damaged_backbone_is_exported_again(whole, tmp_path):
