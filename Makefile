@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test evaluate detection segmentation lint clean
+.PHONY: demo test test-all evaluate detection segmentation lint clean
 
 demo: .venv/installed
 	$(VENV)/python eval/demo.py
@@ -19,10 +19,11 @@ detection segmentation: .venv/installed
 	$(VENV)/python eval/$@/run.py --backbone $(RUN) \
 		--data $(DATA) $(FLAGS)
 
-test: .venv/installed-dev
+# whether the project is right, in minutes; test-all runs every test
+test test-all: .venv/installed-dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/pytest -q -n 2 --dist worksteal --durations 10
+	$(VENV)/pytest -q -n 2 --dist worksteal --durations 10 $(if $(filter test,$@),-m "not long")
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,5 +1,6 @@
 """Helpers that several tests share: running a script, and a recipe on one or several ranks."""
 
+import fcntl
 import functools
 import multiprocessing
 import os
@@ -10,16 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from common import cards
-from common.augment import View, two_views
-from common.run import pictures
-from common.run.run import Run
+from common import cards  # what is heavy waits, since xdist's first process runs no test
 
 if sys.argv[0] == "-c":  # xdist's workers: the recorded command of what runs in this process
     sys.argv = ["pytest", *sys.argv[1:]]
@@ -35,6 +34,12 @@ def small(recipe: str) -> list[str]:
     return [*SMALL, *map(str, cards.load()[recipe].smallest)]
 
 
+def smallest(method: str) -> tuple[str, list[str]]:
+    """The recipe of a method, and the flags of its smallest run."""
+    recipe, flags = METHODS[method]
+    return recipe, [*small(recipe), *flags]
+
+
 def flags_of(values: dict[str, object]) -> list[str]:
     """A card's values as flags: {"gsg": False} is --no-gsg."""
     flags = []
@@ -47,8 +52,7 @@ def flags_of(values: dict[str, object]) -> list[str]:
     return flags
 
 
-# every method of every card: its name, recipe and the flags that make it
-QUEUE = ["--queue-size", "128"]
+# every method of every card, with its recipe and the flags that make it
 METHODS = {
     method: (recipe, flags_of(values))
     for recipe, card in cards.load().items()
@@ -56,17 +60,39 @@ METHODS = {
 }
 
 
+# what a recipe is without flags: its method without flags, or else its card's last
+DEFAULTS = [
+    next((method for method, flags in card.methods.items() if not flags), [*card.methods][-1])
+    for card in cards.load().values()
+]
+FIRST = {cards.load()[METHODS[m][0]].family: m for m in reversed(DEFAULTS)}
+
+
+def long_unless(quick: Iterable[str]) -> list:
+    """Every method as a parameter of a test; those that are not among `quick` are long."""
+    return [m if m in quick else pytest.param(m, marks=pytest.mark.long) for m in METHODS]
+
+
+# for parametrize: in `make test` run what each recipe is by default, or the first of each family
+BY_RECIPE, BY_FAMILY = long_unless(DEFAULTS), long_unless(FIRST.values())
+
 DRAWS = {"runs": True}
-PICTURES = (
-    (pictures, "draw_curves", pictures.draw_curves),
-    (Run, "draw_neighbours", Run.draw_neighbours),
-)
+
+
+@functools.cache
+def drawing() -> list[tuple[object, str, Callable]]:
+    """Where a run looks its pictures' functions up, their names, and what they are."""
+    from common.run import pictures
+    from common.run.run import Run
+
+    places = [(pictures, "draw_curves"), (Run, "draw_neighbours")]
+    return [(place, name, getattr(place, name)) for place, name in places]
 
 
 def draw(runs: bool) -> None:
     """Whether the runs of this process, and of the scripts that it starts, draw their pictures."""
     DRAWS["runs"] = runs
-    for place, name, function in PICTURES:
+    for place, name, function in drawing():
         setattr(place, name, function if runs else lambda *_: None)
 
 
@@ -74,22 +100,6 @@ def draw(runs: bool) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Pictures are half of a small run's time: only tests marked `pictures` get them."""
     draw("pictures" in item.keywords)
-
-
-def byol_views(size: int) -> tuple[View, View]:
-    return two_views("byol", size, interpolation="bicubic")
-
-
-def simsiam_view(size: int) -> View:
-    return two_views("simsiam", size, 0.2)[0]
-
-
-def cifar_view(size: int, crop_min: float = 0.08) -> View:
-    return two_views("cifar", size, crop_min)[0]
-
-
-def crop_view(size: int) -> View:
-    return two_views("crop-flip", size)[0]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -106,14 +116,16 @@ class Script:
     `run_fresh` starts a new interpreter.
     """
 
-    def __init__(self, script: str, *flags: object, merged: bool = False, **extra: str):
-        self.args = [str(ROOT / script), *map(str, flags)]
+    def __init__(
+        self, script: str, *flags: object, merged: bool = False, root: Path = ROOT, **extra: str
+    ):
+        self.args = [str(root / script), *map(str, flags)]
         self.folder = tempfile.TemporaryDirectory()
         names = ("out", "out") if merged else ("out", "err")
         self.files = [Path(self.folder.name) / name for name in names]
         for file in self.files:
             file.touch()
-        arguments = (self.args, self.files, environment(**extra), DRAWS["runs"])
+        arguments = (self.args, self.files, environment(**extra), DRAWS["runs"], root)
         start_fork_server()
         self.process = FORKS.Process(target=as_script, args=arguments)
         self.process.start()
@@ -152,13 +164,20 @@ class Script:
         self.send_signal(signal.SIGKILL)
 
 
-def as_script(line: list[str], files: list[Path], variables: dict[str, str], draws: bool) -> None:
+def as_script(
+    line: list[str], files: list[Path], variables: dict[str, str], draws: bool, root: Path
+) -> None:
     """In the forked process: what a new interpreter would do with this command line."""
     draw(draws)
+    if root != ROOT:
+        move_to(root)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = open(os.devnull)  # noqa: SIM115, open until the process ends, as these two
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (  # in UTF-8 by the name that Python gives it, which --help looks at
+        open(n, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+        for n in (1, 2)
+    )
     os.environ.clear()
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
@@ -170,6 +189,15 @@ def as_script(line: list[str], files: list[Path], variables: dict[str, str], dra
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def move_to(root: Path) -> None:
+    """In the forked process: forgets this project's modules for those of a copy of it."""
+    ours = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+        del sys.modules[name]
+    sys.path[1:1] = [str(root)]
+    os.chdir(root)
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -184,9 +212,12 @@ def start_fork_server() -> None:
         forkserver.ensure_running()
 
 
-def run_script(script: str, *flags: object, timeout: float = 240, **extra: str):
-    """The finished process of `python script flags`, with its output as text."""
-    process = Script(script, *flags, **extra)
+def run_script(script: str, *flags: object, timeout: float = 240, root: Path = ROOT, **extra: str):
+    """The finished process of `python script flags`, with its output as text.
+
+    `root`: of a copy of this project.
+    """
+    process = Script(script, *flags, root=root, **extra)
     output, errors = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
@@ -268,3 +299,39 @@ def shared_images() -> Path:
     if not SHARED_IMAGES.is_dir():
         pytest.skip("the project's shared images are not on this machine")
     return SHARED_IMAGES
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Makes a folder once for all of xdist's workers: `made_once(name, make)` is a folder that
+    `make(folder)` has filled.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def run_of(made_once):
+    """The folder of a method's smallest run: three steps, with k-NN and without pictures."""
+
+    def train(folder, method):
+        recipe, flags = smallest(method)
+        flags = [*flags, "--max-steps", "3", "--knn-every", "1"]
+        flags += ["--train-images", "180", "--output", folder]
+        done = run_script(f"recipes/{recipe}.py", *flags)
+        assert done.returncode == 0, done.stderr
+        assert str(folder) in done.stdout.splitlines()[-1]
+
+    return lambda method: made_once(f"trained {method}", lambda folder: train(folder, method))

@@ -1,12 +1,13 @@
-"""Runs a recipe as it is and writes down what one rank saw: look-ups, gradients, SNCLR's terms.
+"""Runs a recipe as it is and writes down what one rank saw: look-ups, gradients, losses.
 
     python tests/rank_driver.py FOLDER RECIPE [flags …]
 
-FOLDER/rank<r>.pt holds `positions` (each look-up, or GSG's choices), `gradients` (of the first
-step, after the mean over ranks), `terms` (the tensors of each snclr_loss or gsg_loss call) and
-`enqueued`.
+FOLDER/rank<r>.pt holds `positions` (of each look-up in a queue), `enqueued`, `gradients` (of the
+first step, after the mean over ranks), and `losses`: for each call of a function of the recipe
+whose name ends in _loss its name, arguments and value.
 """
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from common.support_set import SupportSet
 
 folder, recipe_name, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 recipe = importlib.import_module(f"recipes.{recipe_name}")
-seen = {"positions": [], "gradients": None, "terms": [], "enqueued": []}
+seen = {"positions": [], "enqueued": [], "gradients": None, "losses": []}
 rank = 0
 
 nearest, enqueue, average = SupportSet.nearest, SupportSet.enqueue, recipe.average_gradients
@@ -44,29 +45,21 @@ def noting_average(module):
         seen["gradients"] = {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
 
+def noting(name, function):
+    @functools.wraps(function)
+    def loss(*arguments, **more):
+        value = function(*arguments, **more)
+        kept = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        seen["losses"].append((name, kept, value.item()))
+        return value
+
+    return loss
+
+
 SupportSet.nearest, SupportSet.enqueue = noting_nearest, noting_enqueue
 recipe.average_gradients = noting_average
-if recipe_name == "snclr":
-    snclr_loss = recipe.snclr_loss
-
-    def noting_loss(*arguments):
-        loss = snclr_loss(*arguments)
-        tensors = [a.detach().clone() for a in arguments[:4]]
-        seen["terms"].append((tensors, arguments[4:], loss.item()))
-        return loss
-
-    recipe.snclr_loss = noting_loss
-
-if recipe_name.endswith("gsg"):
-    gsg_loss = recipe.gsg_loss
-
-    def noting_gsg_loss(*arguments):
-        loss = gsg_loss(*arguments)
-        *tensors, pairs, distances = arguments
-        seen["terms"].append(([t.detach().clone() for t in tensors], pairs, loss.item()))
-        seen["positions"].append(distributed.gather(distances.argmin(dim=1)))
-        return loss
-
-    recipe.gsg_loss = noting_gsg_loss
+for name, function in [*vars(recipe).items()]:
+    if name.endswith("_loss"):
+        setattr(recipe, name, noting(name, function))
 recipe.main(flags)
 torch.save(seen, folder / f"rank{rank}.pt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as F
-from conftest import byol_views, cifar_view, simsiam_view
+from paper_views import byol_views, cifar_view, simsiam_view
 from PIL import Image, ImageEnhance, ImageFilter
 from scipy import stats
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_fresh
+from conftest import ROOT, run_script
 
 from common.config import RunConfig, changed_fields, config_hash, later, parse
 from common.errors import UserError
@@ -348,7 +348,7 @@ def test_config_file_of_a_run_gives_the_same_run(config_file, flags):
 @pytest.fixture(scope="module", params=RECIPES)
 def help_texts(request):
     """(the recipe's Config, its flags' texts in --help without the defaults)."""
-    done = run_fresh(f"recipes/{request.param}.py", "--help", COLUMNS="200")
+    done = run_script(f"recipes/{request.param}.py", "--help", COLUMNS="200")
     assert done.returncode == 0, done.stderr
     texts, name = {}, ""
     for line in done.stdout.splitlines():

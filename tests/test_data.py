@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cifar_view
+from paper_views import cifar_view
 from PIL import Image
 
 from common.augment import view_rng
@@ -517,6 +517,7 @@ def test_the_imagenet_sample_loads_as_flat_imagefolder(tmp_path):
         assert samples.unique().numel() == 50
 
 
+@pytest.mark.long
 def test_the_jpeg_copy_of_cifar10_loads(tmp_path):
     with tarfile.open(shared("cifar10_jpeg.tar.xz"), "r|xz") as tar:
         for member in tar:

@@ -347,6 +347,7 @@ def finished(miniature, tmp_path_factory):
     return folder, record_of(folder), done.stdout
 
 
+@pytest.mark.long
 def test_torchvision_learns_the_miniature(finished):
     folder, record, output = finished
     assert problems(record) == []
@@ -364,6 +365,7 @@ def test_torchvision_learns_the_miniature(finished):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.long
 def test_torchvision_is_stopped_and_continues_to_the_same_numbers(finished, miniature, tmp_path):
     folder = tmp_path / "run"
     arguments = flags(miniature, folder, "--backend", "torchvision")
@@ -391,6 +393,7 @@ def test_torchvision_is_stopped_and_continues_to_the_same_numbers(finished, mini
     assert done.returncode == 0 and "box AP" in done.stdout  # finished: says it again
 
 
+@pytest.mark.long
 def test_frozen_norms_and_voc(miniature, tmp_path):
     short = SMALL + "INPUT.MIN_SIZE_TRAIN=[64] INPUT.MIN_SIZE_TEST=64 SOLVER.MAX_ITER=1"
     arguments = flags(miniature, tmp_path / "run", override=short)
@@ -402,6 +405,7 @@ def test_frozen_norms_and_voc(miniature, tmp_path):
     assert record["hyperparameters"]["norms"] == ["FrozenBN", ""]
 
 
+@pytest.mark.long
 def test_norms_take_their_plain_mean(miniature, tmp_path, monkeypatch):
     """Precise batch norm: the running mean of the first norm is the mean over the batches."""
     arguments = flags(miniature, tmp_path / "run", "--backend", "torchvision")
@@ -427,6 +431,7 @@ def test_norms_take_their_plain_mean(miniature, tmp_path, monkeypatch):
     assert torch.allclose(seen[0], torch.stack(means).mean(0), atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_detector_has_the_backbone(miniature, tmp_path, monkeypatch):
     """The encoder's tensors are in the detector when training begins."""
     arguments = flags(miniature, tmp_path / "run", "--backend", "torchvision")
@@ -482,6 +487,7 @@ def test_missing_detectron2_is_said_aloud(monkeypatch, capsys):
         train.chosen_backend("detectron2")
 
 
+@pytest.mark.long
 def test_a_records_scores_stand_in_rows_of_their_own(finished):
     """Mask AP beside the published mask AP; torchvision's beside none."""
     ours = finished[1]
@@ -517,6 +523,7 @@ def detectron2():
     )
 
 
+@pytest.mark.long
 def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resnet, tmp_path):
     from eval.detection.detectron2_backend import check_file
 
@@ -535,6 +542,7 @@ def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resne
         check_file(path, "voc_faster_rcnn_R50_FPN", resnet)
 
 
+@pytest.mark.long
 def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_path):
     """240 pixels, 16 regions of each image: about a second for each iteration on 2 cores."""
     sizes = "INPUT.MIN_SIZE_TRAIN=[240] INPUT.MIN_SIZE_TEST=240 TEST.PRECISE_BN.NUM_ITER=4 "
@@ -560,6 +568,7 @@ def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_p
     assert record["value"] > 0 and record["others"]["mask"]["AP"] > 0
 
 
+@pytest.mark.long
 def test_detectron2s_mistakes_get_one_line(detectron2, miniature, tmp_path, capsys):
     sizes = "INPUT.MIN_SIZE_TRAIN=[64] SOLVER.MAX_ITER=3 SOLVER.BASE_LR=1e30 "
     arguments = flags(miniature, tmp_path / "run", override=SMALL + sizes, arch="resnet50")
@@ -575,6 +584,7 @@ def only_error_of(capsys, *arguments):
     return line
 
 
+@pytest.mark.long
 def test_detectron2_runs_the_c4_task_on_voc(detectron2, miniature, tmp_path):
     """The head with its extra norm trains, and VOC's evaluator scores."""
     override = SMALL + "INPUT.MIN_SIZE_TRAIN=[128] INPUT.MIN_SIZE_TEST=128 SOLVER.MAX_ITER=2 "

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_IMAGES, byol_views, cifar_view, run_script, simsiam_view, small
+from conftest import SHARED_IMAGES, SMALL, run_script
+from paper_views import byol_views, cifar_view, simsiam_view
 from PIL import Image
 
 from common import augment
@@ -197,7 +198,7 @@ def test_an_unreadable_image_is_named_at_every_stage(tmp_path):
 
 
 def test_a_run_with_views_on_the_device_follows_the_one_without(tmp_path, monkeypatch):
-    flags = [*small("nnsiam"), "--max-steps", "2"]
+    flags = [*SMALL, "--queue-size", "128", "--max-steps", "2"]
     nnsiam.main([*flags, "--augment-device", "cpu", "--output", str(tmp_path / "host")])
     used = []
 

@@ -46,6 +46,7 @@ def is_picture(path, wide=200):
         assert np.asarray(image.convert("L")).std() > 5
 
 
+@pytest.mark.long
 def test_snapshots_are_the_checkpoints_of_their_epochs(runs):
     run = runs("nnclr")
     snapshots = sorted(p.name for p in (run / "snapshots").iterdir())
@@ -58,6 +59,7 @@ def test_snapshots_are_the_checkpoints_of_their_epochs(runs):
         assert torch.equal(value, now[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["nnclr", "nnsiam", "snclr"])
 def test_evolution_shows_the_nearest_entries_of_each_snapshot(recipe, runs, tmp_path):
     run, picture = runs(recipe), tmp_path / "evolution.png"
@@ -90,6 +92,7 @@ def test_evolution_shows_the_nearest_entries_of_each_snapshot(recipe, runs, tmp_
     assert share == pytest.approx(sum(same) / len(same))
 
 
+@pytest.mark.long
 def test_positiveness_is_sorted_and_over_all_neighbours_of_the_run(runs, tmp_path):
     run, picture = runs("snclr"), tmp_path / "positiveness.png"
     flags = ["positiveness", run, "--output", picture, "--neighbours", "3"]
@@ -107,6 +110,7 @@ def test_positiveness_is_sorted_and_over_all_neighbours_of_the_run(runs, tmp_pat
         assert [i for _, i in best] == ordered.ids[row].tolist()
 
 
+@pytest.mark.long
 def test_mistakes_of_the_neighbour_figures(runs, tmp_path):
     def error(*flags):
         line = [*flags, "--output", tmp_path / "x.png"]
@@ -119,6 +123,7 @@ def test_mistakes_of_the_neighbour_figures(runs, tmp_path):
     assert "--snapshot-epochs 1;2" in only_error(bad)
 
 
+@pytest.mark.long
 def test_tsne_of_runs_side_by_side(runs, tmp_path):
     picture = tmp_path / "tsne.png"
     line = [runs("nnclr"), runs("simsiam_gsg"), "--images", "180", "--output", picture]
@@ -133,6 +138,7 @@ def test_tsne_of_runs_side_by_side(runs, tmp_path):
     assert "no finished run" in only_error(run_script("eval/figures/tsne.py", *line))
 
 
+@pytest.mark.long
 def test_tsne_is_the_same_twice_and_its_images_are_balanced(runs):
     _, images = load_dataset("photos", "")
     samples = tsne.shown_images(images, 90, 0)

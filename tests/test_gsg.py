@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import run_ranks
 from test_losses import cosine, draw
+from test_ranks import STEPS, run_on, step_losses, two_ranks_are_one
 
 from common.fast.micro_batch import Pieces
 from common.pairs import draw_pairs
+from common.run import metrics
 from recipes import byol_gsg, simsiam_gsg
 from recipes.simsiam_gsg import gsg_loss
 
@@ -177,6 +179,14 @@ def test_statistics_count_the_choices(recipe):
     assert [statistics[f"distance_{n}"].item() for n in recipe.CHOICES] == [3, 2, 2.75, 3.25]
 
 
+@pytest.mark.parametrize("method", ["SimSiam-GSG", "BYOL-GSG"])
+def test_a_run_logs_the_choices(method, run_of):
+    steps = [r for r in metrics.read(run_of(method) / "metrics.jsonl") if r["kind"] == "step"]
+    for step in steps:
+        shares = [step[f"choice_{name}"] for name in ("11_21", "11_22", "12_21", "12_22")]
+        assert sum(shares) == pytest.approx(1) and step["distance_11_21"] > 0
+
+
 # -- pairings -------------------------------------------------------------------------------------
 
 
@@ -281,3 +291,34 @@ def test_the_mean_over_ranks_is_the_value_and_gradient_of_one_process(ranks, tmp
             assert parts == [None] * ranks, NAMES[number]
         else:  # each rank's own rows; the mean over ranks divides by their number
             torch.testing.assert_close(torch.cat(parts) / ranks, t.grad, msg=NAMES[number])
+
+
+def recipe_name(recipe):
+    return recipe.__name__.removeprefix("recipes.")
+
+
+@pytest.mark.parametrize("recipe", [simsiam_gsg, pytest.param(byol_gsg, marks=pytest.mark.long)])
+def test_local_pairing_is_algorithm_1_in_each_ranks_own_batch(recipe, tmp_path):
+    flags = ["--follow", "official", "--precision", "fp64", "--max-steps", STEPS]
+    run, ranks = run_on(2, tmp_path, recipe_name(recipe), *flags)
+    losses = np.zeros((2, STEPS))
+    for r, seen in enumerate(ranks):
+        assert len(seen["losses"]) == STEPS
+        for step, (_, (*tensors, pairs, _), loss) in enumerate(seen["losses"]):
+            assert torch.equal(pairs, draw_pairs("local", 36, 2, 0, step))
+            own = pairs[18 * r : 18 * (r + 1)] - 18 * r
+            assert sorted(own.tolist()) == [*range(18)]
+            losses[r, step] = algorithm_1(*tensors, own.tolist())
+            np.testing.assert_allclose(loss, losses[r, step], rtol=1e-10)
+    np.testing.assert_allclose(step_losses(run), losses.mean(axis=0), rtol=1e-10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pairing", ["global", "derangement"])
+@BOTH
+def test_two_ranks_pair_the_images_that_one_process_pairs(recipe, pairing, tmp_path):
+    ranks = two_ranks_are_one(tmp_path, recipe_name(recipe), "--pairing", pairing)
+    drawn = [draw_pairs(pairing, 36, 1, 0, step) for step in range(STEPS)]
+    for seen in ranks:
+        used = [pairs for _, (*_, pairs, _), _ in seen["losses"]]
+        assert all(map(torch.equal, used, drawn)) and len(used) == STEPS

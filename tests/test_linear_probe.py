@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import crop_view, run_ranks, run_script, start_ranks
+from conftest import run_ranks, run_script, start_ranks
+from paper_views import crop_view
 
 from common.augment import center_view, view_rng
 from common.data import photos
@@ -32,14 +33,23 @@ from results.record import problems
 SCRIPT = "eval/linear_probe/run.py"
 FLAGS = ["--dataset", "photos", "--workers", "0"]
 RANDOM = ["--backbone", "random", "--arch", "tiny", "--image-size", "32"]
-RUN_FLAGS = ["--dataset", "photos", "--knn-every", "0", "--workers", "0", "--max-steps", "60"]
+RUN_FLAGS = ["--dataset", "photos", "--knn-every", "0", "--workers", "0", "--max-steps"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A short run of NNCLR on photos."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    done = run_script("recipes/nnclr.py", *RUN_FLAGS, "--output", folder)
+    return trained(tmp_path_factory.mktemp("runs") / "run", 60)
+
+
+@pytest.fixture(scope="module")
+def shortest(tmp_path_factory):
+    """A run of two steps, of which nothing is expected but its files."""
+    return trained(tmp_path_factory.mktemp("runs") / "run", 2)
+
+
+def trained(folder, steps):
+    done = run_script("recipes/nnclr.py", *RUN_FLAGS, steps, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -298,6 +308,7 @@ def test_a_changed_encoder_is_noticed():
 # -- end to end -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_trained_beats_random_and_both_have_whole_records(run, tmp_path):
     """On stored features: a trained encoder over a random one and over pixels, and over chance."""
     flags = ["--protocol", "snclr", "--lrs", "0.03,0.3,3", "--cache-features", "--epochs", "30"]
@@ -340,6 +351,7 @@ def knn_by_hand(encoder):
     return knn_accuracy(*x["train"], *x["test"], k=200, temperature=0.1)
 
 
+@pytest.mark.long
 def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
     """No flag but the run: NNCLR's, which is BYOL's, on random crops, with 2 seeds."""
     flags = ["--backbone", run, "--measure", "linear", "--seeds", "2"]
@@ -359,11 +371,12 @@ def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
     assert "epochs was 2, is 3" in capsys.readouterr().err
 
 
-def test_without_an_output_it_lies_in_the_run(run):
-    flags = ["--backbone", run, "--epochs", "1", "--lrs", "0.1", "--protocol", "gsg"]
+@pytest.mark.long
+def test_without_an_output_it_lies_in_the_run(shortest):
+    flags = ["--backbone", shortest, "--epochs", "1", "--lrs", "0.1", "--protocol", "gsg"]
     done = run_script(SCRIPT, "--workers", "0", *flags, "--knn-transform", "gsg")
     assert done.returncode == 0, done.stderr
-    folder = run / "eval" / "linear_probe-gsg-photos"
+    folder = shortest / "eval" / "linear_probe-gsg-photos"
     found = record_of(folder)
     assert found["hyperparameters"]["chosen_on"] is None  # nothing to choose
     assert found["hyperparameters"]["optimizer"] == "larc"
@@ -372,6 +385,7 @@ def test_without_an_output_it_lies_in_the_run(run):
     assert yaml.safe_load((folder / "config.yaml").read_text())["protocol"] == "gsg"
 
 
+@pytest.mark.long
 def test_two_ranks_are_one(tmp_path):
     """401 test and 1 499 training images: 2 ranks do not divide them, one has an image more."""
     flags = [*FLAGS, *RANDOM, "--protocol", "byol", "--epochs", "1", "--precision", "fp64"]
@@ -428,12 +442,12 @@ def test_mistakes(flags, text, capsys, tmp_path):
     assert len(errors) == 1 and text in errors[0]
 
 
-def test_a_run_that_has_trained_further_is_said(run, tmp_path, capsys):
+def test_a_run_that_has_trained_further_is_said(shortest, tmp_path, capsys):
     further = tmp_path / "run"
-    shutil.copytree(run, further)
+    shutil.copytree(shortest, further)
     flags = ["--workers", "0", "--measure", "knn", "--backbone", further]
     assert in_process(flags) == 0
-    more = [*RUN_FLAGS[:-1], "61", "--output", str(further)]
+    more = [*RUN_FLAGS, "3", "--output", str(further)]
     assert command(lambda: nnclr.main(more)) == 0
     capsys.readouterr()
     assert in_process(flags) == 2
@@ -445,9 +459,18 @@ def test_a_run_that_has_trained_further_is_said(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", [b"a: [1", b"- 1", b"\xff\xfe\x00"])
-def test_a_damaged_configuration_is_named(damage, run, tmp_path, capsys):
+def test_a_damaged_configuration_is_named(damage, shortest, tmp_path, capsys):
     (tmp_path / "config.yaml").write_bytes(damage)
-    flags = ["--workers", "0", "--measure", "knn", "--backbone", run, "--output", str(tmp_path)]
+    flags = [
+        "--workers",
+        "0",
+        "--measure",
+        "knn",
+        "--backbone",
+        shortest,
+        "--output",
+        str(tmp_path),
+    ]
     assert in_process(flags) == 2
     assert f"{tmp_path / 'config.yaml'} is damaged" in capsys.readouterr().err
 

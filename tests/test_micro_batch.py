@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import only_error, run_ranks, run_script, small
+from conftest import BY_RECIPE, METHODS, only_error, run_ranks, run_script, small
 from torch import nn
 
 from common.errors import UserError
@@ -23,16 +23,6 @@ from common.run.run import Run, check_batch
 from recipes.nnclr import nnclr_loss
 
 BATCH, VIEWS, DIM = 12, 2, 8
-RECIPES = {
-    "nnclr": [],
-    "nnclr momentum": ["--momentum-encoder"],
-    "nnsiam": [],
-    "snclr": ["--neighbours", "5", "--neighbour-free-epochs", "0"],
-    "simsiam_gsg": [],
-    "simsiam_gsg plain": ["--no-gsg"],
-    "byol_gsg": [],
-}
-WIDTHS = ["--output-dim", "24", "--projector-hidden", "32", "--predictor-hidden", "16"]
 
 
 def tiny_vit(*_):
@@ -92,7 +82,13 @@ def assert_close(ours, expected, tolerance):
         assert worst <= tolerance * grad.abs().max() + rounding, f"{name}: off by {worst}"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+DTYPES = [
+    (torch.float64, 1e-10),
+    pytest.param(torch.float32, 1e-5, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("micro_batch", [2, 4, 12])
 def test_a_vit_in_pieces_has_the_gradient_of_the_whole_batch(micro_batch, dtype, tolerance):
     encoder, head = encoder_and_head("vit", dtype)
@@ -102,7 +98,7 @@ def test_a_vit_in_pieces_has_the_gradient_of_the_whole_batch(micro_batch, dtype,
     assert_close(ours, expected, tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_one_forward_for_both_views_changes_nothing(dtype, tolerance):
     encoder, head = encoder_and_head("vit", dtype)
     views = views_of(dtype)
@@ -114,7 +110,7 @@ def test_one_forward_for_both_views_changes_nothing(dtype, tolerance):
     assert_close(ours, expected, tolerance)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "tiny"])
+@pytest.mark.parametrize("arch", [pytest.param("resnet18", marks=pytest.mark.long), "tiny"])
 def test_a_resnet_whole_has_statistics_per_view(arch):
     encoder, head = encoder_and_head(arch, torch.float64)
     views = [x * (i + 1) for i, x in enumerate(views_of(torch.float64))]
@@ -127,8 +123,12 @@ def place(encoder):
     return rank_batch_norm(encoder, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("norms", [place, lambda encoder: encoder], ids=["ours", "torch's"])
-@pytest.mark.parametrize("micro_batch", [4, 12])
+@pytest.mark.parametrize(
+    "norms",
+    [place, pytest.param(lambda encoder: encoder, marks=pytest.mark.long)],
+    ids=["ours", "torch's"],
+)
+@pytest.mark.parametrize("micro_batch", [4, pytest.param(12, marks=pytest.mark.long)])
 def test_a_resnet_in_pieces_has_statistics_per_piece(micro_batch, norms):
     """Against torch's batch norms, called piece by piece with the graph of all pieces at once;
     running statistics too: moved once for each piece and view, not again in the replay.
@@ -245,7 +245,12 @@ def test_no_more_than_one_piece_has_a_graph():
     assert saved[2] < 0.35 * saved[12]
 
 
-@pytest.mark.parametrize("layer", ["dropout", "drop path", "depth", "patches", "attention"])
+LAYERS = ["depth", "patches", "attention"]
+
+
+@pytest.mark.parametrize(
+    "layer", ["dropout", "drop path", *(pytest.param(n, marks=pytest.mark.long) for n in LAYERS)]
+)
 def test_an_encoder_that_draws_at_random_is_refused(layer):
     from timm.layers import DropPath, PatchDropout
     from torchvision.ops import StochasticDepth
@@ -269,13 +274,12 @@ def test_an_encoder_that_draws_at_random_is_refused(layer):
 # -- recipes --------------------------------------------------------------------------------------
 
 
-def train(case, folder, flags, monkeypatch, steps=3):
+def train(recipe, folder, flags, monkeypatch, steps=3):
     """The metrics of a short run of a recipe, in this process."""
-    name = case.split()[0]
-    recipe = importlib.import_module(f"recipes.{name}")
+    main = importlib.import_module(f"recipes.{recipe}").main
     monkeypatch.setattr(Run, "finish", lambda *a, **k: None)  # no export of the tiny ViT
-    arguments = [*small(name), "--workers", "0", "--max-steps", str(steps), "--precision", "fp64"]
-    recipe.main([*arguments, *WIDTHS, *RECIPES[case], *flags, "--output", str(folder)])
+    arguments = [*small(recipe), "--workers", "0", "--max-steps", str(steps)]
+    main([*arguments, "--precision", "fp64", *flags, "--output", str(folder)])
     return [r for r in metrics.read(folder / "metrics.jsonl") if r["kind"] == "step"]
 
 
@@ -289,12 +293,13 @@ def assert_same_numbers(runs, tolerance=1e-9):
             np.testing.assert_allclose(b[name], value, rtol=tolerance, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("case", RECIPES)
-def test_a_recipe_with_a_vit_gives_the_same_run_in_pieces(case, tmp_path, monkeypatch):
-    recipe = importlib.import_module(f"recipes.{case.split()[0]}")
-    monkeypatch.setattr(recipe, "build_encoder", tiny_vit)
-    whole = train(case, tmp_path / "whole", [], monkeypatch)
-    pieces = train(case, tmp_path / "pieces", ["--micro-batch", "6"], monkeypatch)
+@pytest.mark.parametrize("method", BY_RECIPE)
+def test_a_recipe_with_a_vit_gives_the_same_run_in_pieces(method, tmp_path, monkeypatch):
+    recipe, flags = METHODS[method]
+    monkeypatch.setattr(f"recipes.{recipe}.build_encoder", tiny_vit)
+    whole = train(recipe, tmp_path / "whole", flags, monkeypatch)
+    flags = [*flags, "--micro-batch", "6"]
+    pieces = train(recipe, tmp_path / "pieces", flags, monkeypatch)
     assert_same_numbers([whole, pieces])
     assert len({r["loss"] for r in whole}) == 3  # it trains
 
@@ -325,10 +330,11 @@ def assert_same_training(one, two):
         torch.testing.assert_close(two[0][name], gradient, rtol=0, atol=bound, msg=name)
 
 
+@pytest.mark.long
 def test_two_ranks_in_pieces_are_one_process_in_pieces(tmp_path):
     """Also with batch norms: a piece is the same images however many ranks share it."""
     flags = ["nnclr", *small("nnclr"), "--precision", "fp64", "--max-steps", "2"]
-    flags += ["--micro-batch", "12", "--multi-crop", "--small-crops", "2", *WIDTHS]
+    flags += ["--micro-batch", "12", "--multi-crop", "--small-crops", "2"]
     driver = "tests/rank_driver.py"
     one, two = (first_gradients_and_steps(tmp_path / f"{n}", n, driver, *flags) for n in (1, 2))
     assert_same_training(one, two)
@@ -348,13 +354,13 @@ runpy.run_path({driver!r}, run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_two_ranks_with_a_vit_in_pieces_are_one_process_whole(tmp_path):
     tests = Path(__file__).parent
     driver = tmp_path / "driver.py"
     paths = [str(tests.parent), str(tests)]
     driver.write_text(WITH_TINY_VIT.format(paths=paths, driver=str(tests / "rank_driver.py")))
-    flags = ["snclr", *small("snclr"), *RECIPES["snclr"], *WIDTHS, "--precision", "fp64"]
-    flags += ["--max-steps", "3"]
+    flags = ["snclr", *small("snclr"), "--precision", "fp64", "--max-steps", "3"]
     whole = first_gradients_and_steps(tmp_path / "1", 1, driver, *flags)
     pieces = first_gradients_and_steps(tmp_path / "2", 2, driver, *flags, "--micro-batch", "12")
     assert "encoder.patch_embed.proj.weight" in whole[0]
@@ -405,6 +411,7 @@ def test_the_piece_is_one_of_the_numbers_of_a_run():
     assert json.dumps(saved)
 
 
+@pytest.mark.long
 def test_a_compiled_encoder_gives_the_same_features_and_gradients(monkeypatch):
     # everything but the generated C++ or Triton, which would cost a minute here
     traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")
@@ -427,7 +434,7 @@ def test_a_compiled_encoder_gives_the_same_features_and_gradients(monkeypatch):
     assert [*compiled.state_dict()] == names == [*copy.deepcopy(compiled).state_dict()]
 
 
-@pytest.mark.parametrize("arch", ["tiny", "resnet18_cifar"])
+@pytest.mark.parametrize("arch", ["tiny", pytest.param("resnet18_cifar", marks=pytest.mark.long)])
 def test_views_in_one_forward_keep_their_own_batch_statistics(arch):
     """Two views together against one forward for each, in value, gradient and running numbers."""
     together = rank_batch_norm(build_encoder(arch, 32).double(), torch.device("cpu"))

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cifar_view, only_error, run_script
+from conftest import only_error, run_script
+from paper_views import cifar_view
 from PIL import Image
 
 from common.data import pack, shards

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import byol_views, cifar_view, crop_view, simsiam_view
+from paper_views import byol_views, cifar_view, crop_view, simsiam_view
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from common import augment

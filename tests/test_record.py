@@ -7,7 +7,7 @@ from pathlib import Path
 import golden_set
 import pytest
 import yaml
-from conftest import QUEUE, ROOT, SMALL, only_error, run_script
+from conftest import ROOT, SMALL, only_error, run_script
 from golden_set import good, of_run
 
 from common import cards
@@ -117,7 +117,17 @@ def runs(tmp_path_factory):
     file.write_text("temperature: 0.4\nprojector-layers: 3\n")
     for seed in (0, 1):
         folders.append(tmp_path_factory.mktemp("runs") / f"seed{seed}")
-        flags = [*SMALL, *QUEUE, "--knn-every", "1", "--max-steps", "3", "--seed", seed]
+        flags = [
+            *SMALL,
+            "--queue-size",
+            "128",
+            "--knn-every",
+            "1",
+            "--max-steps",
+            "3",
+            "--seed",
+            seed,
+        ]
         flags += ["--config", file, "--momentum-encoder", "--lr", "0.02", "--no-multi-crop"]
         flags += ["--plan-name", "a-plan"]
         done = run_script("recipes/nnclr.py", *flags, "--output", folders[-1])

@@ -469,6 +469,7 @@ def clean_log(browser):
     return [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
 
 
+@pytest.mark.long
 def test_sorting_and_filtering_in_a_browser(browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
@@ -535,6 +536,7 @@ def sized(browser):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("width", "highest"), [(1280, 110), (400, 180)])
 def test_rows_stay_low_and_nothing_is_cut_off(sized, width, highest):
     measured = sized(width).execute_script(
@@ -550,6 +552,7 @@ def test_rows_stay_low_and_nothing_is_cut_off(sized, width, highest):
     assert sized(width).execute_script(root) <= 0
 
 
+@pytest.mark.long
 def test_on_a_narrow_screen_all_columns_scroll_beside_the_first(sized):
     from selenium.webdriver.common.by import By
 

@@ -130,6 +130,7 @@ def small(tmp_path_factory):
     return plan.load(path)["photos-small"]
 
 
+@pytest.mark.long
 def test_a_run_that_dies_half_way_is_continued_evaluated_and_recorded(work, small, monkeypatch):
     piece = Piece(small, 0)
     folder = work.folder(piece)

@@ -15,39 +15,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import (
-    ROOT,
-    SMALL,
-    Script,
-    environment,
-    only_error,
-    run_ranks,
-    run_script,
-    start_ranks,
-)
+from conftest import BY_FAMILY, METHODS, ROOT, Script, environment, only_error, run_script
 from PIL import Image
 
+from common import cards
 from common.data import photos
 from common.run import checkpoint, metrics
 
 # 160 images in batches of 16 are 10 steps per epoch
 FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--batch-size", "16"]
-FLAGS += ["--epochs", "3", "--knn-every", "2", "--predictor-hidden", "64"]
-FLAGS += ["--projector-hidden", "64", "--output-dim", "32"]
-QUEUE = ["--queue-size", "70", "--warmup-epochs", "1"]
-RECIPES = {
-    "nnclr": [*QUEUE, "--momentum-encoder"],
-    "nnsiam": QUEUE,
-    "snclr": [*QUEUE, "--neighbours", "5"],
-    "simsiam_gsg": [],
-    "byol_gsg": [],
-}
+FLAGS += ["--epochs", "3", "--knn-every", "2"]
 PASSING = ("images_per_second", "data_wait", "memory_gb")  # not of the numbers
 
 
 def flags_of(recipe, folder, workers, *more):
     given = ["--output", folder, "--workers", workers, *more]
-    return [str(flag) for flag in [*FLAGS, "--data", images(), *RECIPES[recipe], *given]]
+    own = cards.load()[recipe].smallest
+    return [str(flag) for flag in [*FLAGS, "--data", images(), *own, *given]]
 
 
 @functools.cache
@@ -107,36 +91,36 @@ def wait_for_step(folder, step, process):
     raise AssertionError(f"step {step} was never logged")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Each recipe's run that nobody disturbed."""
-    runs = {}
+@pytest.fixture(scope="session")
+def whole(made_once):
+    """A recipe's run that nobody disturbed, with more flags perhaps."""
 
-    def of(recipe):
-        if recipe not in runs:
-            runs[recipe] = tmp_path_factory.mktemp("whole") / recipe
-            process = start(recipe, runs[recipe], workers=1)
-            assert process.wait(timeout=240) == 0, process.communicate()[0]
-        return runs[recipe]
+    def train(folder, recipe, flags):
+        process = start(recipe, folder, 1, *flags)
+        assert process.wait(timeout=240) == 0, process.communicate()[0]
+
+    def of(recipe, *flags):
+        name = " ".join(["whole", recipe, *flags])
+        return made_once(name, lambda folder: train(folder, recipe, flags))
 
     return of
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_killed_at_random_and_started_again(recipe, whole, tmp_path):
-    folder = tmp_path / recipe
+@pytest.mark.parametrize("method", BY_FAMILY)
+def test_killed_at_random_and_started_again(method, whole, tmp_path):
+    (recipe, flags), folder = METHODS[method], tmp_path / "run"
     pick = random.Random()  # a new moment each time; the failing one is shown
     step, pause = pick.randrange(2, 27), pick.random() * 0.3
     print(f"killed {pause:.2f} s after step {step}")
     # a checkpoint at nearly every step, so that the kill lands between two of them
-    process = start(recipe, folder, 2, "--checkpoint-minutes", "0.005")
+    process = start(recipe, folder, 2, *flags, "--checkpoint-minutes", "0.005")
     wait_for_step(folder, step, process)
     time.sleep(pause)
     process.kill()
     process.wait()
-    again = start(recipe, folder, workers=0)  # another number of workers
+    again = start(recipe, folder, 0, *flags)  # another number of workers
     assert again.wait(timeout=240) == 0, again.communicate()[0]
-    assert_same_runs(folder, whole(recipe))
+    assert_same_runs(folder, whole(recipe, *flags))
 
 
 KILL_AT = """
@@ -158,26 +142,30 @@ snclr.main(sys.argv[1:])
 
 @pytest.mark.parametrize(
     ("call", "number"),
-    [("fsync", 2), ("link", 1), ("replace", 2), ("replace", 3)],
-    ids=["written", "before it is kept", "kept, not named", "before it is named"],
+    [
+        pytest.param("fsync", 2, id="written", marks=pytest.mark.long),
+        pytest.param("link", 1, id="before it is kept", marks=pytest.mark.long),
+        pytest.param("replace", 2, id="kept, not named", marks=pytest.mark.long),
+        pytest.param("replace", 3, id="before it is named"),
+    ],
 )
 def test_killed_during_the_save(call, number, whole, tmp_path):
     folder = tmp_path / "run"
-    code = KILL_AT.format(call=call, number=number)
-    process = subprocess.run(
-        [sys.executable, "-c", code, *flags_of("snclr", folder, 1)],
-        env=environment(),
-        capture_output=True,
-        timeout=240,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    (tmp_path / "dies.py").write_text(KILL_AT.format(call=call, number=number))
+    process = run_script(tmp_path / "dies.py", *flags_of("snclr", folder, 1))
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert checkpoint.load(folder / "checkpoint.pt")["step"] in (10, 20)
     again = start("snclr", folder, workers=1)
     assert again.wait(timeout=240) == 0, again.communicate()[0]
     assert_same_runs(folder, whole("snclr"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+OTHERS = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in OTHERS)]
+)
 def test_stop_signals_save_end_with_75_and_continue(number, whole, tmp_path):
     folder = tmp_path / "run"
     process = start("snclr", folder, 2)
@@ -195,6 +183,7 @@ def test_stop_signals_save_end_with_75_and_continue(number, whole, tmp_path):
     assert_same_runs(folder, whole("snclr"))
 
 
+@pytest.mark.long
 def test_a_signal_to_the_whole_group_leaves_no_process_behind(tmp_path):
     """Schedulers signal the loader's workers too: they must neither die nor stay."""
     folder = tmp_path / "run"
@@ -239,29 +228,13 @@ def test_a_finished_run_prints_its_results_and_changes_nothing(whole):
     assert before == {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.glob("*.p*")}
 
 
-def test_two_ranks_agree_on_a_stop_and_resume_with_their_private_queues(tmp_path):
-    """One rank alone gets the signal; both save the same step and end with 75."""
-    flags = ["--follow", "official", "--neighbours", "5", *SMALL, "--queue-size", "100"]
-    flags += ["--max-steps", "40"]
-    a, b = tmp_path / "a", tmp_path / "b"
-    run_ranks(2, "recipes/snclr.py", *flags, "--output", a)
-    processes = start_ranks(2, "recipes/snclr.py", *flags, "--output", b)
-    wait_for_step(b, 3, processes[0])
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], outputs
-    assert 3 <= checkpoint.load(b / "checkpoint.pt")["step"] < 40
-    run_ranks(2, "recipes/snclr.py", *flags, "--output", b)
-    assert_same_runs(a, b)
-
-
 def test_results_without_a_checkpoint_are_not_trained_anew(whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     for path in folder.glob("checkpoint*.pt"):
         path.unlink()
     before = (folder / "metrics.jsonl").read_bytes()
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     output = again.communicate(timeout=60)[0]
     assert again.returncode == 0 and "k-NN" in output, output
     assert (folder / "metrics.jsonl").read_bytes() == before
@@ -269,9 +242,9 @@ def test_results_without_a_checkpoint_are_not_trained_anew(whole, tmp_path):
 
 def test_a_finished_run_is_not_written_to(whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}  # nothing is written
 
@@ -279,7 +252,7 @@ def test_a_finished_run_is_not_written_to(whole, tmp_path):
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     path = folder / "config.yaml"
     now = path.read_text()
     names = [*yaml.safe_load(now)]
@@ -288,26 +261,26 @@ def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, who
     path.write_text(yaml.safe_dump(old, sort_keys=False))
     if not finished:
         (folder / "results.json").unlink()
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     expected = yaml.safe_load(now) | {"output": str(folder)}
     assert yaml.safe_load(path.read_text()) == expected and [*expected] == names
-    assert expected["method"] == "NNSiam" and expected["plan"] is None
+    assert expected["method"] == "SNCLR" and expected["plan"] is None
 
 
 def test_a_damaged_backbone_is_exported_again(whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole("nnsiam"), folder)
+    shutil.copytree(whole("snclr"), folder)
     whole_file = (folder / "backbone.safetensors").read_bytes()
     (folder / "backbone.safetensors").write_bytes(whole_file[:1000])
-    again = start("nnsiam", folder, 1)
+    again = start("snclr", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
     assert (folder / "backbone.safetensors").read_bytes() == whole_file
     (folder / "backbone.safetensors").write_bytes(whole_file[:1000])
     for path in folder.glob("checkpoint*.pt"):
         path.unlink()
     metrics_before = (folder / "metrics.jsonl").read_bytes()
-    error = only_error(run_script("recipes/nnsiam.py", *flags_of("nnsiam", folder, 1)))
+    error = only_error(run_script("recipes/snclr.py", *flags_of("snclr", folder, 1)))
     assert "no checkpoint to go on from" in error
     assert (folder / "metrics.jsonl").read_bytes() == metrics_before
 
@@ -323,9 +296,9 @@ DAMAGED = {
 def test_damaged_files_of_a_run_are_one_line_or_mended(name, whole, tmp_path):
     for number, content in enumerate(DAMAGED[name]):
         folder = tmp_path / str(number)
-        shutil.copytree(whole("nnsiam"), folder)
+        shutil.copytree(whole("snclr"), folder)
         (folder / name).write_bytes(content)
-        done = run_script("recipes/nnsiam.py", *flags_of("nnsiam", folder, 1))
+        done = run_script("recipes/snclr.py", *flags_of("snclr", folder, 1))
         if name == "config.yaml":
             assert f"{folder / name} is damaged" in only_error(done)
         else:
@@ -333,7 +306,7 @@ def test_damaged_files_of_a_run_are_one_line_or_mended(name, whole, tmp_path):
 
 
 def test_max_steps_keeps_the_schedule_of_the_whole_run(tmp_path):
-    flags = flags_of("snclr", tmp_path / "run", 1)
+    flags = flags_of("snclr", tmp_path / "run", 1, "--warmup-epochs", "0")
     assert run_script("recipes/snclr.py", *flags, "--max-steps", "2").returncode == 0
     rates = [r["lr"] for r in logged(tmp_path / "run") if r["kind"] == "step"]
     whole_run = run_script("recipes/snclr.py", *flags, "--max-steps", "4")
@@ -390,21 +363,14 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path):
     flags = flags_of("snclr", folder, 1, "--max-steps")
     assert run_script("recipes/snclr.py", *flags, "2").returncode == 0
     content = (folder / "checkpoint.pt").read_bytes()
-    code = (
+    (tmp_path / "full.py").write_text(
         "import resource, signal, sys; from common.errors import command;"
         "from recipes import snclr;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "sys.exit(command(lambda: snclr.main(sys.argv[1:])))"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code, *map(str, flags), "4"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    error = only_error(process)
+    error = only_error(run_script(tmp_path / "full.py", *flags, "4"))
     assert "cannot save" in error and "checkpoint.pt" in error
     assert (folder / "checkpoint.pt").read_bytes() == content
     assert not [*folder.glob("*.partial")]

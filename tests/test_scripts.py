@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -13,9 +14,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, only_error, run_fresh, run_ranks, run_script, small
+from conftest import (
+    BY_RECIPE,
+    DEFAULTS,
+    METHODS,
+    SMALL,
+    long_unless,
+    only_error,
+    run_fresh,
+    run_ranks,
+    run_script,
+    small,
+    smallest,
+)
 from PIL import Image
 
+from common import cards
 from common.data import photos
 from common.data.images import ArrayImages
 from common.errors import UserError, command
@@ -23,17 +37,14 @@ from common.run import checkpoint, metrics
 from common.run.backbone import load_backbone
 from eval.figures import ablation, tsne
 from eval.linear_probe import run as linear_probe
-from recipes import byol_gsg, nnclr, nnsiam, simsiam_gsg, snclr
+from recipes import snclr
 
-RECIPES = (nnclr, nnsiam, snclr, simsiam_gsg, byol_gsg)
-MAINS = {recipe.__name__.removeprefix("recipes."): recipe.main for recipe in RECIPES}
 ARTEFACTS = {
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "backbone.safetensors",
-    "curves.png",
     "results.json",
 }
 STEP_KEYS = {"epoch", "step", "loss", "lr", "grad_norm", "images_per_second", "data_wait"}
@@ -42,7 +53,8 @@ STEP_KEYS |= {"memory_gb", "embedding_std"}
 
 def in_process(capsys, recipe, *flags):
     """Exit code and error lines of a recipe's command, without the cost of a new process."""
-    code = command(lambda: MAINS[recipe]([str(flag) for flag in flags]))
+    main = importlib.import_module(f"recipes.{recipe}").main
+    code = command(lambda: main([str(flag) for flag in flags]))
     captured = capsys.readouterr()
     return code, [line for line in captured.err.splitlines() if line.startswith("error: ")]
 
@@ -53,64 +65,67 @@ def error_of(capsys, recipe, *flags):
     return lines[0]
 
 
-@pytest.mark.pictures
-@pytest.mark.parametrize(
-    ("recipe", "flags"),
-    [
-        ("nnclr", []),
-        ("nnclr", ["--momentum-encoder", "--multi-crop", "--symmetric-loss"]),
-        ("nnsiam", []),
-        ("snclr", ["--neighbour-free-epochs", "0"]),
-        ("snclr", ["--follow", "official", "--precision", "bf16"]),
-        ("simsiam_gsg", []),
-        ("simsiam_gsg", ["--no-gsg"]),
-        ("byol_gsg", ["--follow", "official", "--precision", "bf16"]),
-        ("byol_gsg", ["--no-gsg"]),
-    ],
-)
-def test_runs_end_to_end(recipe, flags, tmp_path):
-    flags = [*small(recipe), *flags, "--max-steps", "3", "--knn-every", "1"]
-    flags += ["--output", tmp_path / "run"]
-    done = run_fresh(f"recipes/{recipe}.py", *flags)
-    assert done.returncode == 0, done.stderr
-    assert str(tmp_path / "run") in done.stdout.splitlines()[-1]
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= ARTEFACTS
-    records = metrics.read(tmp_path / "run" / "metrics.jsonl")
+def has_queue(run):
+    return "queue" in checkpoint.load(run / "checkpoint.pt")["state"]
+
+
+@pytest.mark.parametrize("method", BY_RECIPE)
+def test_runs_end_to_end(method, run_of):
+    recipe, run = METHODS[method][0], run_of(method)
+    assert {p.name for p in run.iterdir()} >= ARTEFACTS
+    records = metrics.read(run / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "step"]
     assert [r["step"] for r in steps] == [1, 2, 3]
     for record in steps:
         assert set(record) >= STEP_KEYS
+        assert 0.9 < record.get("momentum", 1) <= 1
     assert records[0]["kind"] == "epoch" and records[0]["knn"] > 1 / 18
-    if recipe in ("snclr", "byol_gsg") or "--momentum-encoder" in flags:
-        assert all(0.9 < record["momentum"] <= 1 for record in steps)
-    if recipe == "snclr":
-        assert steps[-1]["positiveness_mean"] == pytest.approx(1 / 30, rel=1e-5)
-        assert steps[-1]["positiveness_std"] >= 0
-    if "--no-gsg" not in flags and recipe.endswith("gsg"):
-        shares = [steps[-1][f"choice_{name}"] for name in ("11_21", "11_22", "12_21", "12_22")]
-        assert sum(shares) == pytest.approx(1) and steps[-1]["distance_11_21"] > 0
-    pictures = ["curves.png"]
-    if not recipe.endswith("gsg"):
-        pictures += ["neighbours.png"]
-        assert all("self_matches" in record for record in steps)
-    encoder, metadata = load_backbone(tmp_path / "run")
+    assert ("self_matches" in steps[-1]) == has_queue(run)
+    encoder, metadata = load_backbone(run)
     assert encoder.embed_dim == 64 and metadata["recipe"] == recipe
-    for picture in pictures:
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"commit", "dirty", "versions", "devices", "command"} <= set(environment)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["recipe"] == recipe and config["method"] == method
+
+
+def test_what_a_recipe_logs_beside_the_others_is_on_its_card(run_of):
+    for recipe, card in cards.load().items():
+        method = next(name for name in DEFAULTS if METHODS[name][0] == recipe)
+        logged = {n for r in metrics.read(run_of(method) / "metrics.jsonl") for n in r}
+        for name in card.metrics:
+            assert any(n == name or (name[-1] == "_" and n.startswith(name)) for n in logged), name
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("method", long_unless(["SNCLR"]))
+def test_pictures_of_a_run(method, tmp_path):
+    recipe, flags = smallest(method)
+    flags = [*flags, "--max-steps", "2", "--output", tmp_path / "run"]
+    done = run_script(f"recipes/{recipe}.py", *flags)
+    assert done.returncode == 0, done.stderr
+    for picture in ("curves.png", "neighbours.png")[: 1 + has_queue(tmp_path / "run")]:
         with Image.open(tmp_path / "run" / picture) as image:
             assert min(image.size) > 200
             assert np.asarray(image.convert("L")).std() > 5  # not an empty page
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert {"commit", "dirty", "versions", "devices", "command"} <= set(environment)
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"] == recipe
 
 
-@pytest.mark.parametrize("recipe", MAINS)
-def test_frozen_positions_do_not_stop_any_recipe(recipe, tmp_path, capsys):
-    flags = [*small(recipe), "--arch", "vit_small_mocov3", "--batch-size", "4", "--max-steps", "1"]
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", cards.load())
+@pytest.mark.parametrize(
+    "flags",
+    [["--precision", "bf16"], ["--arch", "vit_small_mocov3"], ["--follow", "official"]],
+    ids=["half precision", "frozen positions", "official"],
+)
+def test_no_recipe_stops_at(recipe, flags, tmp_path, capsys):
+    if flags[0] == "--follow" and "follow" not in cards.load()[recipe].chooses:
+        pytest.skip("it has no --follow")
+    flags = [*small(recipe), "--batch-size", "4", "--max-steps", "1", *flags]
     code, lines = in_process(capsys, recipe, *flags, "--output", tmp_path)
     assert code == 0, lines
 
 
+@pytest.mark.long
 def test_demo_learns(tmp_path):
     """At least 25 points above its own random encoder, and above raw pixels."""
     done = run_fresh("eval/demo.py", "--seed", "0", "--output", tmp_path / "demo", timeout=600)
@@ -131,6 +146,7 @@ def test_demo_learns(tmp_path):
     assert round(100 * results["knn_before"], 1) == knn_random
 
 
+@pytest.mark.long
 def test_wandb_offline_and_failing(tmp_path):
     flags = [*SMALL, "--max-steps", "2", "--wandb", "--output"]
     offline = run_script("recipes/nnsiam.py", *flags, tmp_path / "a", WANDB_MODE="offline")
@@ -141,6 +157,7 @@ def test_wandb_offline_and_failing(tmp_path):
     assert "wandb failed" in failing.stderr and "goes on without it" in failing.stderr
 
 
+@pytest.mark.long
 def test_heavy_libraries_wait_until_they_are_needed():
     code = "import sys, recipes.snclr; print({*sys.modules} & {'wandb', 'submitit', 'matplotlib'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -204,7 +221,7 @@ def test_unknown_arch_and_flag_name_the_nearest(capsys):
 
 
 def test_mistakes_of_a_real_process_have_no_traceback():
-    assert "--epocs" in only_error(run_fresh("recipes/nnsiam.py", "--epocs", "3"))
+    assert "--epocs" in only_error(run_script("recipes/nnsiam.py", "--epocs", "3"))
 
 
 def test_batch_that_does_not_divide_over_ranks():

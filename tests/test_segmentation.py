@@ -179,6 +179,7 @@ def finished(miniature, tmp_path_factory):
     return folder, record_of(folder)
 
 
+@pytest.mark.long
 def test_it_learns_more_than_the_constant_answer(finished, miniature):
     folder, record = finished
     assert problems(record) == [] and record["metric"] == "mIoU"
@@ -200,6 +201,7 @@ def test_it_learns_more_than_the_constant_answer(finished, miniature):
         assert (np.abs(pixels.astype(int) - colours[label]).max(1) <= 2).sum() > 50, label
 
 
+@pytest.mark.long
 def test_stopped_it_continues_to_the_same_numbers(finished, miniature, tmp_path):
     folder = tmp_path / "run"
     flags = [*QUICK, "--data", str(miniature), "--output", str(folder)]
@@ -218,6 +220,7 @@ def test_stopped_it_continues_to_the_same_numbers(finished, miniature, tmp_path)
     assert record_of(folder)["others"] == finished[1]["others"]
 
 
+@pytest.mark.long
 def test_protocol_of_the_paper_is_called_so(finished, miniature, tmp_path):
     """Without a changed setting the record has the name of published.yaml."""
     job = run.Segmentation.__new__(run.Segmentation)

@@ -225,6 +225,7 @@ def test_given_list_on_image_folders(folder, tmp_path, capsys):
     assert "1 of the 8 images" in error and "Traceback" not in error
 
 
+@pytest.mark.long
 def test_two_ranks_are_one(tmp_path):
     flags = [*RANDOM, *QUICK, "--percent", "10", "--precision", "fp64"]
     flags += ["--head-lrs", "0.3,3", "--encoder-lrs", "0.03", "--epochs", "2"]
@@ -235,6 +236,7 @@ def test_two_ranks_are_one(tmp_path):
     assert one["hyperparameters"]["tried"] == two["hyperparameters"]["tried"]
 
 
+@pytest.mark.long
 def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
     flags = [*RANDOM, *QUICK, "--percent", "10", "--epochs", "5"]
     flags += ["--head-lrs", "0.3,1,3", "--encoder-lrs", "0.03"]

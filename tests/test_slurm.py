@@ -23,6 +23,7 @@ from slurm import check, resources, snapshot, status, sweep, task
 from slurm.record import Job, read_record
 
 SNCLR = ["recipes/snclr.py", *SMALL, "--queue-size", "128"]
+LONG = pytest.mark.long
 LOCAL = ["--local", "--gpus-per-node", "0"]
 
 
@@ -44,22 +45,37 @@ def repository(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (
+        pytest.param(
             ["--", "recipes/snclr.py", "--epoch", "3"],
             "unknown flag --epoch; did you mean --epochs?",
+            marks=LONG,
         ),
         (["--", "recipes/snlcr.py"], "no such script"),
         (["--", "/etc/hostname"], "no such script"),
         (["--"], "-- script.py and its flags"),
-        (["--local", "--nodes", "2", "--", *SNCLR], "--local has one machine"),
+        pytest.param(
+            ["--local", "--nodes", "2", "--", *SNCLR],
+            "--local has one machine",
+            marks=pytest.mark.long,
+        ),
         (["--nodse", "3", "--", *SNCLR], "unrecognized arguments: --nodse"),
         (["--nodes", "0", "--", *SNCLR], "--nodes 0: must be above 0"),
-        (["--nodes", "5", "--gpus-per-node", "8", "--", *SNCLR], "does not divide over 40 ranks"),
+        pytest.param(
+            ["--nodes", "5", "--gpus-per-node", "8", "--", *SNCLR],
+            "does not divide over 40 ranks",
+            marks=pytest.mark.long,
+        ),
         (["--gpus-per-node", "2", "--tasks-per-node", "3", "--", *SNCLR], "each GPU gets one task"),
         (["--time", "soon", "--", *SNCLR], "--time soon"),
         (["--cluster", "nowhere.yaml", "--", *SNCLR], "nowhere.yaml"),
-        (["--name", "a/b", "--", *SNCLR], "is no name for a folder"),
-        (["--", "eval/parses/run.py", "--backbnoe", "x"], "not understood"),
+        pytest.param(
+            ["--name", "a/b", "--", *SNCLR], "is no name for a folder", marks=pytest.mark.long
+        ),
+        pytest.param(
+            ["--", "eval/parses/run.py", "--backbnoe", "x"],
+            "not understood",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_submission(flags, expected, code, tmp_path):
@@ -125,6 +141,7 @@ def test_a_flag_of_the_plan_that_the_script_lacks_is_left_out():
     assert facts["flags"] == ["--dataset", "photos", "--no-gsg"]
 
 
+@pytest.mark.long
 def test_images_that_are_not_here_are_a_warning_and_no_mistake(code, tmp_path):
     flags = ["--dry-run", "--", "recipes/snclr.py", "--dataset", "cifar10", "--data"]
     done = call(code, tmp_path, "launch.py", *flags, "no/such")
@@ -151,6 +168,7 @@ def test_a_folder_of_another_run_is_refused_before_submission(tmp_path):
             check.facts_of("recipes/snclr.py", flags, 1)
 
 
+@pytest.mark.long
 def test_scripts_without_a_parser_of_their_own_are_said_to_be_unchecked(code, tmp_path):
     flags = ["--dry-run", "--", "eval/waits/run.py", "--any", "1"]
     done = call(code, tmp_path, "launch.py", *flags)
@@ -237,6 +255,7 @@ def test_a_cluster_file_with_a_mistake(values, expected):
         resources.resources_of(("cluster.yaml", values))
 
 
+@pytest.mark.long
 def test_the_example_cluster_file_and_the_script_it_gives(code, tmp_path):
     example = code / "slurm" / "cluster.example.yaml"
     wide = ["--nodes", "4", "--time", "72h", "--partition", "X", "--scratch", tmp_path / "scratch"]
@@ -274,6 +293,7 @@ def test_the_example_cluster_file_and_the_script_it_gives(code, tmp_path):
     assert not [*tmp_path.iterdir()]  # a dry run leaves nothing
 
 
+@pytest.mark.long
 def test_no_slurm_on_this_machine_is_one_line(code, tmp_path):
     bare = environment(PYTHONPATH=str(code), PATH=only_git(tmp_path))
     words = command(code, "launch.py", "--time", "1h", "--", *SNCLR)
@@ -346,6 +366,7 @@ def test_a_sweep_with_a_mistake(text, expected, tmp_path):
         sweep.jobs_of(spec_of(tmp_path, text))
 
 
+@pytest.mark.long
 def test_a_wrong_flag_in_a_sweep_is_found_before_submission(code, tmp_path):
     (tmp_path / "s.yaml").write_text(
         "script: recipes/snclr.py\nflags: {dataset: photos}\nruns: [{}, {name: b, neighbors: 3}]\n"
@@ -425,6 +446,7 @@ def test_a_folder_without_git_and_a_tree_full_of_data(repository, tmp_path, monk
         snapshot.take(repository, tmp_path / "b", allow_dirty=True)
 
 
+@pytest.mark.long
 def test_a_snapshot_within_a_checkout_knows_its_own_commit(repository):
     """runs/slurm/ lies in the checkout, whose HEAD moves on."""
     line = snapshot.take(repository, repository / "runs" / "code")
@@ -445,6 +467,7 @@ def test_a_snapshot_within_a_checkout_knows_its_own_commit(repository):
 # -- the local executor ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_local_run_takes_the_snapshots_packages(code):
     flags = [*LOCAL, "--name", "where", "--", "eval/where/run.py", "--a", "b c"]
     done = call(code, code, "launch.py", *flags)
@@ -456,6 +479,7 @@ def test_a_local_run_takes_the_snapshots_packages(code):
     assert re.search(r"^where +\d+ +FINISHED .*flags are", line), line
 
 
+@pytest.mark.long
 def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
     """Ctrl-C saves and ends with 75; the same command continues, as status.py shows."""
     flags = [*LOCAL, "--tasks-per-node", "2", "--", *SNCLR, "--max-steps", "120"]
@@ -489,6 +513,7 @@ def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
     assert start["devices"]["ranks"] == 2 and len(start["restarts"]) == 1
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_ends_a_local_job_with_its_own_error(code, tmp_path):
     began = time.monotonic()
     flags = [*LOCAL, "--tasks-per-node", "2", "--name", "waits", "--", "eval/waits/run.py"]
@@ -501,6 +526,7 @@ def test_a_rank_that_fails_ends_a_local_job_with_its_own_error(code, tmp_path):
     assert re.search(r"FAILED .* rank 1 on \S+: rank 1 cannot go on$", line), line
 
 
+@pytest.mark.long
 def test_a_local_sweep_runs_some_at_a_time(code, tmp_path):
     (tmp_path / "s.yaml").write_text(
         "script: eval/parses/run.py\nslurm: {gpus_per_node: 0}\ngrid: {backbone: [a, b, c]}\n"
@@ -528,6 +554,7 @@ def stopping_task(code: Path, folder: Path, seconds: str = "600") -> task.Task:
     return task.Task("stops", "eval/stops/run.py", flags, str(code), str(folder / "notes"))
 
 
+@pytest.mark.long
 def test_at_the_time_limit_a_job_stops_is_requeued_and_continues(code, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(code))
     executor = local_executor(tmp_path, tasks=1, minutes=12 / 60)
@@ -541,6 +568,7 @@ def test_at_the_time_limit_a_job_stops_is_requeued_and_continues(code, tmp_path,
     ]
 
 
+@pytest.mark.long
 def test_a_job_that_may_not_be_requeued_again_ends_with_the_reason(code, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(code))
     job = local_executor(tmp_path, 1, 12 / 60, timeouts=0).submit(stopping_task(code, tmp_path))
@@ -742,6 +770,7 @@ def test_status_of_what_is_not_there(code, tmp_path):
     assert "cannot be read" in only_error(call(code, tmp_path, "status.py"))
 
 
+@pytest.mark.long
 def test_watch_shows_it_again(code, tmp_path):
     recorded(tmp_path / "runs" / "slurm", ["a"], cluster="local")
     process = subprocess.Popen(

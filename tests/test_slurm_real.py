@@ -42,7 +42,7 @@ REASON = missing()
 needs_slurm = pytest.mark.skipif(
     bool(REASON) and os.environ.get("REQUIRE_SLURM") != "1", reason=REASON or "it runs"
 )
-pytestmark = [needs_slurm, pytest.mark.timeout(400)]
+pytestmark = [needs_slurm, pytest.mark.long, pytest.mark.timeout(400)]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from conftest import run_script
 from benchmarks import throughput
 
 
+@pytest.mark.long
 def test_a_row_is_a_run_with_its_own_metrics(tmp_path):
     flags = ["--only", "tiny", "--steps", "3", "--batch-size", "16", "--queue-size", "64"]
     done = run_script("benchmarks/throughput.py", *flags, "--json", tmp_path / "out.json")

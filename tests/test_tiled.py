@@ -168,6 +168,7 @@ def test_the_benchmark_compares_equal_work(form):
         torch.testing.assert_close(mine, grad, rtol=0, atol=1e-10)
 
 
+@pytest.mark.long
 def test_the_benchmark_runs_and_stores_its_numbers(tmp_path):
     sizes = ["--images", "64", "--neighbours", "3", "--dim", "16", "--queue", "200"]
     sizes += ["--forms", "plain", "tiled"]

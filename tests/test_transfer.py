@@ -261,6 +261,7 @@ def test_features_are_extracted_once_and_again_when_a_file_changes(all_twelve, t
 # -- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", ["torch", "sklearn"])
 def test_all_twelve_through_the_command(all_twelve, trained, tmp_path, solver, capsys):
     output = tmp_path / "out"

@@ -87,6 +87,7 @@ def sklearn_to_norm(data: Split, decay: float) -> tuple[torch.Tensor, torch.Tens
         tolerance /= 4
 
 
+@pytest.mark.long
 def test_both_solvers_agree_at_the_same_gradient_norm():
     data, test = clouds(seed=0), clouds(images=1000, seed=0, spread=2.2)
     worst = 0.0

@@ -7,7 +7,7 @@ import importlib
 from common.data import photos
 from common.fast import pixels
 
-for name in ("torch", "torchvision", "timm", "tyro", "matplotlib.pyplot", "common.run.run"):
+for name in ("torchvision", "timm", "tyro", "matplotlib.pyplot", "common.run.run", "conftest"):
     importlib.import_module(name)
 for split in photos.PATCHES:
     photos.patches(split)
