@@ -19,6 +19,7 @@ from common.run import metrics
 from eval.dense import same_features
 from eval.detection import convert as converter
 from eval.detection import data, scores, torchvision_backend
+from eval.detection import detectron2_names as names
 from eval.detection import run as train
 from eval.detection.settings import PROTOCOLS, Settings, parse_overrides
 from results import tables
@@ -126,8 +127,8 @@ def test_overrides_that_cannot_be_meant(text, error):
 
 def test_converter_gives_just_the_names_and_shapes_of_detectron2(resnet):
     tensors = resnet.state_dict()
-    found = converter.convert(tensors)
-    lines = [line.split() for line in converter.KEYS.read_text().splitlines() if line[0] != "#"]
+    found = names.convert(tensors)
+    lines = [line.split() for line in names.KEYS.read_text().splitlines() if line[0] != "#"]
     assert len(lines) == 265
     shapes = {n: "x".join(map(str, t.shape)) for n, t in found.items()}
     assert shapes == dict(lines)
@@ -147,14 +148,14 @@ def test_converter_refuses_what_does_not_match(resnet):
     tensors = resnet.state_dict()
     lacking = {n: t for n, t in tensors.items() if n != "layer2.0.conv2.weight"}
     with pytest.raises(UserError, match=r"1 mismatches: missing res3\.0\.conv2\.weight"):
-        converter.convert(lacking)
+        names.convert(lacking)
     with pytest.raises(UserError, match=r"unexpected stem\.fc\.weight"):
-        converter.convert(tensors | {"fc.weight": torch.zeros(1000, 2048)})
+        names.convert(tensors | {"fc.weight": torch.zeros(1000, 2048)})
     with pytest.raises(UserError, match=r"stem\.conv1\.weight is \(64, 3, 3, 3\), not"):
-        converter.convert(tensors | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
+        names.convert(tensors | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
     vit = build_encoder("vit_small").state_dict()
     with pytest.raises(UserError, match=r"is no ResNet-50.*missing stem\.conv1\.weight"):
-        converter.convert(vit)
+        names.convert(vit)
 
 
 def test_converter_command(resnet, tmp_path, capsys):
@@ -182,23 +183,23 @@ def loaded_state(converted):
 
 
 def test_what_did_not_arrive_in_the_detector_is_listed(resnet):
-    converted = converter.convert(resnet.state_dict())
+    converted = names.convert(resnet.state_dict())
     state = loaded_state(converted)
-    converter.check_loaded(state, converted)
+    names.check_loaded(state, converted)
     # a C4 detector keeps res5 in its head, with the extra norm
     c4 = {
         f"{'roi_heads' if n.startswith('res5') else 'backbone'}.{n}": t
         for n, t in converted.items()
     }
-    converter.check_loaded(c4 | {"roi_heads.res5.norm.weight": torch.ones(3)}, converted)
+    names.check_loaded(c4 | {"roi_heads.res5.norm.weight": torch.ones(3)}, converted)
     name = "backbone.bottom_up.res4.2.conv1.weight"
     with pytest.raises(UserError, match=r"res4\.2\.conv1\.weight was not loaded"):
-        converter.check_loaded(state | {name: state[name] + 1e-6}, converted)
+        names.check_loaded(state | {name: state[name] + 1e-6}, converted)
     with pytest.raises(UserError, match=r"res9\.weight was not in the backbone"):
-        converter.check_loaded(state | {"backbone.bottom_up.res9.weight": state[name]}, converted)
+        names.check_loaded(state | {"backbone.bottom_up.res9.weight": state[name]}, converted)
     del state[name]
     with pytest.raises(UserError, match=r"the model has no res4\.2\.conv1\.weight"):
-        converter.check_loaded(state, converted)
+        names.check_loaded(state, converted)
 
 
 def test_a_stride_in_the_1x1_is_noticed(resnet):
@@ -208,8 +209,8 @@ def test_a_stride_in_the_1x1_is_noticed(resnet):
     same_features(resnet, other, torch.device("cpu"))
     for layer in (other.layer2, other.layer3, other.layer4):
         layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
-    converted = converter.convert(other.state_dict())
-    converter.check_loaded(loaded_state(converted), converter.convert(resnet.state_dict()))
+    converted = names.convert(other.state_dict())
+    names.check_loaded(loaded_state(converted), names.convert(resnet.state_dict()))
     with pytest.raises(UserError, match="STRIDE_IN_1X1 False"):
         same_features(resnet, other, torch.device("cpu"))
 
@@ -528,7 +529,7 @@ def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resne
     from eval.detection.detectron2_backend import check_file
 
     path = tmp_path / "backbone.pkl"
-    converter.write(path, converter.convert(resnet.state_dict()), {"sha256": "0" * 64})
+    names.write(path, names.convert(resnet.state_dict()), {"sha256": "0" * 64})
     for task in ("coco_mask_rcnn_R50_FPN_1x", "voc0712_faster_rcnn_R50_C4"):
         check_file(path, task, resnet)
     wrong = Settings("voc_faster_rcnn_R50_FPN")

@@ -293,6 +293,7 @@ def assert_same_numbers(runs, tolerance=1e-9):
             np.testing.assert_allclose(b[name], value, rtol=tolerance, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", BY_RECIPE)
 def test_a_recipe_with_a_vit_gives_the_same_run_in_pieces(method, tmp_path, monkeypatch):
     recipe, flags = METHODS[method]
@@ -391,6 +392,7 @@ def test_a_piece_must_divide_the_batch_and_be_shared_by_the_ranks(batch, ranks, 
         check_batch(batch, ranks, micro_batch)
 
 
+@pytest.mark.long
 def test_a_wrong_piece_is_one_line(tmp_path):
     flags = [*small("nnsiam"), "--micro-batch", "5", "--output", str(tmp_path / "run")]
     error = only_error(run_script("recipes/nnsiam.py", *flags))

@@ -9,13 +9,13 @@ too. The arithmetic is float32 on whole numbers up to 255, which it holds exactl
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.augment import BLUR, BOX, FLIP, GREY, ORDER, SOLARIZE, View
-from common.data.images import ArrayImages, Images
 
 BLOCK = 2**26  # values held at once: 256 MB in float32, and some four times that in between
 BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
@@ -242,15 +242,16 @@ def flip(x: Tensor, values: Tensor) -> Tensor:
 class DeviceViews:
     """Finishes on a device what a loader of `common.data.loaders.view_loader` began.
 
-    Images of one size in memory go to the device whole, once, and the loader draws only ("draws");
-    of image files the loader decodes and crops ("crops").
+    Images in memory, whose `pixels` are uint8 (N,H,W,3), go to the device whole, once, and the
+    loader draws only ("draws"); of image files the loader decodes and crops ("crops").
     """
 
-    def __init__(self, images: Images, views: Sequence[View], device: torch.device):
+    def __init__(self, images: Any, views: Sequence[View], device: torch.device):
         self.views, self.device = views, device
-        self.stage = "draws" if isinstance(images, ArrayImages) else "crops"
-        if self.stage == "draws":
-            pixels = torch.from_numpy(images.pixels).to(device)
+        pixels = getattr(images, "pixels", None)
+        self.stage = "crops" if pixels is None else "draws"
+        if pixels is not None:
+            pixels = torch.from_numpy(pixels).to(device)
             self.pixels = pixels.permute(0, 3, 1, 2).contiguous()
 
     def __call__(self, loaded: list[tuple[Tensor, Tensor]], samples: Tensor) -> list[Tensor]:

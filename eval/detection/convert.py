@@ -5,106 +5,21 @@
 The file has every tensor of the encoder and goes into MODEL.WEIGHTS of any detectron2 config with a
 ResNet-50 whose stride is in the 3x3 convolutions. detectron2 only warns where names do not match,
 and trains from random weights: so names and shapes are checked here against a list of its own
-(resnet50_keys.txt), and train.py checks tensors and features after loading. With detectron2
+(resnet50_keys.txt), and run.py checks tensors and features after loading. With detectron2
 installed this command loads the file into the models of configs/ and checks them too.
 """
 
 import argparse
-import pickle
-import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from common import files
-from common.errors import UserError, command, make_folder
+from common.errors import UserError, command
+from eval.detection.detectron2_names import convert, write
+from eval.detection.settings import PROTOCOLS
 from eval.encoders import load_encoder
-
-KEYS = Path(__file__).resolve().parent / "resnet50_keys.txt"
-# where the backbone sits in detectron2's models: res5 is in the head of a C4 one
-BODIES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
-# what a detector has beside the backbone: trained from random weights
-NEW = ("backbone.fpn_", "proposal_generator.", "roi_heads.box_", "roi_heads.mask_")
-NEW += ("roi_heads.res5.norm.",)
-COUNTER = "num_batches_tracked"
-
-
-def detectron2_name(name: str) -> str:
-    """layer1.0.bn2.weight -> res2.0.conv2.norm.weight, conv1.weight -> stem.conv1.weight."""
-    name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
-    name = re.sub(r"bn(\d)", r"conv\1.norm", name)
-    name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-    return name if name.startswith("res") else f"stem.{name}"
-
-
-def convert(tensors: dict[str, Tensor], where: str = "the backbone") -> dict[str, Tensor]:
-    """torchvision's ResNet-50 under detectron2's names, float32 on CPU; UserError with the list of
-    names where they are not just those of detectron2's ResNet-50.
-    """
-    found = {
-        detectron2_name(name): t.detach().to("cpu", torch.float32)
-        for name, t in tensors.items()
-        if not name.endswith(COUNTER)
-    }
-    problems = differences({n: tuple(t.shape) for n, t in found.items()}, expected_shapes())
-    if problems:
-        raise UserError(f"{where} is no ResNet-50 of torchvision's: {listed(problems)}")
-    return found
-
-
-def expected_shapes() -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of detectron2's ResNet-50."""
-    lines = [line.split() for line in KEYS.read_text().splitlines() if not line.startswith("#")]
-    return {name: tuple(map(int, shape.split("x"))) for name, shape in lines}
-
-
-def differences(found: dict[str, tuple], expected: dict[str, tuple]) -> list[str]:
-    problems = [f"missing {n}" for n in expected if n not in found]
-    problems += [f"unexpected {n}" for n in found if n not in expected]
-    return problems + [
-        f"{n} is {found[n]}, not {expected[n]}"
-        for n in found
-        if n in expected and found[n] != expected[n]
-    ]
-
-
-def listed(problems: list[str]) -> str:
-    return f"{len(problems)} mismatches: {', '.join(problems)}"
-
-
-def check_loaded(state: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
-    """UserError unless every converted tensor is in a detectron2 model's state, equal, and all else
-    in it is new: FPN, RPN, heads.
-    """
-    problems, own = [], {}
-    for name, tensor in state.items():
-        if name.startswith(NEW) or name.endswith(COUNTER):
-            continue
-        prefix = next((p for p in BODIES if name.startswith(p)), "")
-        own[name.removeprefix(prefix)] = tensor
-    for name, tensor in converted.items():
-        if name not in own:
-            problems.append(f"the model has no {name}")
-        elif own[name].shape != tensor.shape or not torch.equal(own[name].cpu(), tensor):
-            problems.append(f"{name} was not loaded")
-    problems += [f"{name} was not in the backbone" for name in own if name not in converted]
-    if problems:
-        raise UserError(f"the detector did not take the backbone: {listed(problems)}")
-
-
-def write(path: Path, converted: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Writes detectron2's pickle: numpy arrays, which it matches by the ends of names."""
-    content = {
-        "model": {name: tensor.numpy() for name, tensor in converted.items()},
-        "__author__": f"selfsup-recipes, backbone {facts['sha256']}",
-        "matching_heuristics": True,
-    }
-    make_folder(path.parent)
-    files.write(path, pickle.dumps(content))
 
 
 def take(backbone: str, arch: str | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -113,12 +28,6 @@ def take(backbone: str, arch: str | None = None) -> tuple[torch.nn.Module, dict[
     if facts["arch"] != "resnet50":
         raise UserError(f"{backbone} is {facts['arch']}: detectron2 takes a resnet50")
     return encoder, facts
-
-
-def configurations_to_check() -> Iterable[str]:
-    from eval.detection.settings import PROTOCOLS
-
-    return PROTOCOLS
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -146,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     from eval.detection.detectron2_backend import check_file
 
-    for task in configurations_to_check():
+    for task in PROTOCOLS:
         check_file(arguments.output, task, encoder)
         print(f"{task}: every tensor arrived, features are the backbone's")
 

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -31,13 +31,10 @@ from common.errors import EXIT_STOPPED, Stopped, UserError
 from common.run.signals import StopRequests
 from eval.dense import same_features, step_seed
 from eval.detection import data
-from eval.detection.convert import check_loaded, convert, write
+from eval.detection.detectron2_names import check_loaded, convert, write
 from eval.detection.scores import MEASURES
-from eval.detection.settings import Settings
+from eval.detection.settings import Job, Settings
 from eval.transfer.readers import VOC_CLASSES
-
-if TYPE_CHECKING:
-    from eval.detection.run import Detection
 
 FOLDER = "detectron2"  # its OUTPUT_DIR in the evaluation's folder
 RESULTS = "results.json"
@@ -168,7 +165,7 @@ def register(settings: Settings, folder: str) -> None:
             register_coco_instances(split, {}, str(file), str(root / f"{part}{year}"))
 
 
-def run(job: "Detection") -> dict[str, dict[str, float]]:
+def run(job: Job) -> dict[str, dict[str, float]]:
     """Converts, checks, trains, scores; {"box": {"AP": …}, "mask": …} in percent."""
     gpus = processes(job)
     output = job.folder / FOLDER
@@ -198,7 +195,7 @@ def run(job: "Detection") -> dict[str, dict[str, float]]:
     return in_our_words(json.loads(results.read_text()), job.settings.mask)
 
 
-def processes(job: "Detection") -> int:
+def processes(job: Job) -> int:
     """How many to start, 0 or 1 for none but this one; UserError where they cannot be."""
     there, batch = torch.cuda.device_count(), job.settings["SOLVER.IMS_PER_BATCH"]
     gpus = job.config.gpus if job.config.gpus >= 0 else there

@@ -22,10 +22,10 @@ from typing import Any, Literal
 from common import distributed
 from common.config import free, parse
 from common.errors import UserError, command
-from eval.dense import DenseConfig, DenseEvaluation
+from eval.dense import DenseConfig
 from eval.detection import data, torchvision_backend
 from eval.detection.scores import MEASURES
-from eval.detection.settings import Settings, Task, parse_overrides
+from eval.detection.settings import Job, Settings, Task, parse_overrides
 from eval.evaluation import RECORD
 
 INSTALL = "eval/detection/README.md says how to install it"
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     job.evaluate(f"detection-{job.config.task}-{job.config.backend}")
 
 
-class Detection(DenseEvaluation):
+class Detection(Job):
     """A task on a backbone, by one of the two backends."""
 
     def __init__(self, config: DetectionConfig):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from common.errors import UserError, nearest_name
+from eval.dense import DenseEvaluation
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 Task = Literal[
@@ -72,6 +73,12 @@ class Settings:
         name = PROTOCOLS[self.task]
         name += "" if backend == "detectron2" else f", {backend}"
         return name + (", changed" if self.overrides else "")
+
+
+class Job(DenseEvaluation):
+    """What the backends are given: an evaluation with its task's settings."""
+
+    settings: Settings
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@ detectron2. Schedule, sizes, flips and norms are the task's; README.md says what
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchvision
@@ -18,10 +18,7 @@ from common.data.loaders import RankBatches, ignore_stop_signals
 from common.errors import UserError
 from eval.dense import gathered, or_error, per_rank, raise_errors
 from eval.detection import data, scores
-from eval.detection.settings import Settings
-
-if TYPE_CHECKING:
-    from eval.detection.run import Detection
+from eval.detection.settings import Job, Settings
 
 NORMS = {"": None, "FrozenBN": FrozenBatchNorm2d, "SyncBN": nn.BatchNorm2d, "BN": nn.BatchNorm2d}
 # what of a task's file has a meaning here; --override of anything else is refused
@@ -44,7 +41,7 @@ def check(settings: Settings) -> None:
             raise UserError(f"{name} {settings[name]}: none of {', '.join(NORMS)}")
 
 
-def run(job: "Detection") -> dict[str, dict[str, float]]:
+def run(job: Job) -> dict[str, dict[str, float]]:
     """Trains, scores; {"box": {"AP": …, "AP50": …, "AP75": …}, "mask": …} in percent."""
     settings = job.settings
     model = build_model(settings, job.config.arch, job.config.seed)
@@ -98,7 +95,7 @@ def build_model(settings: Settings, arch: str, seed: int) -> nn.Module:
         )
 
 
-def check_arrival(job: "Detection", model: nn.Module) -> None:
+def check_arrival(job: Job, model: nn.Module) -> None:
     """Tensors and features of the backbone in the detector are the encoder's."""
     body = model.backbone.body.eval()
     job.check_body(body, lambda x: body(x)["3"].mean((2, 3)))
@@ -118,7 +115,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=0.0, momentum=settings["SOLVER.MOMENTUM"])
 
 
-def loader(job: "Detection", first: int, last: int) -> torch.utils.data.DataLoader:
+def loader(job: Job, first: int, last: int) -> torch.utils.data.DataLoader:
     """This rank's part of the batches of the iterations `first` to `last`."""
     settings = job.settings
     examples = data.Examples(job.train, job.config.seed, settings.mask)
@@ -140,7 +137,7 @@ def loader(job: "Detection", first: int, last: int) -> torch.utils.data.DataLoad
     )
 
 
-def losses(job: "Detection", model: nn.Module):
+def losses(job: Job, model: nn.Module):
     """batch -> the detector's losses; each image takes one of the task's sizes at random."""
     settings = job.settings
 
@@ -156,7 +153,7 @@ def losses(job: "Detection", model: nn.Module):
 
 
 @torch.no_grad()
-def refine_norms(job: "Detection", model: nn.Module) -> None:
+def refine_norms(job: Job, model: nn.Module) -> None:
     """Statistics of all batch norms anew: their plain mean over NUM_ITER training batches, in
     place of the running one (detectron2's TEST.PRECISE_BN).
     """
@@ -180,7 +177,7 @@ def refine_norms(job: "Detection", model: nn.Module) -> None:
         norm.momentum = momentum
 
 
-def stop_if_asked(job: "Detection") -> None:
+def stop_if_asked(job: Job) -> None:
     if distributed.any_rank([job.requests.received is not None])[0]:
         job.stop("after training, which is saved; scoring starts again")
 
@@ -198,7 +195,7 @@ class TestImages(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def detections(job: "Detection", model: nn.Module) -> list[dict[str, Any]]:
+def detections(job: Job, model: nn.Module) -> list[dict[str, Any]]:
     """Every detection on the test images, as COCO's results, of all ranks. Each rank does as many
     images as the others, so that all answer a stop request together.
     """
