@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from common.augment import to_tensor
 from common.data.images import ArrayImages, Images
-from common.data.loaders import ignore_stop_signals
 from common.errors import UserError
-from common.fast.pixels import to_input
 from common.files import replacing
+from common.knn import extract_features
 
 IMAGE_SIZE = 224  # GSG App. D.1
-BATCH = 64  # images; ssl-transfer linear.py. It moves nothing: the encoder is in eval mode
 
 
 def view(image: Image.Image, size: int) -> Tensor:
@@ -32,65 +30,6 @@ def view(image: Image.Image, size: int) -> Tensor:
     return to_tensor(image)
 
 
-class Views(torch.utils.data.Dataset):
-    """Sample -> its view, or the text of what is wrong with its file."""
-
-    def __init__(self, images: Images, size: int):
-        self.images, self.size = images, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return view(self.images.load(index), self.size)
-        except UserError as error:
-            return str(error).removesuffix(", or use --on-bad-image skip")
-
-
-def first_problem(items: list[Tensor | str]) -> Tensor | str:
-    """A batch (N,3,size,size), or what is wrong with its first bad image."""
-    for item in items:
-        if isinstance(item, str):
-            return item
-    return torch.stack(items)
-
-
-@torch.no_grad()
-def extract(
-    encoder: nn.Module,
-    images: Images,
-    size: int,
-    workers: int = 0,
-    between: Callable[[int], None] = lambda done: None,
-) -> Tensor:
-    """(N,D) float32 features on the CPU, in order; `between` is called with the images done.
-
-    UserError for an image that cannot be read.
-    """
-    weight = next(encoder.parameters())
-    encoder.eval()
-    loader = torch.utils.data.DataLoader(
-        Views(images, size),
-        batch_size=BATCH,
-        num_workers=workers,
-        collate_fn=first_problem,
-        worker_init_fn=ignore_stop_signals,
-    )
-    features = torch.empty(0)
-    done = 0
-    for views in loader:
-        if isinstance(views, str):
-            raise UserError(views)
-        out = encoder(to_input(views, weight.device, weight.dtype)).float().cpu()
-        if not done:
-            features = torch.empty(len(images), out.shape[1])
-        features[done : done + len(out)] = out
-        done += len(out)
-        between(done)
-    return features
-
-
 def cached(
     folder: Path,
     encoder: nn.Module,
@@ -99,9 +38,11 @@ def cached(
     images: Images,
     size: int,
     workers: int = 0,
-    between: Callable[[int], None] = lambda done: None,
+    between: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, float | None]:
-    """(features, seconds that extracting took or None where they were there already).
+    """((N,D) float32 features on the CPU, in order; seconds that extracting took, or None if they
+    were there already). `between` is told the images of each batch. UserError for an image that
+    cannot be read.
 
     The file is named after the backbone's hash, its arch and the image size, and after the names
     and sizes of the image files (the pixels, where they are in memory).
@@ -116,7 +57,10 @@ def cached(
         if len(stored) == len(images):
             return torch.from_numpy(stored), None
     started = time.monotonic()
-    features = extract(encoder, images, size, workers, between)
+    samples = np.arange(len(images))
+    features = extract_features(
+        encoder, images, samples, size, workers, view=view, after_batch=between
+    ).cpu()
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside, open(beside, "wb") as file:
         np.save(file, features.numpy())

@@ -26,6 +26,7 @@ from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
 from common.files import write
 from common.run import environment
+from common.run.folder import finished_record
 from common.run.signals import StopRequests
 from eval.encoders import load_encoder, record_fields
 from eval.evaluation import EncoderConfig
@@ -184,9 +185,9 @@ class Transfer:
             mininterval=PROGRESS_SECONDS,
         ) as bar:
 
-            def between(done: int) -> None:
+            def between(images: int) -> None:
                 self.stop_if_asked()
-                bar.update(done - bar.n)
+                bar.update(images)
 
             features, seconds = cached(
                 self.cache,
@@ -325,13 +326,13 @@ class Transfer:
 
     def finished(self, path: Path, about: Manifest) -> dict[str, Any] | None:
         """The record of this very evaluation, where it is on disk and whole."""
-        if self.config.resume == "never" or not path.exists():
+        if self.config.resume == "never":
             return None
-        found = record.read(path)
+        found = finished_record(path, self.facts["sha256"])
+        if found is None:
+            return None
         same = self.identity(about).items() <= (found.get("hyperparameters") or {}).items()
-        if not same or found["backbone_sha256"] != [self.facts["sha256"]]:
-            return None
-        return found
+        return found if same else None
 
     def write(self, path: Path, found: dict[str, Any]) -> None:
         for problem in record.problems(found):
