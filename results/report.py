@@ -55,14 +55,14 @@ def build(
     joined: Joined, folder: Path = HERE, readme: Path = ROOT / "README.md"
 ) -> dict[Path, str]:
     """The text of every page."""
-    said = summary.in_words(joined)
+    said = summary.sentences(joined)
     pages = {
         folder / "README.md": markdown(joined, said),
         folder / "cifar10.md": claims_page.markdown(joined),
         folder / "index.html": page.html(joined, said),
     }
     if readme.exists():
-        pages[readme] = in_readme(readme.read_text(), in_short(joined, said))
+        pages[readme] = in_readme(readme.read_text(), root_part(joined, said))
     return pages
 
 
@@ -208,7 +208,7 @@ def links(names: str) -> str:
 # -- the root README ------------------------------------------------------------------------------
 
 
-def in_short(joined: Joined, said: Sequence[str]) -> str:
+def root_part(joined: Joined, said: Sequence[str]) -> str:
     """The root README's part: the papers' ImageNet numbers with ours if there are any, and our own
     runs.
     """

@@ -9,7 +9,7 @@ from results.joined import Joined
 UNJUDGED = {"one seed": "not judged (one seed)", "not run": "not run"}
 
 
-def in_words(joined: Joined) -> list[str]:
+def sentences(joined: Joined) -> list[str]:
     """Sentences in Markdown: the papers' numbers, their claims, and what our other runs are."""
     text = [papers_numbers(joined.rows), verdicts(joined.claims, joined.runs)]
     return [*text, *other_runs(joined.rows, [r for _, r in joined.apart])]

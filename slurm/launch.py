@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from common.errors import UserError, command
-from slurm.record import Job, check_name
+from slurm.ledger import Job, check_name
 from slurm.resources import (
     OneLineParser,
     add_common_flags,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, UserError
-from slurm.record import log_path, write_record
+from slurm.ledger import log_path, write_ledger
 from slurm.resources import Resources
 from slurm.task import Task, first_failure, python_path, read_notes
 
@@ -20,7 +20,7 @@ FOREVER = 60 * 24 * 365  # minutes; a run without --time
 
 def run(
     folder: Path,
-    record: dict[str, Any],
+    ledger: dict[str, Any],
     tasks: list[Task],
     resources: Resources,
     max_parallel: int,
@@ -33,7 +33,7 @@ def run(
     import submitit
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
-    submission = record["submissions"][-1]
+    submission = ledger["submissions"][-1]
     own = folder / str(submission["number"])
     executor = submitit.LocalExecutor(own / "jobs", max_num_timeout=resources.max_timeouts)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -58,7 +58,7 @@ def run(
                 task = waiting.pop(0)
                 job = start(executor, task, own)
                 submission["jobs"][task.name] = job.job_id
-                write_record(folder, record)
+                write_ledger(folder, ledger)
                 running[task.name] = (task, job, [0])
             if len(asked) > told:
                 told = len(asked)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, UserError, command, nearest_name
-from slurm.record import log_path, records_in
+from slurm.ledger import ledgers_in, log_path
 from slurm.resources import OneLineParser, cluster_layer, resources_of, scratch_folder
 from slurm.task import first_failure, read_notes
 
@@ -103,9 +103,9 @@ def answer(words: list[str], needed: bool = False) -> list[str]:
     return []
 
 
-def state_of(folder: Path, record: dict[str, Any], run: dict[str, Any], queue: Queue) -> State:
+def state_of(folder: Path, ledger: dict[str, Any], run: dict[str, Any], queue: Queue) -> State:
     """The state of a run's latest job."""
-    submission = submission_of(record, run["name"])
+    submission = submission_of(ledger, run["name"])
     if submission is None:
         return State("", "", "NOT STARTED", live=False)
     job, cluster = submission["jobs"][run["name"]], submission["cluster"]
@@ -125,9 +125,9 @@ def state_of(folder: Path, record: dict[str, Any], run: dict[str, Any], queue: Q
     return state
 
 
-def submission_of(record: dict[str, Any], name: str) -> dict[str, Any] | None:
+def submission_of(ledger: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The latest submission that a run was part of."""
-    parts = [s for s in record["submissions"] if name in s["jobs"]]
+    parts = [s for s in ledger["submissions"] if name in s["jobs"]]
     return parts[-1] if parts else None
 
 
@@ -220,9 +220,9 @@ def backwards(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
 
 
-def last_line(folder: Path, record: dict[str, Any], run: dict[str, Any], state: State) -> str:
+def last_line(folder: Path, ledger: dict[str, Any], run: dict[str, Any], state: State) -> str:
     """Why a run failed, else the last line of rank 0's log that is not submitit's own."""
-    submission = submission_of(record, run["name"])
+    submission = submission_of(ledger, run["name"])
     if submission is None:
         return ""
     notes = read_notes(folder / str(submission["number"]) / "notes", run["name"])
@@ -245,26 +245,26 @@ def last_line(folder: Path, record: dict[str, Any], run: dict[str, Any], state: 
 COLUMNS = ("run", "job", "state", "epoch", "k-NN", "left", "restarts", "last line")
 
 
-def rows_of(folder: Path, record: dict[str, Any], queue: Queue) -> list[list[str]]:
+def rows_of(folder: Path, ledger: dict[str, Any], queue: Queue) -> list[list[str]]:
     rows = []
-    for run in record["runs"]:
-        state, facts = state_of(folder, record, run, queue), progress(run["folder"])
+    for run in ledger["runs"]:
+        state, facts = state_of(folder, ledger, run, queue), progress(run["folder"])
         epoch, left = "", ""
         if "step" in facts and "steps" in facts:
             per_epoch = facts["steps"]["per_epoch"]
             epochs = facts["steps"]["last"] / per_epoch
             epoch = f"{facts['step'] / per_epoch:.3g} of {epochs:.3g}"
         if "seconds_left" in facts:
-            left = in_short(facts["seconds_left"])
+            left = how_long(facts["seconds_left"])
         knn = f"{facts['knn']:.1%}" if "knn" in facts else ""
-        line = last_line(folder, record, run, state)
+        line = last_line(folder, ledger, run, state)
         rows.append(
             [run["name"], state.job, state.state, epoch, knn, left, str(state.restarts), line]
         )
     return rows
 
 
-def in_short(seconds: float) -> str:
+def how_long(seconds: float) -> str:
     """5400 -> '1 h 30'."""
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -286,15 +286,15 @@ def table(rows: list[list[str]], width: int) -> str:
 
 
 def show(scratch: Path, name: str, width: int) -> None:
-    records = [(f, r) for f, r in records_in(scratch) if not name or f.name == name]
-    if name and not records:
-        names = sorted(folder.name for folder, _ in records_in(scratch))
+    ledgers = [(f, r) for f, r in ledgers_in(scratch) if not name or f.name == name]
+    if name and not ledgers:
+        names = sorted(folder.name for folder, _ in ledgers_in(scratch))
         hint = nearest_name(name, names) or f"; there are {', '.join(names) or 'none'}"
         raise UserError(f"no launch or sweep {name} in {scratch}{hint}")
-    if not records:
+    if not ledgers:
         raise UserError(f"nothing was submitted from {scratch}: see --cluster and --scratch")
     queue = Queue()
-    rows = [row for folder, record in records for row in rows_of(folder, record, queue)]
+    rows = [row for folder, ledger in ledgers for row in rows_of(folder, ledger, queue)]
     print(table(rows, width), flush=True)
 
 

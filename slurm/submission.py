@@ -1,4 +1,4 @@
-"""From runs to Slurm jobs: flags checked, code snapshot, sbatch script, record."""
+"""From runs to Slurm jobs: flags checked, code snapshot, sbatch script, ledger."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import UserError, nearest_path
 from slurm import local, snapshot
-from slurm.record import Job, log_path, read_record, records_in, write_record
+from slurm.ledger import Job, ledgers_in, log_path, read_ledger, write_ledger
 from slurm.resources import Resources, scratch_folder
 from slurm.status import Queue, state_of
 from slurm.task import Task, python_path
@@ -91,10 +91,10 @@ def submit(
     arguments: argparse.Namespace,
     max_parallel: int | None = None,
 ) -> int:
-    """Snapshot, record and submission of runs (checked ones); returns the exit code."""
+    """Snapshot, ledger and submission of runs (checked ones); returns the exit code."""
     folder = scratch_folder(resources) / name
-    record = read_record(folder)
-    number = 1 + max((s["number"] for s in record["submissions"]), default=0)
+    ledger = read_ledger(folder)
+    number = 1 + max((s["number"] for s in ledger["submissions"]), default=0)
     own = folder / str(number)
     tasks = [
         Task(job.name, job.script, job.flags, str(own / "code"), str(own / "notes")) for job in jobs
@@ -118,22 +118,22 @@ def submit(
     except UserError:
         remove(own)
         raise
-    known = {run["name"]: run for run in record["runs"]}
+    known = {run["name"]: run for run in ledger["runs"]}
     known |= {job.name: dataclasses.asdict(job) for job in jobs}
-    record["runs"] = [*known.values()]
+    ledger["runs"] = [*known.values()]
     submission = {"number": number, "submitted": time.time(), "commit": line}
     submission |= {"cluster": "local" if arguments.local else "slurm", "jobs": {}}
     submission |= {"host": os.uname().nodename, "ranks": resources.ranks}
-    record["submissions"].append(submission)
+    ledger["submissions"].append(submission)
     if arguments.local:
-        return local.run(folder, record, tasks, resources, max_parallel or 1)
+        return local.run(folder, ledger, tasks, resources, max_parallel or 1)
     try:
         identities = submit_to_slurm(name, own, tasks, resources, max_parallel)
     except UserError:
         remove(own)
         raise
     submission["jobs"] = {job.name: job_id for job, job_id in zip(jobs, identities, strict=True)}
-    write_record(folder, record)
+    write_ledger(folder, ledger)
     for job, job_id in zip(jobs, identities, strict=True):
         print(f"job {job_id}: {job.name}" + (f" -> {job.folder}" if job.folder else ""))
     print(f"log: {log_path(folder, submission, jobs[0].name)}")
@@ -235,14 +235,14 @@ def refuse_live(jobs: list[Job], resources: Resources) -> None:
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"{twice[0]} would be the run folder of several runs: vary --output too")
     queue = Queue()
-    for folder, record in records_in(scratch_folder(resources)):
-        for run in record["runs"]:
+    for folder, ledger in ledgers_in(scratch_folder(resources)):
+        for run in ledger["runs"]:
             if run["folder"] not in folders:
                 continue
-            state = state_of(folder, record, run, queue)
+            state = state_of(folder, ledger, run, queue)
             if state.live:
                 end = "kill" if state.cluster == "local" else "scancel"
                 raise UserError(
                     f"{run['folder']} is being written by job {state.job} ({state.state}) of "
-                    f"{record['name']}: wait for it, or end it with {end} {state.job}"
+                    f"{ledger['name']}: wait for it, or end it with {end} {state.job}"
                 )

@@ -33,7 +33,7 @@ from typing import Any
 from common.errors import UserError, command, nearest_name
 from common.run.results import is_finished
 from slurm import plan
-from slurm.record import Job, check_name, read_record
+from slurm.ledger import Job, check_name, read_ledger
 from slurm.resources import (
     OneLineParser,
     add_common_flags,
@@ -206,13 +206,13 @@ def done_in(folder: str | None) -> bool:
 def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
     """The runs that are neither finished nor in the queue; says how many are."""
     folder = scratch_folder(resources)
-    record = read_record(folder / name)
-    known = {run["name"]: run for run in record["runs"]}
+    ledger = read_ledger(folder / name)
+    known = {run["name"]: run for run in ledger["runs"]}
     queue, left = Queue(), []
     for job in jobs:
         run, state = known.get(job.name), None
         if run is not None:
-            state = state_of(folder / name, record, run, queue)
+            state = state_of(folder / name, ledger, run, queue)
         same = run is None or run["flags"] == job.flags  # more --max-steps: it goes on
         ended = state is not None and state.state == "FINISHED"
         if state is not None and state.live:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conftest import ROOT, environment
 
-from slurm.record import read_record
+from slurm.ledger import read_ledger
 from slurm.status import Queue, state_of
 
 # what the scripts share: no torch, so that they start at once
@@ -107,7 +107,7 @@ def call(repository: Path, cwd: Path, script: str, *flags: object, timeout: floa
 def states(scratch: Path, name: str) -> dict:
     """The state of each run of a launch or sweep, as status.py sees it."""
     folder, queue = scratch / name, Queue()
-    record = read_record(folder)
+    record = read_ledger(folder)
     return {run["name"]: state_of(folder, record, run, queue) for run in record["runs"]}
 
 

@@ -288,16 +288,16 @@ def test_a_readme_without_its_place_and_a_missing_figure_are_mistakes(tmp_path):
 # -- words and notes ------------------------------------------------------------------------------
 
 
-def in_words(records):
-    return summary.in_words(golden_set.join(records))
+def sentences(records):
+    return summary.sentences(golden_set.join(records))
 
 
 def test_the_summary_says_what_has_been_run(tmp_path):
-    nothing, claimed, *more = in_words([])
+    nothing, claimed, *more = sentences([])
     aims = [row for row in PUBLISHED if tables.is_aim(row) and row["pretraining"] == "ImageNet-1k"]
     assert f"No ImageNet-1k number of the papers has been run yet (0 of {len(aims)})" in nothing
     assert "CIFAR-10: **not run yet**" in claimed and not more
-    text, _, other = in_words(record.load_all(golden(tmp_path) / "records"))
+    text, _, other = sentences(record.load_all(golden(tmp_path) / "records"))
     said = f"1 of the papers' {len(aims)} ImageNet-1k numbers has been run, ours -0.38 points off"
     assert said in text and "no CIFAR-10 number of the papers has been run yet" in text
     # of the three other records one has 2 epochs, one 200 and one 300
@@ -309,13 +309,13 @@ def test_the_summary_counts_verdicts_and_puts_the_judged_first():
     records = [of_run("photos-simsiam-gsg", s, 60.0 + s) for s in (0, 1)]
     records += [of_run("photos-simsiam", s, 50.0 + s) for s in (0, 1)]
     records += [of_run("cifar5k-simsiam-gsg", 0, 40.0), of_run("cifar5k-simsiam", 0, 41.0)]
-    text = in_words(records)[1]
+    text = sentences(records)[1]
     assert "photos, 3 epochs, CPU x 1: **1 holds, 2 not run**" in text
     assert "12 epochs, CPU x 1: **1 not judged (one seed), 2 not run**" in text
     assert text.index("photos,") < text.index("5 000 images") and "none is shown" not in text
     worse = [(n, r | {"value": 1.0 + s}) for s, (n, r) in enumerate(records[:2])]
     worse = [(n, r | {"values": [r["value"]]}) for n, r in worse]
-    text = in_words(worse + records[2:])[1]
+    text = sentences(worse + records[2:])[1]
     assert "**1 does not hold" in text and text.endswith("So far none is shown to hold.")
 
 

@@ -20,7 +20,7 @@ from common import distributed
 from common.errors import UserError
 from recipes import snclr
 from slurm import check, resources, snapshot, status, sweep, task
-from slurm.record import Job, read_record
+from slurm.ledger import Job, read_ledger
 
 SNCLR = ["recipes/snclr.py", *SMALL, "--queue-size", "128"]
 LONG = pytest.mark.long
@@ -788,4 +788,4 @@ def test_watch_shows_it_again(code, tmp_path):
 
 
 def test_a_record_that_is_not_there_is_empty(tmp_path):
-    assert read_record(tmp_path / "x") == {"name": "x", "runs": [], "submissions": []}
+    assert read_ledger(tmp_path / "x") == {"name": "x", "runs": [], "submissions": []}

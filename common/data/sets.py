@@ -34,7 +34,7 @@ def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, 
         return load_cifar10(root, download)
     if shards.is_packed(root):
         check_packed(root, name)
-        read, splits = packed_split, shards.splits(root)
+        read, splits = packed_split, shards.split_names(root)
     else:
         check_folder(root)
         read, splits = scan_folder, [s for s in ("train", "val") if (root / s).is_dir()]
@@ -122,7 +122,7 @@ def entries_of(folder: Path) -> list[os.DirEntry]:
 
 
 def check_packed(root: Path, name: str) -> None:
-    if "train" not in shards.splits(root):
+    if "train" not in shards.split_names(root):
         raise UserError(f"{root} holds no packed train/")
 
 

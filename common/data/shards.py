@@ -155,7 +155,7 @@ def describe(root: Path) -> dict:
     return about
 
 
-def splits(root: Path) -> list[str]:
+def split_names(root: Path) -> list[str]:
     return list(describe(root)["splits"])
 
 

@@ -77,7 +77,7 @@ def cpu_name() -> str:
         return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def record_start(folder: Path, description: dict[str, Any]) -> None:
+def note_start(folder: Path, description: dict[str, Any]) -> None:
     """Writes environment.json at the first start; later starts go into its list `restarts`."""
     path = folder / NAME
     if path.exists():

@@ -207,7 +207,7 @@ class Run:
             self.epoch_records = [
                 r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
             ]
-            environment.record_start(self.folder, description)
+            environment.note_start(self.folder, description)
         self.wandb = metrics.Wandb(
             self.config.wandb and self.rank == 0 and not finished,
             self.folder,

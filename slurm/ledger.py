@@ -1,4 +1,4 @@
-"""The record of what was submitted, in a scratch folder that all nodes see.
+"""The ledger of what was submitted, in a scratch folder that all nodes see.
 
 <scratch>/<name>/runs.json       the runs of a launch or sweep, and which jobs they became
 <scratch>/<name>/<n>/code        the snapshot that the n-th submission runs
@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import write
 
-RECORD = "runs.json"
+NAME = "runs.json"
 
 
 @dataclass
@@ -34,8 +34,8 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
+def read_ledger(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -44,15 +44,15 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def records_in(scratch: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, record) of every launch and sweep in a scratch folder, oldest first."""
-    paths = sorted(scratch.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    return [(path.parent, read_record(path.parent)) for path in paths]
+def ledgers_in(scratch: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, ledger) of every launch and sweep in a scratch folder, oldest first."""
+    paths = sorted(scratch.glob(f"*/{NAME}"), key=lambda path: path.stat().st_mtime)
+    return [(path.parent, read_ledger(path.parent)) for path in paths]
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_ledger(folder: Path, ledger: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write(folder / NAME, json.dumps(ledger, indent=1) + "\n")
 
 
 def log_path(folder: Path, submission: dict[str, Any], run: str, rank: int = 0) -> Path:
