@@ -1,4 +1,4 @@
-# Two commands do all the set-up on a fresh machine: make demo, make test.
+# These do all the set-up on a fresh machine: make demo, make test, make test-all.
 PYTHON ?= python3
 VENV := .venv/bin
 

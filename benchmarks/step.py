@@ -2,7 +2,7 @@
 
     pip install lightly==1.6.0
     python benchmarks/step.py                          # ResNet-18, 32 pixels, batch 64, queue 4096
-    python benchmarks/step.py --queue-sizes 4096,16384,98304
+    python benchmarks/step.py --queue-sizes 4096,16384
 
 Three steps over the same batches, in turn:
 
