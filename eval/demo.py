@@ -13,13 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
+from common.augment import two_views
 from common.data import photos
 from common.data.sets import photo_patches
 from common.errors import UserError, command
 from common.knn import extract_features, knn_accuracy
 from common.models import build_encoder
 from common.run.backbone import load_backbone
+from common.run.calibrate import calibrated
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,8 +46,12 @@ def main(argv: list[str] | None = None) -> None:
 
     encoder, metadata = load_backbone(folder)
     torch.manual_seed(arguments.seed)  # the run's own random weights: its encoder is drawn first
-    random_encoder = build_encoder(metadata["arch"], int(metadata["image_size"])).eval()
+    random_encoder = build_encoder(metadata["arch"], int(metadata["image_size"]))
     train, test = photo_patches("train"), photo_patches("test")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    names = ("views", "image_size", "crop_min", "crop_interpolation")
+    views = two_views(*(config[name] for name in names))
+    random_encoder = calibrated(random_encoder, train, views, arguments.seed)
     rows = [
         ("raw pixels", pixels(train), pixels(test)),
         ("random encoder", features(random_encoder, train), features(random_encoder, test)),

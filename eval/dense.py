@@ -42,6 +42,7 @@ class DenseEvaluation(Evaluation):
     and `dataset_fields`.
     """
 
+    calibrates = False  # it is trained from scratch, or its norms' statistics are a setting
     tf32 = True  # PyTorch's default for convolutions, which detectron2 leaves as it is
 
     def __init__(self, config: Any):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import distributed
-from common.augment import center_view
+from common.augment import center_view, two_views
 from common.config import DATASETS, NotNegative, PositiveInt, Seed, Workers, free
 from common.data.images import Images
 from common.data.loaders import default_workers
@@ -39,6 +39,7 @@ from common.errors import Stopped, UserError
 from common.files import write
 from common.knn import extract_features, rank_share
 from common.run import checkpoint, environment, metrics
+from common.run.calibrate import calibrated
 from common.run.folder import Folder, changes, choose, finished_record
 from common.run.results import duration
 from common.run.signals import StopRequests
@@ -98,6 +99,7 @@ class EvaluationConfig(TrainingConfig):
 class Evaluation:
     """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
 
+    calibrates = True  # `--backbone random`, on its training images
     tf32 = False  # whether fp32 lets a GPU's convolutions round their inputs to 10 bits
 
     def __init__(self, config: Any):
@@ -124,6 +126,11 @@ class Evaluation:
         self.workers = config.workers
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
+        if config.backbone == RANDOM and self.calibrates:
+            views = two_views("crop-flip", config.image_size)
+            skip = config.on_bad_image == "skip"
+            how = 0, self.workers, self.autocast, skip  # seed 0, as its weights
+            self.encoder = calibrated(self.encoder, self.train, views, *how)
         self.seconds_before = 0.0
         self.environment = environment.describe(self.device, self.ranks)
         script = Path(sys.argv[0]).resolve()

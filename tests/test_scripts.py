@@ -126,9 +126,10 @@ def test_no_recipe_stops_at(recipe, flags, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_demo_learns(tmp_path):
-    """At least 25 points above its own random encoder, and above raw pixels."""
-    done = run_fresh("eval/demo.py", "--seed", "0", "--output", tmp_path / "demo", timeout=600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_demo_learns(seed, tmp_path):
+    """At least 8 points above its own random encoder, calibrated, and above raw pixels."""
+    done = run_fresh("eval/demo.py", "--seed", seed, "--output", tmp_path / "demo", timeout=600)
     assert done.returncode == 0, done.stderr
     table = {}
     for line in done.stdout.splitlines():
@@ -137,8 +138,7 @@ def test_demo_learns(tmp_path):
                 knn, linear = line[len(name) :].split()
                 table[name] = float(knn.rstrip("%")), float(linear.rstrip("%"))
     knn_pixels, knn_random, knn_trained = (table[name][0] for name in table)
-    assert knn_trained >= knn_random + 25, done.stdout
-    assert knn_trained > knn_pixels, done.stdout
+    assert knn_trained >= max(knn_random, knn_pixels) + 8, done.stdout
     assert table["SNCLR"][1] > table["random encoder"][1], done.stdout
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert round(100 * results["knn"], 1) == knn_trained

@@ -39,6 +39,7 @@ from common.knn import knn_of_encoder
 from common.optim import grad_norm
 from common.run import backbone, checkpoint, environment, metrics, neighbours, pictures, results
 from common.run.allocator import keep_freed_memory
+from common.run.calibrate import calibrated
 from common.run.folder import Folder, choose, facts_of_run
 from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
 from common.run.signals import StopRequests
@@ -302,7 +303,7 @@ class Run:
             input=config.input,
         )
         with StopRequests() as self.requests, self.progress_bar() as self.bar:
-            self.evaluate_at_start()
+            self.evaluate_at_start(views)
             self.started = self.last_flush = self.last_save = time.monotonic()
             asked = time.monotonic()
             for pixels, ids, problems, must_stop in loader:
@@ -453,22 +454,27 @@ class Run:
         if self.rank == 0 and epoch in self.snapshots:
             checkpoint.keep(self.folder, self.folder / "snapshots" / f"epoch-{epoch:04}.pt")
 
-    def evaluate_at_start(self) -> None:
-        """k-NN of the random encoder, so that a run says what it learned."""
+    def evaluate_at_start(self, views: Sequence[View]) -> None:
+        """k-NN of the random encoder, calibrated, so that a run says what it learned."""
         if self.step == 0 and 0 in self.snapshots:
             self.save()
             self.keep_snapshot(0)
-        if self.step == 0 and (accuracy := self.knn(due=True)) is not None:
-            self.write_epoch({"kind": "epoch", "epoch": 0, "step": 0, "knn": accuracy})
-            self.say(f"epoch 0: k-NN {accuracy:.1%} (random encoder)")
+        if self.step or not self.measures_knn:
+            return
+        skip = self.config.on_bad_image == "skip"
+        how = self.config.seed, self.workers, self.autocast, skip
+        accuracy = self.knn(calibrated(self.encoder, self.train, views, *how))
+        start = {"kind": "epoch", "epoch": 0, "step": 0, "knn": accuracy, "calibrated": True}
+        self.write_epoch(start)
+        self.say(f"epoch 0: k-NN {accuracy:.1%} (random encoder)")
 
     def end_epoch(self) -> None:
         epoch = self.step // self.steps_per_epoch
         record = {"kind": "epoch", "epoch": epoch, "step": self.step}
         record |= metrics.means(self.epoch_records)
         last = self.step == self.last_step
-        accuracy = self.knn(due=last or epoch % max(1, self.config.knn_every) == 0)
-        self.last_knn = accuracy
+        due = self.measures_knn and (last or epoch % self.config.knn_every == 0)
+        self.last_knn = accuracy = self.knn(self.encoder) if due else None
         if accuracy is not None:
             record["knn"] = accuracy
         self.epoch_records = []
@@ -479,12 +485,14 @@ class Run:
         text += f", {record.get('images_per_second', 0):.0f} images/s"
         self.say(f"{text}, {results.duration(left)} left")
 
-    def knn(self, due: bool) -> float | None:
-        """k-NN accuracy of the encoder on the test images, where due and possible."""
-        if not (due and self.config.knn_every and self.test is not None):
-            return None
+    @property
+    def measures_knn(self) -> bool:
+        return bool(self.config.knn_every) and self.test is not None
+
+    def knn(self, encoder: nn.Module) -> float:
+        """k-NN accuracy of an encoder on the test images."""
         return knn_of_encoder(
-            self.encoder,
+            encoder,
             self.train,
             self.test,
             self.config.image_size,
@@ -529,8 +537,9 @@ class Run:
         """
         if not self.is_finished():
             accuracy = distributed.from_rank_zero(self.last_knn)
-            if accuracy is None:
-                accuracy = self.knn(due=True)  # stopped within an epoch, or continued at its end
+            # None: stopped within an epoch, or continued at its end
+            if accuracy is None and self.measures_knn:
+                accuracy = self.knn(self.encoder)
             if self.rank == 0:
                 title = f"{self.recipe}, {self.config.arch}, {self.train.name}"
                 title += f", seed {self.config.seed}"

@@ -21,14 +21,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from common.augment import two_views
 from common.config import PositiveInt, Seed, free, parse
+from common.data.images import subset
 from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
 from common.files import write
 from common.run import environment
+from common.run.calibrate import calibrated
 from common.run.folder import finished_record
 from common.run.signals import StopRequests
-from eval.encoders import load_encoder, record_fields
+from eval.encoders import RANDOM, load_encoder, record_fields
 from eval.evaluation import EncoderConfig
 from eval.transfer import classifier, few_shot, manifest, readers, scores, splits
 from eval.transfer.features import IMAGE_SIZE, cached
@@ -166,7 +169,7 @@ class Transfer:
             print(f"  finished before: {before['value']:.2f} ({parts.incomplete})")
             return before, [path]
         started = time.monotonic()
-        features = self.features(about, pool)
+        features = self.features(about, pool, self.encoder_for(pool, parts))
         found = self.classify(about, pool, parts, features)
         found["evaluation_hours"] = round((time.monotonic() - started) / 3600, 4)
         self.write(path, found)
@@ -176,7 +179,14 @@ class Transfer:
         print(f"  {about.metric} {found['value']:.2f}", flush=True)
         return found, paths
 
-    def features(self, about: Manifest, pool: readers.Pool) -> torch.Tensor:
+    def encoder_for(self, pool: readers.Pool, parts: splits.Splits) -> nn.Module:
+        """The encoder; the random one calibrated on the dataset's training images."""
+        if self.config.backbone != RANDOM:
+            return self.encoder
+        views = two_views("crop-flip", self.size)
+        return calibrated(self.encoder, subset(pool.images, parts.train), views, 0, self.workers)
+
+    def features(self, about: Manifest, pool: readers.Pool, encoder: nn.Module) -> torch.Tensor:
         with tqdm(
             total=len(pool.images),
             desc="  features",
@@ -191,7 +201,7 @@ class Transfer:
 
             features, seconds = cached(
                 self.cache,
-                self.encoder,
+                encoder,
                 self.facts,
                 about.key,
                 pool.images,
