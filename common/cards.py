@@ -1,6 +1,7 @@
 """The cards of recipes/recipes.yaml: what the rest of the project knows of a recipe, as data."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ class Card:
 def load(path: Path = CARDS) -> dict[str, Card]:
     """Every recipe's card by the name of its script, in the order of the tables.
 
-    Raises UserError for a card that lacks a field, has one too many, or is of no known family.
+    Raises UserError for a card that lacks a field, has one too many, is of no known family, or
+    names another card's method.
     """
-    cards = {}
+    cards, methods = {}, {}
     for recipe, card in (yaml.safe_load(path.read_text()) or {}).items():
         wrong = {f.name for f in fields(Card)} ^ set(card)
         if wrong:
@@ -42,6 +44,10 @@ def load(path: Path = CARDS) -> dict[str, Card]:
             known = ", ".join(FAMILIES)
             raise UserError(f"{path}: {recipe}: family {card['family']} is none of {known}")
         cards[recipe] = Card(**card)
+        twice = [m for m in card["methods"] if m in methods]
+        if twice:
+            raise UserError(f"{path}: {recipe}: the method {twice[0]} is {methods[twice[0]]}'s too")
+        methods |= dict.fromkeys(card["methods"], recipe)
     return cards
 
 
@@ -50,11 +56,24 @@ def methods(path: Path = CARDS) -> list[str]:
     return [name for card in load(path).values() for name in card.methods]
 
 
+def protocol(recipe: str | None, kind: str, known: Iterable[str]) -> str | None:
+    """The protocol, of those `known`, that a recipe's card names for its `kind` of evaluation,
+    "linear" or "finetune"; None without a card or if it names none. UserError for an unknown one.
+    """
+    card = load().get(recipe)
+    name = getattr(card, kind) if card else None
+    if name is not None and name not in known:
+        raise UserError(f"{CARDS}: {recipe}: {kind}: {name} is none of {', '.join(known)}")
+    return name
+
+
 def method_of(recipe: str, config: dict[str, Any]) -> str:
     """The paper's name of what a run's configuration does; without a card, the recipe's own."""
     card = load().get(recipe)
     name = recipe
     for method, flags in card.methods.items() if card else ():
+        if unknown := [flag for flag in flags if config and flag not in config]:
+            raise UserError(f"{CARDS}: {recipe}: {method}: {unknown[0]} is no flag of the recipe")
         if all(config.get(flag) == value for flag, value in flags.items()):
             name = method
     return f"{name} (official)" if config.get("follow") == "official" else name

@@ -73,12 +73,13 @@ def average(curves: Sequence[dict[str, list]], metric: str, epoch: int) -> float
 # -- verdicts -------------------------------------------------------------------------------------
 
 
-WORDS = ("holds", "does not hold", "within the spread", "one seed", "not run")
+UNLEARNED = "neither has learned"
+WORDS = ("holds", "does not hold", "within the spread", UNLEARNED, "one seed", "not run")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of the first four WORDS; one seed judges nothing."""
+    """One of WORDS but the last; one seed judges nothing."""
 
     word: str
     difference: float  # points, better minus worse as the claim has them
@@ -97,6 +98,35 @@ def judge(better: Sequence[float], worse: Sequence[float]) -> Verdict:
     return Verdict("holds" if difference > 0 else "does not hold", difference)
 
 
+def random_encoder(runs: Runs, run: str) -> list[float]:
+    """The k-NN of the run's own random encoder, calibrated, in percent, in the order of its seeds;
+    empty unless every seed has it.
+    """
+    of_knn = runs.get(run, {}).get(PROTOCOLS["knn"], {})
+    found = [of_knn[seed][1].get("others", {}).get("random encoder") for seed in sorted(of_knn)]
+    return [value for numbers in found for value in numbers] if all(found) else []
+
+
+def has_learned(runs: Runs, run: str) -> bool:
+    """Whether k-NN is above that of the same seeds' random encoders by more than the spread of the
+    differences; True if there is none to compare with.
+    """
+    pairs = [*zip(values(runs, run), random_encoder(runs, run), strict=False)]
+    gains = [after - before for after, before in pairs]
+    spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+    return not gains or statistics.fmean(gains) > spread
+
+
+def verdict(
+    claim: dict[str, Any], tier: dict[str, str], runs: Runs, numbers: list[list[float]]
+) -> Verdict:
+    """What the numbers of both runs say of the claim; nothing if neither run has learned."""
+    found = judge(*numbers)
+    if found.word == "one seed" or any(has_learned(runs, n) for n in names_of(claim, tier)):
+        return found
+    return Verdict(UNLEARNED, found.difference)
+
+
 def names_of(claim: dict[str, Any], tier: dict[str, str]) -> list[str]:
     """The claim's two runs on a tier, the better one as it says first."""
     return [tier["prefix"] + claim[side] for side in SIDES]
@@ -113,7 +143,8 @@ def pair(
 def words(what: dict[str, Any], tier: dict[str, str], runs: Runs) -> list[str]:
     """What k-NN says of each claim on a tier: one of WORDS."""
     pairs = [pair(claim, tier, runs) for claim in what["claims"]]
-    return [judge(*numbers).word if numbers else "not run" for numbers in pairs]
+    both = zip(what["claims"], pairs, strict=True)
+    return [verdict(c, tier, runs, n).word if n else "not run" for c, n in both]
 
 
 def in_short(what: dict[str, Any], runs: Runs) -> str:
@@ -136,7 +167,7 @@ def sentence(
             numbers = pair(claim, tier, runs, evaluation)
             if not numbers:
                 continue
-            found = judge(*numbers)
+            found = verdict(claim, tier, runs, numbers)
             if found.word == "does not hold" and not claim["tried"]:
                 raise UserError(
                     f"claims.yaml: '{claim['claim']}' does not hold on {tier['short']}: "

@@ -14,6 +14,7 @@ from results.claims import (
     in_short,
     judge,
     mean_cell,
+    random_encoder,
     sentence,
     values,
 )
@@ -82,12 +83,6 @@ def lacking(runs: Runs, run: Planned) -> list[str]:
 
 def seeds_of(runs: Runs, run: str) -> list[int]:
     return sorted({seed for by_seed in runs.get(run, {}).values() for seed in by_seed})
-
-
-def random_encoder(runs: Runs, run: str) -> list[float]:
-    of_knn = runs[run].get(PROTOCOLS["knn"], {})
-    found = [one.get("others", {}).get("random encoder") for _, one in of_knn.values()]
-    return [value for numbers in found if numbers for value in numbers]
 
 
 def cost(runs: Runs, run: str) -> str:

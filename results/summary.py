@@ -6,7 +6,11 @@ from typing import Any
 from results import claims, tables
 from results.joined import Joined
 
-UNJUDGED = {"one seed": "not judged (one seed)", "not run": "not run"}
+UNJUDGED = {
+    claims.UNLEARNED: "not judged (neither run has learned)",
+    "one seed": "not judged (one seed)",
+    "not run": "not run",
+}
 
 
 def sentences(joined: Joined) -> list[str]:

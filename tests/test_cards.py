@@ -161,6 +161,28 @@ def test_a_card_with_a_mistake_is_one_line(old, new, said, tmp_path):
         cards.load(tmp_path / "recipes.yaml")
 
 
+def test_a_method_of_two_cards_or_with_an_unknown_flag_is_one_line(tmp_path, monkeypatch):
+    other = CARD.replace("throwaway:", "another:")
+    (tmp_path / "recipes.yaml").write_text(CARD + other)
+    with pytest.raises(UserError, match="another: the method Throwaway is throwaway's too"):
+        cards.load(tmp_path / "recipes.yaml")
+    (tmp_path / "one.yaml").write_text(CARD)
+    load = functools.partial(cards.load, tmp_path / "one.yaml")
+    monkeypatch.setattr(cards, "load", load)
+    with pytest.raises(UserError, match="Throwaway without a pull: pull is no flag"):
+        cards.method_of("throwaway", {"push": 1.0})
+
+
+def test_a_protocol_that_no_evaluation_has_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "recipes.yaml").write_text(CARD.replace("linear: gsg", "linear: ours"))
+    load = functools.partial(cards.load, tmp_path / "recipes.yaml")
+    monkeypatch.setattr(cards, "load", load)
+    assert cards.protocol("throwaway", "finetune", ["gsg"]) is None
+    assert cards.protocol(None, "linear", ["gsg"]) is None
+    with pytest.raises(UserError, match="throwaway: linear: ours is none of gsg, snclr"):
+        cards.protocol("throwaway", "linear", ["gsg", "snclr"])
+
+
 def test_a_methods_name_is_that_of_the_last_flags_that_hold(tmp_path, monkeypatch):
     (tmp_path / "recipes.yaml").write_text(CARD)
     load = functools.partial(cards.load, tmp_path / "recipes.yaml")

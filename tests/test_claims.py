@@ -53,6 +53,29 @@ def test_a_verdict_asks_whether_the_difference_exceeds_its_spread(better, worse,
     assert found.difference == pytest.approx(sum(better) / len(better) - sum(worse) / len(worse))
 
 
+@pytest.mark.parametrize(
+    ("before", "word"),
+    [
+        ([[30.0, 31.0], [30.0, 31.0]], "holds"),
+        ([[61.0, 60.0], [51.0, 51.0]], "neither has learned"),  # gains -1, 2 and -1, 2
+        ([[61.5, 60.5], [52.0, 53.0]], "neither has learned"),  # gains -1.5, 1.5: below 0
+        ([[70.0, 71.0], [49.0, 51.5]], "holds"),  # the other has: gains 1, 1.5, spread 0.35
+    ],
+)
+def test_a_pair_of_which_neither_has_learned_says_nothing(before, word):
+    """A gain counts if its mean over seeds is more than the gains' standard deviation."""
+    numbers = {"simsiam-gsg": [60.0, 62.0], "simsiam": [50.0, 53.0]}
+    records = [
+        of_run(f"photos-{name}", seed, value, others={"random encoder": [start[seed]]})
+        for (name, values), start in zip(numbers.items(), before, strict=True)
+        for seed, value in enumerate(values)
+    ]
+    runs, tier = recorded(records), WHAT["tiers"][-1]
+    assert tier["prefix"] == "photos-"
+    found = claims.verdict(GSG, tier, runs, [*numbers.values()])
+    assert found.word == word
+
+
 def test_the_sentence_names_the_tier_the_numbers_and_the_verdict():
     one_seed = pair([40.0], [41.0], "cifar5k-")
     text = sentence(GSG, pair([60.0, 62.0], [50.0, 53.0]) + one_seed)

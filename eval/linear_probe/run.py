@@ -111,8 +111,7 @@ class Probe:
     def resolved(self) -> ProbeConfig:
         """The configuration with what protocol, recipe and data set leave open filled in."""
         config = self.job.config
-        card = cards.load().get(self.job.facts["recipe"])
-        name = config.protocol or (card and card.linear)
+        name = config.protocol or cards.protocol(self.job.facts["recipe"], "linear", PROTOCOLS)
         if name is None:
             raise UserError(
                 f"no recipe's card names a protocol for {config.backbone}: give --protocol "

@@ -114,8 +114,7 @@ class FineTuning:
         config = self.job.config
         name = config.protocol
         if name is None and config.dataset == "imagenet":
-            card = cards.load().get(self.job.facts["recipe"])
-            name = card and card.finetune
+            name = cards.protocol(self.job.facts["recipe"], "finetune", PROTOCOLS)
             if name is None:
                 raise UserError(
                     f"no paper's protocol here: give --protocol ({', '.join(PROTOCOLS)})"
