@@ -8,6 +8,7 @@ is the loss and gradient of the global batch.
 import os
 import subprocess
 import zlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -125,6 +126,14 @@ def from_rank_zero(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 def barrier() -> None:

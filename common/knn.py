@@ -77,7 +77,6 @@ def extract_features(
     image_size: int,
     workers: int = 0,
     autocast=None,
-    skip_bad_images: bool = False,
     view: CenterView = center_view,
     after_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -88,7 +87,7 @@ def extract_features(
     training = encoder.training
     encoder.eval()
     features = []
-    for views in center_batches(images, samples, image_size, 256, workers, skip_bad_images, view):
+    for views in center_batches(images, samples, image_size, 256, workers, view):
         inputs = to_input(views, weight.device, weight.dtype)
         if autocast is None:
             features += full_precision(encoder(inputs))
@@ -111,7 +110,6 @@ def knn_of_encoder(
     image_size: int,
     workers: int = 0,
     autocast=None,
-    skip_bad_images: bool = False,
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
@@ -120,7 +118,7 @@ def knn_of_encoder(
     Each rank holds the features of its share of the training set only: it finds the nearest of
     its own for every test image, and the ranks' candidates are merged.
     """
-    how = image_size, workers, autocast, skip_bad_images
+    how = image_size, workers, autocast
     share = rank_share(len(train))
     train_x = extract_features(encoder, train, share, *how)
     train_y = torch.from_numpy(train.labels[share])

@@ -41,6 +41,7 @@ from common.knn import extract_features, rank_share
 from common.run import checkpoint, environment, metrics
 from common.run.calibrate import calibrated
 from common.run.folder import Folder, changes, choose, finished_record
+from common.run.readable import readable
 from common.run.results import duration
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, load_encoder, record_fields
@@ -126,6 +127,9 @@ class Evaluation:
         self.workers = config.workers
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
+        self.unreadable: dict[str, int] = {}
+        if getattr(config, "on_bad_image", "stop") == "skip":
+            self.leave_out_unreadable()
         if config.backbone == RANDOM and self.calibrates:
             views = two_views("crop-flip", config.image_size)
             skip = config.on_bad_image == "skip"
@@ -167,6 +171,14 @@ class Evaluation:
                 "folders in both",
             )
         return train, test
+
+    def leave_out_unreadable(self) -> None:
+        """Images that cannot be read leave training and test set, features and labels alike."""
+        for what, name in (("training", "train"), ("test", "test")):
+            images = getattr(self, name)
+            setattr(self, name, readable(images, what, self.workers))
+            if count := len(images) - len(getattr(self, name)):
+                self.unreadable[what] = count
 
     def choose_folder(self, name: str) -> Path:
         """--output, else a folder in the run, else one below runs/eval/."""
@@ -218,7 +230,6 @@ class Evaluation:
             self.config.image_size,
             self.workers,
             self.autocast,
-            self.config.on_bad_image == "skip",
             functools.partial(center_view, **view),
             after_batch,
         )
@@ -263,6 +274,7 @@ class Evaluation:
                 "--output, or --resume never",
             )
         self.store.refuse_changes()
+        self.store.lock()
         distributed.barrier()  # all ranks have read the folder before rank 0 writes in it
         if self.rank == 0:
             self.store.write_config()
@@ -438,6 +450,7 @@ class Evaluation:
                 for split, n in found.items()
                 if n != IMAGENET_IMAGES[split]
             ]
+        missing += [f"{n} unreadable {what} images left out" for what, n in self.unreadable.items()]
         return {"name": name, "copy": copy, "incomplete": ", ".join(missing) or None}
 
     def finish(self, text: str, paths: Sequence[Path]) -> None:

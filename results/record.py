@@ -249,6 +249,8 @@ def scored_on(facts: Sequence[dict[str, Any]]) -> str | None:
         words.append(f"{100 * share:g} % of the training images, held out")
     if config.get("train_images", 0):
         words.append(f"votes of {config['train_images']} images")
+    unreadable = facts[0]["results"].get("unreadable", {})
+    words += [f"without {n} {what} images that cannot be read" for what, n in unreadable.items()]
     return ", ".join(words) or None
 
 

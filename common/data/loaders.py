@@ -200,15 +200,10 @@ def view_loader(
 
 
 class CenterDataset(ImageDataset):
-    """Sample -> its evaluation view, uint8 (3,size,size), and what went wrong; an unreadable
-    image is an error text, with `skip` the next readable one takes its place.
-    """
+    """Sample -> its evaluation view, uint8 (3,size,size), or what is wrong with its file."""
 
-    def __init__(
-        self, images: Images, samples: np.ndarray, size: int, skip: bool, view: CenterView
-    ):
-        self.images, self.samples, self.size, self.skip = images, samples, size, skip
-        self.view = view
+    def __init__(self, images: Images, samples: np.ndarray, size: int, view: CenterView):
+        self.images, self.samples, self.size, self.view = images, samples, size, view
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -216,16 +211,16 @@ class CenterDataset(ImageDataset):
     def sample(self, key: int) -> int:
         return int(self.samples[key])
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, list[str]]:
-        image, _, problems = load_or_next(self.images, self.sample(index), self.skip)
-        return (None if image is None else self.view(image, self.size)), problems
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self.view(self.images.load(self.sample(index)), self.size)
+        except UserError as error:
+            return str(error)
 
 
-def collate_center(items: list) -> tuple[Tensor | None, list[str]]:
-    problems = [text for _, texts in items for text in texts]
-    if any(view is None for view, _ in items):
-        return None, problems
-    return torch.stack([view for view, _ in items]), problems
+def collate_center(items: list[Tensor | str]) -> Tensor | str:
+    """A batch, or what is wrong with its first unreadable image."""
+    return next((text for text in items if isinstance(text, str)), None) or torch.stack(items)
 
 
 def center_batches(
@@ -234,11 +229,10 @@ def center_batches(
     size: int,
     batch: int = 256,
     workers: int = 0,
-    skip_bad_images: bool = False,
     view: CenterView = center_view,
 ) -> Iterator[Tensor]:
     """Evaluation views of the given samples, uint8 (N,3,size,size), in order. An unreadable image
-    raises UserError, or with `skip_bad_images` the next readable one takes its place.
+    raises UserError; `common.run.readable` leaves them out before.
     """
     if isinstance(images, ArrayImages) and images.pixels.shape[1:3] == (size, size):
         for first in range(0, len(samples), batch):
@@ -246,15 +240,15 @@ def center_batches(
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
         return
     loader = torch.utils.data.DataLoader(
-        CenterDataset(images, samples, size, skip_bad_images, view),
+        CenterDataset(images, samples, size, view),
         batch_size=batch,
         num_workers=workers,
         collate_fn=collate_center,
         worker_init_fn=ignore_stop_signals,
     )
-    for views, problems in loader:
-        if views is None:
-            raise UserError(problems[-1], this_rank=True)
+    for views in loader:
+        if isinstance(views, str):
+            raise UserError(views, this_rank=True)
         yield views
 
 

@@ -16,7 +16,7 @@ from common import cards, distributed
 from common.config import changed_fields
 from common.errors import UserError, make_folder
 from common.files import write
-from common.run import checkpoint, environment
+from common.run import checkpoint, environment, lock
 
 CONFIG = "config.yaml"
 
@@ -81,6 +81,20 @@ class Folder:
         self.saved = read_config(path)
         self.commit, self.dirty = environment.commit()  # of the start: the tree may change later
         self.flags = {n: v for n, v in dataclasses.asdict(config).items() if n != "plan_name"}
+
+    def lock(self) -> None:
+        """Keeps other processes from writing here until this one ends; UserError, on all ranks, if
+        one does.
+        """
+        error = None
+        if distributed.rank() == 0:
+            try:
+                make_folder(self.path)
+                self.held = lock.take(self.path)
+            except UserError as problem:
+                error = str(problem)
+        if (error := distributed.from_rank_zero(error)) is not None:
+            raise UserError(error)
 
     def refuse_changes(self) -> None:
         """UserError if the folder holds something else."""

@@ -13,6 +13,7 @@ What is not the paper's is here, so that a recipe's `main()` is the algorithm:
 
 import contextlib
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ from common.run.allocator import keep_freed_memory
 from common.run.calibrate import calibrated
 from common.run.folder import Folder, choose, facts_of_run
 from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
+from common.run.readable import readable
 from common.run.signals import StopRequests
 from common.support_set import SupportSet
 
@@ -182,7 +184,11 @@ class Run:
         self.fingerprint = self.train.fingerprint()
         self.store = Folder(self.folder, {"recipe": self.recipe}, self.config)
         self.store.refuse_changes()
-        saved, finished = self.store.restore(), self.is_finished()
+        finished = self.is_finished()
+        if not finished:
+            self.store.lock()
+            finished = self.is_finished()  # the process that had the lock may have done it
+        saved = self.store.restore()
         if saved is not None:
             self.restore(saved)
         elif finished:
@@ -449,6 +455,14 @@ class Run:
         if distributed.any_rank([problem is not None])[0]:
             raise problem or PeerFailed
 
+    def left_out(self) -> dict[str, int]:
+        """How many images k-NN left out because they cannot be read, if any."""
+        if not self.measures_knn or self.config.on_bad_image != "skip":
+            return {}
+        sizes = zip(("training", "test"), (self.train, self.test), self.knn_images, strict=True)
+        counts = {what: len(whole) - len(kept) for what, whole, kept in sizes}
+        return {what: count for what, count in counts.items() if count}
+
     def keep_snapshot(self, epoch: int) -> None:
         """Keeps the checkpoint just saved as snapshots/epoch-….pt, where --snapshot-epochs asks."""
         if self.rank == 0 and epoch in self.snapshots:
@@ -491,15 +505,16 @@ class Run:
 
     def knn(self, encoder: nn.Module) -> float:
         """k-NN accuracy of an encoder on the test images."""
-        return knn_of_encoder(
-            encoder,
-            self.train,
-            self.test,
-            self.config.image_size,
-            self.workers,
-            self.autocast,
-            self.config.on_bad_image == "skip",
-        )
+        how = self.config.image_size, self.workers, self.autocast
+        return knn_of_encoder(encoder, *self.knn_images, *how)
+
+    @functools.cached_property
+    def knn_images(self) -> tuple[Images, Images]:
+        """Training and test images for k-NN: with `--on-bad-image skip` those that can be read."""
+        if self.config.on_bad_image != "skip":
+            return self.train, self.test
+        parts = (self.train, "training"), (self.test, "test")
+        return tuple(readable(images, what, self.workers) for images, what in parts)
 
     def write_epoch(self, record: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -595,6 +610,7 @@ class Run:
             "step": self.step,
             "dataset": self.train.name,
             "knn": accuracy,
+            "unreadable": self.left_out(),
             "hours": self.seconds / 3600,
             "images_per_second": config.batch_size * self.step / max(self.seconds, 1e-9),
         }
