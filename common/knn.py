@@ -11,6 +11,7 @@ from common import distributed
 from common.augment import center_view
 from common.data.images import CenterView, Images
 from common.data.loaders import center_batches
+from common.errors import UserError
 from common.fast.pixels import to_input
 from common.models import full_precision
 
@@ -81,7 +82,8 @@ def extract_features(
     after_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
     """(len(samples), embed_dim) features of the evaluation views, encoder in eval mode.
-    `after_batch` is told the number of images after each batch.
+    `after_batch` is told the number of images after each batch. UserError, on all ranks, for
+    features that are not finite.
     """
     weight = next(encoder.parameters())
     training = encoder.training
@@ -100,7 +102,12 @@ def extract_features(
     encoder.train(training)
     if not features:
         return torch.empty(0, getattr(encoder, "embed_dim", 0), device=weight.device)
-    return torch.cat(features)
+    found = torch.cat(features)
+    if distributed.any_rank([not bool(found.isfinite().all())])[0]:
+        raise UserError(
+            "features are not finite: the encoder has diverged, and nothing is measured on it"
+        )
+    return found
 
 
 def knn_of_encoder(

@@ -14,7 +14,6 @@ resume, features over ranks, accuracies, and the record.
 import contextlib
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -170,6 +169,8 @@ class Evaluation:
                 f"{self.config.data} has no labelled train/ and val/: evaluations need class "
                 "folders in both",
             )
+        if len(train.classes) < 2:
+            raise UserError(f"{self.config.data} has one class: there is nothing to tell apart")
         return train, test
 
     def leave_out_unreadable(self) -> None:
@@ -426,7 +427,7 @@ class Evaluation:
             found["scores"] = [record.with_values(score, score["values"]) for score in scores]
         path = self.folder / file
         if self.rank == 0:
-            write(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            write(path, record.text_of(found))
             for problem in record.problems(found):
                 self.warn(f"{path} cannot be stored as it is: {problem}")
             if file == RECORD:  # what was trained for it is done
@@ -487,6 +488,11 @@ def held_out(labels: np.ndarray, imagenet: bool, seed: int) -> tuple[np.ndarray,
             share = max(share, HELD_OUT_LEAST / len(labels))
         kept, held = split_classes(labels, lambda count: share * count, seed)
         words = f"{len(held)} of {len(labels)} training images"
+    if not len(held):
+        raise UserError(
+            "no training image can be held out to choose by, since every class has one alone: give "
+            "one setting instead of several"
+        )
     return kept, held, words
 
 

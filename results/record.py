@@ -17,10 +17,11 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def problems(record: Any) -> list[str]:
     for error in sorted(validator.iter_errors(record), key=lambda e: [*map(str, e.path)]):
         where = ".".join(map(str, error.path)) or "the record"
         found.append(f"{where}: {error.message}")
+    found += [f"{where}: {value} is no number" for where, value in not_finite(record)]
     if found:
         return found
     seeds = record["seeds"]
@@ -61,6 +63,37 @@ def problems(record: Any) -> list[str]:
         where = f"scores.{number - 1}." if number else ""
         found += [where + text for text in wrong_numbers(part, len(seeds))]
     return found
+
+
+def not_finite(item: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    """(place, value) of every NaN and infinity, which JSON does not know."""
+    if isinstance(item, float) and not math.isfinite(item):
+        yield where, item
+    parts = item.items() if isinstance(item, dict) else ()
+    parts = enumerate(item) if isinstance(item, list) else parts
+    for name, part in parts:
+        yield from not_finite(part, f"{where}.{name}" if where else str(name))
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """A record as JSON. Beside its values, what was tried and diverged is null; UserError if a value
+    is not finite: then there is no record.
+    """
+    scores = [record, *record.get("scores", [])]
+    if bad := next((v for s in scores for v in s["values"] if not math.isfinite(v)), None):
+        raise UserError(
+            f"{record['protocol']} is {bad}: nothing was measured, so there is no record"
+        )
+    return json.dumps(nulled(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def nulled(item: Any) -> Any:
+    """The same with None for NaN and infinities."""
+    if isinstance(item, dict):
+        return {name: nulled(part) for name, part in item.items()}
+    if isinstance(item, list | tuple):
+        return [nulled(part) for part in item]
+    return None if isinstance(item, float) and not math.isfinite(item) else item
 
 
 def wrong_numbers(part: dict[str, Any], seeds: int) -> list[str]:
@@ -302,7 +335,7 @@ def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORD
         raise UserError(f"not a record: {found[0]}{more}; see results/schema.json")
     path = folder / name_of(record)
     folder.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write(path, text_of(record))
     return path
 
 

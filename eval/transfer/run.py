@@ -10,7 +10,6 @@ refitted on training and validation set, tested once. Started again it continues
 dataset. `python results/record.py add FILE` stores a record. Protocol and sources: README.md here.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -345,9 +344,9 @@ class Transfer:
         return found if same else None
 
     def write(self, path: Path, found: dict[str, Any]) -> None:
-        for problem in record.problems(found):
+        write(path, record.text_of(found))
+        for problem in record.problems(record.nulled(found)):
             print(f"  {path.name} cannot be stored as it is: {problem}")
-        write(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
     def encoder_fields(self) -> dict[str, Any]:
         """The record's fields about the encoder, and how it was evaluated."""
