@@ -76,8 +76,8 @@ def not_finite(item: Any, where: str = "") -> Iterator[tuple[str, float]]:
 
 
 def text_of(record: dict[str, Any]) -> str:
-    """A record as JSON. Beside its values, what was tried and diverged is null; UserError if a value
-    is not finite: then there is no record.
+    """A record as JSON. Beside its values, what was tried and diverged is null; UserError if one
+    of the values is not finite: then there is no record.
     """
     scores = [record, *record.get("scores", [])]
     if bad := next((v for s in scores for v in s["values"] if not math.isfinite(v)), None):
