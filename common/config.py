@@ -135,7 +135,7 @@ class RunConfig:
     # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
     snapshot_epochs: str = free("")
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
-    # skip: log an unreadable image, take the next
+    # skip: name an unreadable image and train on the next; k-NN leaves it out
     on_bad_image: Literal["stop", "skip"] = free("stop")
     plan_name: str = free("")  # name of the run in results/plan.yaml, for its record
     config: str = free("")  # YAML file with values for these flags; flags win over it
