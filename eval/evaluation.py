@@ -92,7 +92,7 @@ class EvaluationConfig(TrainingConfig):
     seeds: PositiveInt = (
         1  # how often to repeat, with seeds from --seed on; mean and spread are reported
     )
-    # skip: log an unreadable image, take the next
+    # skip: read all images once and leave out, with their labels, those that cannot be read
     on_bad_image: Literal["stop", "skip"] = free("stop")
 
 

@@ -67,7 +67,7 @@ class Config(RunConfig):
     momentum_schedule: Literal["fixed", "cosine"] = "fixed"  # App. A; code: cosine to 1
     # Eq. 1 for so long, App. A, m unstated: the lr warm-up, or 5 % without one; code: 0
     neighbour_free_epochs: NotNegative | None = None
-    queue_scope: Literal["global", "rank"] = "global"  # Sec. 3.2; code: one private queue per rank
+    queue_scope: Literal["global", "rank"] = "global"  # unstated; code: one private queue per rank
     exclude_self: bool = True  # Sec. 1, Fig. 2: samples from other images; code: no
     freeze_patch_embedding: bool = False  # unstated; code: yes (ViT only)
     vit_small: Literal["timm", "mocov3"] = "timm"  # App. A: timm, DeiT; code: 12 heads, sin-cos

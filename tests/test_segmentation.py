@@ -162,9 +162,10 @@ def test_the_rate_falls_as_the_paper_says():
     job.config = run.SegmentationConfig()
     assert job.learning_rate(0) == 0.02
     assert job.learning_rate(75_000) == pytest.approx(0.02 * 0.5**0.9)
-    assert job.learning_rate(149_999) == pytest.approx(0.02 * (1 / 150_000) ** 0.9)
-    job.config = run.SegmentationConfig(decay_every=500)
+    assert job.learning_rate(149_999) == pytest.approx(0.02 * (500 / 150_000) ** 0.9)
     assert job.learning_rate(999) == job.learning_rate(500) < job.learning_rate(499) == 0.02
+    job.config = run.SegmentationConfig(decay_every=1)  # as ssl-transfer
+    assert job.learning_rate(149_999) == pytest.approx(0.02 * (1 / 150_000) ** 0.9)
 
 
 # -- the whole of it ------------------------------------------------------------------------------
@@ -229,9 +230,12 @@ def test_protocol_of_the_paper_is_called_so(finished, miniature, tmp_path):
     job.write_record = lambda protocol, *_, **__: written.append(protocol)
     job.rank = 1
     job.write(finished[1]["others"])
-    job.config = run.SegmentationConfig(deep_supervision=0.0)
+    job.config = run.SegmentationConfig(decay_every=1)  # its code's value
     job.write(finished[1]["others"])
-    assert written == ["UPerNet 150k", "UPerNet 150k, changed"]
+    for other in ({"deep_supervision": 0.0}, {"decay_every": 2}):
+        job.config = run.SegmentationConfig(**other)
+        job.write(finished[1]["others"])
+    assert written == ["UPerNet 150k"] * 2 + ["UPerNet 150k, changed"] * 2
 
 
 @pytest.mark.parametrize(

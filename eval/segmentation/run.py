@@ -42,8 +42,8 @@ class SegmentationConfig(DenseConfig):
     weight_decay: NotNegative = 1e-4
     # of the polynomial schedule (1 - t/T)**power: GSG App. D.3's "decay rate of 0.9"
     power: float = 0.9
-    # iterations between changes of the rate: 1 as ssl-transfer's code; GSG App. D.3 says 500
-    decay_every: PositiveInt = 1
+    # iterations between changes of the rate: GSG App. D.3; ssl-transfer's code has 1
+    decay_every: PositiveInt = 500
     # weight of the loss of a head on layer3: ssl-transfer's deep_sup_scale, which its code leaves
     # out for UPerNet: 0 is what it runs
     deep_supervision: NotNegative = 0.4
@@ -197,7 +197,7 @@ class Segmentation(DenseEvaluation):
 
     def write(self, found: dict[str, float]) -> None:
         config = self.config
-        changed = [n for n in FIXED if getattr(config, n) != getattr(SegmentationConfig, n)]
+        changed = [n for n in FIXED if getattr(config, n) not in kept(n)]
         hyperparameters = {n: getattr(config, n) for n in FIXED}
         self.write_record(
             PROTOCOL + (", changed" if changed else ""),
@@ -221,6 +221,12 @@ class Segmentation(DenseEvaluation):
 # what a number stands beside the paper's by
 FIXED = ("iterations", "batch_size", "lr", "momentum", "weight_decay", "power", "decay_every")
 FIXED += ("deep_supervision", "sizes", "test_sizes", "longest")
+
+
+def kept(name: str) -> tuple[Any, ...]:
+    """A setting's values that are the paper's or its code's: they are not called "changed"."""
+    default = getattr(SegmentationConfig, name)
+    return (default, 1) if name == "decay_every" else (default,)
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
