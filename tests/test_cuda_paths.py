@@ -47,7 +47,7 @@ def train(recipe: str, *flags: str, whole: bool = False) -> PretendCuda:
     module, before = importlib.import_module(f"recipes.{recipe}"), Run.evaluate_at_start
     with pretend_cuda() as gpu, mock.patch.object(Run, "evaluate_at_start") as start:
         this: list[Run] = []
-        start.side_effect = lambda: (before(this[0]), gpu.waits.clear())
+        start.side_effect = lambda views: (before(this[0], views), gpu.waits.clear())
         ends = {} if whole else {"save": lambda run: None, "finish": lambda run, *_, **__: None}
         batches = Run.batches
         ends["batches"] = lambda run, views: (this.append(run), batches(run, views))[1]

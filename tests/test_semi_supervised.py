@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from conftest import run_ranks, run_script, start_ranks
 from PIL import Image
 
+from common.augment import two_views
 from common.data import photos
 from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.models import build_encoder
+from common.run.calibrate import calibrated
 from eval.semi_supervised import lists
 from eval.semi_supervised import run as script
 from eval.semi_supervised.lists import SHA256, balanced_subset, read_list, simclr_list
@@ -163,7 +165,9 @@ def test_training_is_a_plain_loop_of_two_rates(tmp_path):
     seen = torch.load(tmp_path / "seen.pt", weights_only=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = build_encoder("tiny", 32)
+        encoder = build_encoder("tiny", 32).double()
+    images, crops = load_dataset("photos", "")[0], two_views("crop-flip", 32)
+    encoder = calibrated(encoder, images, crops, 0)  # as every random encoder is
     weight = torch.empty(18, 64).normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
     model = Classifier(encoder, weight).double().train()
     base = {"head": 0.1 * 54 / 256, "encoder": 0.01 * 54 / 256}  # VICReg's 10 %
