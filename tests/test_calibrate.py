@@ -18,6 +18,7 @@ from common.models import build_encoder
 from common.run import calibrate
 from common.run.calibrate import calibrated
 from eval.encoders import load_encoder
+from results import record
 
 VIEWS = two_views("byol", 32, interpolation="bicubic")
 
@@ -111,6 +112,10 @@ def test_a_line_from_before_is_no_yardstick(tmp_path):
     (tmp_path / results.BACKBONE).write_bytes(b"")
     results.write(tmp_path, {})
     assert results.read(tmp_path)["knn_before"] is None
+    # nor does it come back when the run goes on, or in a record's history
+    (line,) = metrics.cut(tmp_path / metrics.NAME, 0)
+    assert line == {"kind": "epoch", "epoch": 0, "step": 0, "knn_as_initialised": 0.2}
+    assert "knn" not in record.history([line])
 
 
 def test_a_random_backbone_is_calibrated_by_the_evaluation(tmp_path, photos):

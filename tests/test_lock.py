@@ -6,6 +6,7 @@ import signal
 import pytest
 from conftest import SMALL, Script, only_error, run_script
 
+from common.errors import UserError
 from common.run import lock
 
 FLAGS = [*SMALL, "--queue-size", "128"]
@@ -71,6 +72,12 @@ def test_a_job_that_still_ends_is_waited_for(tmp_path, monkeypatch):
     held = lock.take(tmp_path)
     assert held is not None and first.wait(60) == 0
     held.close()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / lock.NAME).mkdir()
+    with pytest.raises(UserError, match=r"\.lock cannot be written \(Is a directory\)"):
+        lock.take(tmp_path)
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):

@@ -25,8 +25,10 @@ def take(folder: Path) -> TextIO | None:
     """The locked file, to be kept open; None if the file system has no locks. UserError that names
     the process which has it, if it does not end within WAIT seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / NAME, "a+")  # noqa: SIM115, open as long as the process
+    try:
+        file = open(folder / NAME, "a+")  # noqa: SIM115, open as long as the process
+    except OSError as error:
+        raise UserError(f"{folder / NAME} cannot be written ({error.strerror})") from None
     end = time.monotonic() + WAIT
     while True:
         try:

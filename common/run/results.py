@@ -62,8 +62,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
     found = facts | {
         "loss": losses[-1] if losses else None,
         "loss_first": losses[0] if losses else None,
-        # without calibration, as before November 2026, it is no yardstick: see calibrate.py
-        "knn_before": start.get("knn") if start.get("calibrated") else None,
+        "knn_before": start.get("knn"),
         "backbone_sha256": checksum(folder / BACKBONE),
     }
     files.write(folder / NAME, json.dumps(found, indent=2) + "\n")
