@@ -118,6 +118,7 @@ def test_a_line_from_before_is_no_yardstick(tmp_path):
     assert "knn" not in record.history([line])
 
 
+@pytest.mark.long
 def test_a_random_backbone_is_calibrated_by_the_evaluation(tmp_path, photos):
     flags = ["--backbone", "random", "--arch", "tiny", "--image-size", "32", "--dataset", "photos"]
     flags += ["--workers", "0", "--measure", "knn", "--protocol", "gsg", "--output", tmp_path]
