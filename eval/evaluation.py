@@ -129,11 +129,6 @@ class Evaluation:
         self.unreadable: dict[str, int] = {}
         if getattr(config, "on_bad_image", "stop") == "skip":
             self.leave_out_unreadable()
-        if config.backbone == RANDOM and self.calibrates:
-            views = two_views("crop-flip", config.image_size)
-            skip = config.on_bad_image == "skip"
-            how = 0, self.workers, self.autocast, skip  # seed 0, as its weights
-            self.encoder = calibrated(self.encoder, self.train, views, *how)
         self.seconds_before = 0.0
         self.environment = environment.describe(self.device, self.ranks)
         script = Path(sys.argv[0]).resolve()
@@ -285,6 +280,11 @@ class Evaluation:
             f"{self.ranks}"
         )
         self.say(f"folder: {self.folder}")
+        if self.config.backbone == RANDOM and self.calibrates:
+            views = two_views("crop-flip", self.config.image_size)
+            skip = self.config.on_bad_image == "skip"
+            how = 0, self.workers, self.autocast, skip  # seed 0, as its weights
+            self.encoder = calibrated(self.encoder, self.train, views, *how)
 
     def has_trained_further(self, saved: dict[str, Any]) -> bool:
         """Whether a saved evaluation is of this very run, and differs in the backbone alone."""
