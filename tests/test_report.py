@@ -587,7 +587,7 @@ def two_runs(tmp_path):
         folder.mkdir()
         config = {"recipe": "nnclr", "lr": lr, "seed": 0, "data": name, "queue_size": 64}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        lines = [{"kind": "epoch", "epoch": 0, "step": 0, "knn": 0.2}]
+        lines = [{"kind": "epoch", "epoch": 0, "step": 0, "knn": 0.2, "calibrated": True}]
         lines += [
             {"kind": "epoch", "epoch": e, "step": 10 * e, "loss": 1 / e, "knn": 0.2 + lr * e}
             for e in (1, 2)
