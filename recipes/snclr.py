@@ -314,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         select=target,
         weigh=lambda x, near: positiveness(model(x), near),
         k=config.neighbours or 8,
+        marks={"neighbours set in (the loss has other columns)": config.neighbour_free_epochs},
     )
 
 

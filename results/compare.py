@@ -109,7 +109,9 @@ def show(value: Any) -> str:
 
 
 def draw(path: Path, names: list[str], runs: list[dict[str, Any]]) -> None:
-    """Epoch means over epochs, a line for each run, a panel for each metric that any has."""
+    """Epoch means at the middle of their epochs, a panel for each metric that any run has; a run's
+    line has one colour in all of them.
+    """
     from common.run.pictures import headless_pyplot, save
 
     plt = headless_pyplot()
@@ -119,22 +121,29 @@ def draw(path: Path, names: list[str], runs: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    # ten colours, then the same ones dashed
+    styles = [{"c": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]} for i in range(len(runs))]
     for axis, (metric, label) in zip(axes.flat, panels, strict=False):
-        for name, run in zip(names, runs, strict=True):
-            points = [(r["epoch"], r[metric]) for r in epochs_of(run) if metric in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="o", ms=3)
+        for run, style in zip(runs, styles, strict=True):
+            if points := metrics.curve(run["metrics"], metric):
+                steps, values = zip(*points, strict=True)
+                scale = steps_per_epoch(run)
+                axis.plot([step / scale for step in steps], values, marker="o", ms=3, **style)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("epoch", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         if metric != "loss":
             axis.set_ylim(bottom=0)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(4, len(names)), fontsize=8)
+    handles = [plt.Line2D([], [], **style) for style in styles]
+    figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), fontsize=8)
     figure.tight_layout(rect=(0, 0.06 + 0.03 * (len(names) // 5), 1, 1))
     save(figure, path, plt)
 
 
 def epochs_of(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for r in run["metrics"] if r["kind"] == "epoch"]
+
+
+def steps_per_epoch(run: dict[str, Any]) -> float:
+    return next((r["step"] / r["epoch"] for r in epochs_of(run) if r["epoch"]), 1.0)

@@ -52,6 +52,7 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_script_and_a_card_are_a_recipe(project):
     """From its training to the pages: whatever else needs its name fails here."""
 

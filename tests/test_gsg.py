@@ -12,6 +12,7 @@ from test_losses import cosine, draw
 from test_ranks import STEPS, run_on, step_losses, two_ranks_are_one
 
 from common.fast.micro_batch import Pieces
+from common.optim import scaled_lr
 from common.pairs import draw_pairs
 from common.run import metrics
 from recipes import byol_gsg, simsiam_gsg
@@ -322,3 +323,11 @@ def test_two_ranks_pair_the_images_that_one_process_pairs(recipe, pairing, tmp_p
     for seen in ranks:
         used = [pairs for _, (*_, pairs, _), _ in seen["losses"]]
         assert all(map(torch.equal, used, drawn)) and len(used) == STEPS
+
+
+def test_byol_on_cifar10_has_the_rate_of_lightlys_benchmark():
+    """0.06 times batch / 128, where SimSiam's is 0.06 at any batch; App. C.2 names that set-up."""
+    config = byol_gsg.parse_arguments(["--dataset", "cifar10"])
+    assert scaled_lr(config.lr, config.batch_size, config.lr_batch) == pytest.approx(0.24)
+    config = simsiam_gsg.parse_arguments(["--dataset", "cifar10"])
+    assert scaled_lr(config.lr, config.batch_size, config.lr_batch) == 0.06

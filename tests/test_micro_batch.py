@@ -305,6 +305,7 @@ def test_a_recipe_with_a_vit_gives_the_same_run_in_pieces(method, tmp_path, monk
     assert len({r["loss"] for r in whole}) == 3  # it trains
 
 
+@pytest.mark.long
 def test_multi_crop_in_one_piece_is_the_run_without(tmp_path, monkeypatch):
     """One piece of a CNN has the whole batch's statistics, of the small crops too."""
     crops = ["--multi-crop", "--small-crops", "3"]

@@ -15,6 +15,7 @@ from golden_set import good, of_run
 from common import cards
 from common.config import NO_SETTING, numbers_of
 from common.errors import UserError
+from common.run import pictures
 from results import compare, joined, record, report, summary, tables
 
 PUBLISHED = golden_set.published()
@@ -31,8 +32,18 @@ def test_published_rows_are_whole_and_unique():
     assert len(OWN) > 287
     keys = [tuple(str(row.get(n)) for n in row if n != "value") for row in OWN]
     assert len(set(keys)) == len(keys)
-    assert all(row["value"] is None or 0 <= row["value"] <= 100 for row in OWN)
+    assert all(row["value"] is None or 0 <= row["value"] <= 100 for row in OWN if in_percent(row))
     assert any(row["value"] is None and row["method"] == "SNCLR" for row in OWN)
+
+
+def in_percent(row):
+    return row["metric"] != "MB"  # of memory
+
+
+def test_published_protocols_of_k_nn_are_what_ours_are_called():
+    """A row under any other name could never stand beside a record."""
+    called = {row["protocol"] for row in OWN if "knn" in row["protocol"].lower()}
+    assert called == {"kNN (k200,t.1)", "kNN (k200,t.2)"}
 
 
 def test_what_sources_leave_open_are_flags_that_records_have_as_settings():
@@ -624,3 +635,38 @@ def test_compare_says_what_differs_first(two_runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.png").stat().st_size > 5000
     assert "no run folder" in only_error(run_script("results/report.py", "compare", tmp_path))
+
+
+def test_compare_draws_a_run_in_one_colour_and_means_at_the_middle(two_runs, tmp_path, monkeypatch):
+    """Run a has no k-NN, so b is the first line of that panel."""
+    lines = (two_runs[0] / "metrics.jsonl").read_text().splitlines()
+    without = [{n: v for n, v in json.loads(li).items() if n != "knn"} for li in lines]
+    (two_runs[0] / "metrics.jsonl").write_text("".join(json.dumps(li) + "\n" for li in without))
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path, plt: drawn.append(figure))
+    compare.draw(tmp_path / "c.png", ["a", "b"], [compare.load(run) for run in two_runs])
+    (figure,) = drawn
+    (key,) = figure.legends
+    colours = [handle.get_color() for handle in key.legend_handles]
+    assert [text.get_text() for text in key.get_texts()] == ["a", "b"] and len({*colours}) == 2
+    panels = {axis.get_title(): axis.get_lines() for axis in figure.axes if axis.get_title()}
+    loss, knn = panels["loss"], panels["k-NN accuracy"]
+    assert [line.get_color() for line in loss] == colours and knn[0].get_color() == colours[1]
+    assert [*loss[0].get_xdata()] == [0.5, 1.5] and [*knn[0].get_xdata()] == [0, 1, 2]
+
+
+@pytest.mark.pictures
+def test_curves_say_where_something_sets_in(tmp_path, monkeypatch):
+    """SNCLR's loss has other columns from there on, and jumps. Means stand at the middle."""
+    steps = [{"kind": "step", "epoch": s // 3 + 1, "step": s + 1, "loss": s} for s in range(6)]
+    epochs = [{"kind": "epoch", "epoch": e, "step": 3 * e, "loss": e, "knn": 0.5} for e in (1, 2)]
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path, plt: drawn.append(figure))
+    marks = {"neighbours set in": 0.5, "nothing": 0}
+    pictures.draw_curves(tmp_path / "c.png", [*steps, *epochs], "run", 4, {}, marks)
+    (figure,) = drawn
+    loss, knn = (axis.get_lines() for axis in figure.axes[:2])
+    assert "dashed: neighbours set in at epoch 0.5" in figure._suptitle.get_text()
+    assert "nothing" not in figure._suptitle.get_text()
+    assert [*loss[2].get_xdata()] == [0.5, 0.5] and loss[2].get_linestyle() == "--"
+    assert [*loss[1].get_xdata()] == [0.5, 1.5] and [*knn[0].get_xdata()] == [1, 2]

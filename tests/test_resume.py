@@ -316,6 +316,24 @@ def test_max_steps_keeps_the_schedule_of_the_whole_run(tmp_path):
     assert rates_after[3] > 0.9 * rates_after[0]  # far from the end of 30 steps
 
 
+@pytest.mark.long
+def test_the_last_knn_of_a_run_that_ends_within_an_epoch_is_logged(tmp_path):
+    """And is gone if the run goes on: the epoch then has one line, as without a stop."""
+
+    def run(steps):
+        flags = flags_of("snclr", tmp_path / "a", 1, "--knn-every", "1", "--max-steps", steps)
+        assert run_script("recipes/snclr.py", *flags).returncode == 0
+        epochs = [r for r in logged(tmp_path / "a") if r["kind"] == "epoch"]
+        return epochs, json.loads((tmp_path / "a" / "results.json").read_text())
+
+    epochs, results = run("2")
+    per_epoch = json.loads((tmp_path / "a" / "environment.json").read_text())["steps"]["per_epoch"]
+    assert [(r["epoch"], r["step"]) for r in epochs] == [(0, 0), (2 / per_epoch, 2)]
+    assert epochs[-1]["knn"] == results["knn"] and "loss" in epochs[-1]
+    epochs, results = run(str(per_epoch))
+    assert [r["epoch"] for r in epochs] == [0, 1] and epochs[-1]["knn"] == results["knn"]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

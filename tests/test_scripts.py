@@ -346,6 +346,7 @@ def test_what_is_said_of_a_lost_worker(text, said, capsys):
         assert command(main) == 2 and said in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_killed_loader_worker_is_one_line(capsys, tmp_path, monkeypatch):
     """As the kernel does where memory runs out; the run before it is continued."""
     flags = [*SMALL, "--output", tmp_path / "run"]

@@ -157,6 +157,7 @@ def test_best_of():
 # -- training -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_training_is_a_plain_loop_of_two_rates(tmp_path):
     """Three epochs in float64 against torch's layers and optimizer, written out."""
     flags = [*QUICK, "--percent", "10", "--protocol", "vicreg", "--precision", "fp64"]
@@ -192,6 +193,7 @@ def test_training_is_a_plain_loop_of_two_rates(tmp_path):
         assert y.tolist() == labels[drawn[ids]].tolist()
 
 
+@pytest.mark.long
 def test_sweep_chooses_on_held_out_images_and_repeats(tmp_path, capsys):
     flags = [*QUICK, "--percent", "1", "--head-lrs", "1e-9,3", "--encoder-lrs", "0.03"]
     flags += ["--epochs", "8", "--seeds", "2"]

@@ -39,9 +39,11 @@ def with_yardstick(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops what was logged after `step`, so that a resumed run logs it again, once."""
+    """Drops what was logged after `step`, so that a resumed run logs it again, once, and the line
+    of an epoch that was broken off, which the run now finishes.
+    """
     whole = itertools.takewhile(lambda record: "step" in record, read(path))
-    kept = [record for record in whole if record["step"] <= step]
+    kept = [r for r in whole if r["step"] <= step and (r["kind"] == "step" or r["epoch"] % 1 == 0)]
     files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
@@ -70,6 +72,19 @@ def means(records: list[dict[str, Any]]) -> dict[str, float]:
         waits = [w * s for w, s in zip(sums["data_wait"], seconds, strict=True)]
         result["data_wait"] = math.fsum(waits) / math.fsum(seconds)
     return result
+
+
+def curve(records: list[dict[str, Any]], metric: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric in the epoch lines among `records`: the mean over an epoch's steps
+    stands at the epoch's middle, k-NN at its end, where it was measured.
+    """
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    begins = [0, *(record["step"] for record in epochs)]
+    places = [
+        record["step"] if metric == "knn" else (begin + record["step"]) / 2
+        for begin, record in zip(begins, epochs, strict=False)
+    ]
+    return [(at, r[metric]) for at, r in zip(places, epochs, strict=True) if metric in r]
 
 
 class Wandb:

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from common.errors import UserError, make_folder
 from common.files import replacing
+from common.run import metrics
 
 PANELS = (
     ("loss", "loss"),
@@ -26,13 +27,19 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
 def draw_curves(
-    path: Path, records: list[dict[str, Any]], title: str, dim: int, own: dict[str, str]
+    path: Path,
+    records: list[dict[str, Any]],
+    title: str,
+    dim: int,
+    own: dict[str, str],
+    marks: dict[str, float] | None = None,
 ) -> None:
-    """Each metric that a run has over its epochs: steps in pale, epoch means in full colour.
-    A panel whose name ends in _ shows every metric that begins with it.
+    """Each metric that a run has over its epochs: steps in pale, epoch means in full colour at the
+    middle of their epoch. A panel whose name ends in _ shows every metric that begins with it.
 
     `own` are the panels of the recipe's own metrics, name and title, from its card. `dim` is the
-    width of the embedding: its std is 1/sqrt(dim) when spread over the sphere.
+    width of the embedding: its std is 1/sqrt(dim) when spread over the sphere. `marks` are epochs
+    at which something sets in, by name: a dashed line in each panel.
     """
     plt = headless_pyplot()
     epochs = [r for r in records if r["kind"] == "epoch"]
@@ -50,13 +57,16 @@ def draw_curves(
     scale = per_epoch or 1.0
     for axis, (lines, label) in zip(axes.flat, panels, strict=False):
         for name, colour in zip(lines, COLOURS, strict=False):
-            for source, style in ((steps, {"alpha": 0.35, "lw": 0.8}), (epochs, {"lw": 1.8})):
-                points = [(r["step"] / scale, r[name]) for r in source if name in r]
+            pale = [(r["step"], r[name]) for r in steps if name in r]
+            bold = metrics.curve(epochs, name)
+            marker = "o" if len(bold) < 30 else None
+            for points, style in (
+                (pale, {"alpha": 0.35, "lw": 0.8}),
+                (bold, {"lw": 1.8, "marker": marker, "ms": 3}),
+            ):
                 if points:
-                    marker = "o" if len(points) < 30 and source is epochs else None
-                    axis.plot(
-                        *zip(*points, strict=True), color=colour, marker=marker, ms=3, **style
-                    )
+                    x, y = zip(*((step / scale, value) for step, value in points), strict=True)
+                    axis.plot(x, y, color=colour, **style)
         if len(lines) > 1:
             for name, colour in zip(lines, COLOURS, strict=False):
                 axis.plot([], [], color=colour, label=name.split("_", 1)[1].replace("_", ","))
@@ -66,12 +76,16 @@ def draw_curves(
         zero = ("embedding_std", "knn", "neighbour_purity", "self_matches")
         if lines[0] in zero or len(lines) > 1:
             axis.set_ylim(bottom=0)
+        for epoch in (marks or {}).values():
+            if 0 < epoch < last / scale:
+                axis.axvline(epoch, color="grey", ls="--", lw=1)
         axis.set_title(label, fontsize=10)
         axis.set_xlim(0, max(last / scale, 1e-9))
         axis.set_xlabel("epoch" if per_epoch else "step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=11)
+    said = [f"{name} at epoch {epoch:.3g}" for name, epoch in (marks or {}).items() if epoch > 0]
+    figure.suptitle("\n".join([title, *(f"dashed: {text}" for text in said)]), fontsize=11)
     figure.tight_layout()
     save(figure, path, plt)
 

@@ -499,6 +499,13 @@ class Run:
         text += f", {record.get('images_per_second', 0):.0f} images/s"
         self.say(f"{text}, {results.duration(left)} left")
 
+    def write_part_of_epoch(self, accuracy: float) -> None:
+        """The line of a run that --max-steps ends within an epoch, at a broken number of epochs;
+        a run that goes on drops it (`metrics.cut`).
+        """
+        record = {"kind": "epoch", "epoch": self.step / self.steps_per_epoch, "step": self.step}
+        self.write_epoch(record | metrics.means(self.epoch_records) | {"knn": accuracy})
+
     @property
     def measures_knn(self) -> bool:
         return bool(self.config.knn_every) and self.test is not None
@@ -545,23 +552,27 @@ class Run:
         select: Callable[[Tensor], Tensor] | None = None,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
         k: int = SHOWN_NEIGHBOURS,
+        marks: dict[str, float] | None = None,
     ) -> None:
         """Export, pictures, results; prints them. `dim` is the width of the watched embedding.
         With a queue also neighbours.png: `select` maps images to the embedding that looks
-        neighbours up, `weigh` images and their k neighbours to the positiveness.
+        neighbours up, `weigh` images and their k neighbours to the positiveness. `marks` are
+        epochs at which something sets in, by its name, for the curves.
         """
         if not self.is_finished():
             accuracy = distributed.from_rank_zero(self.last_knn)
             # None: stopped within an epoch, or continued at its end
             if accuracy is None and self.measures_knn:
                 accuracy = self.knn(self.encoder)
+                if self.step % self.steps_per_epoch:
+                    self.write_part_of_epoch(accuracy)
             if self.rank == 0:
                 title = f"{self.recipe}, {self.config.arch}, {self.train.name}"
                 title += f", seed {self.config.seed}"
                 records = metrics.read(self.folder / metrics.NAME)
                 card = cards.load().get(self.recipe)
                 own = card.metrics if card else {}
-                pictures.draw_curves(self.folder / "curves.png", records, title, dim, own)
+                pictures.draw_curves(self.folder / "curves.png", records, title, dim, own, marks)
                 try:
                     if queue is not None:
                         self.draw_neighbours(title, queue, select, weigh, k)
