@@ -24,7 +24,8 @@ PUBLISHED = HERE / "published.yaml"
 BUDGET = ("epochs", "batch")  # a source may leave them out; our command still has them
 GRADES = ("source", "ocr", "secondary", "not at hand")
 LIBRARIES = ("lightly", "solo-learn")  # whose own benchmarks published.yaml has too
-PROTOCOLS = ("linear", "semi-sup 1%", "semi-sup 10%", "kNN (k200,t.1)", "kNN", "linear (L-BFGS)")
+PROTOCOLS = ("linear", "semi-sup 1%", "semi-sup 10%", "kNN (k200,t.1)", "kNN (k200,t.2)")
+PROTOCOLS += ("linear (L-BFGS)",)
 
 Record = dict[str, Any]
 
