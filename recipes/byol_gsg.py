@@ -23,22 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, ViewName, two_views
-from common.config import (
-    CIFAR10,
-    PHOTOS,
-    Count,
-    NotNegative,
-    PositiveInt,
-    RunConfig,
-    Share,
-    parse,
-)
+from common.config import CIFAR10, PHOTOS, Count, NotNegative, PositiveInt, RunConfig, Share
 from common.distributed import average_gradients
 from common.errors import command
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp, momentum_copy, update_momentum
 from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
 from common.pairs import Pairing, draw_pairs, rows_of_owners, rows_of_partners
+from common.run.flags import parse
 from common.run.run import Run
 
 

@@ -32,13 +32,13 @@ from common.config import (
     PositiveInt,
     RunConfig,
     Share,
-    parse,
 )
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp, momentum_copy, update_momentum
 from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
+from common.run.flags import parse
 from common.run.run import Run
 from common.support_set import SupportSet
 

@@ -20,21 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, ViewName, two_views
-from common.config import (
-    CIFAR10,
-    PHOTOS,
-    Count,
-    NotNegative,
-    PositiveInt,
-    RunConfig,
-    Share,
-    parse,
-)
+from common.config import CIFAR10, PHOTOS, Count, NotNegative, PositiveInt, RunConfig, Share
 from common.distributed import average_gradients
 from common.errors import command
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp
 from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
+from common.run.flags import parse
 from common.run.run import Run
 from common.support_set import SupportSet
 

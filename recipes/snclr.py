@@ -34,7 +34,6 @@ from common.config import (
     PositiveInt,
     RunConfig,
     Share,
-    parse,
 )
 from common.distributed import average_gradients
 from common.errors import UserError, command
@@ -49,6 +48,7 @@ from common.models import (
     update_momentum,
 )
 from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
+from common.run.flags import parse
 from common.run.run import Run
 from common.support_set import SupportSet
 

@@ -9,8 +9,9 @@ import torch
 import yaml
 from conftest import ROOT, run_script
 
-from common.config import RunConfig, changed_fields, config_hash, later, parse
+from common.config import RunConfig, later
 from common.errors import UserError
+from common.run.flags import changed_fields, config_hash, parse
 from recipes.snclr import PRESETS, Config, resolve
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
