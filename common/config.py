@@ -36,6 +36,7 @@ ARCHS = Literal[
     "vit_small_mocov3",
     "vit_base",
     "tiny",
+    "resnet_lab",
 ]
 DATASETS = Literal["imagenet", "imagefolder", "cifar10", "photos"]
 

@@ -56,9 +56,7 @@ def parse(
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
     words = {chosen[n] or defaults.get(n) for n in ("follow", "dataset")}
     arch = chosen["arch"] or matching(presets, words).get("arch") or defaults["arch"]
-    words |= {arch, arch.split("_")[0] if arch.startswith("vit") else arch.rstrip("0123456789")}
-    if arch == "resnet18_cifar":
-        words.add("resnet")
+    words |= {arch, arch.split("_")[0].rstrip("0123456789")}
     preset = matching(presets, words) | {"arch": arch}
     values = preset | file_values
     config = parse_flags(config_class, dataclasses.replace(config_class(), **values), argv)
