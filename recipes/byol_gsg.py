@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, ViewName, two_views
-from common.config import CIFAR10, PHOTOS, Count, NotNegative, PositiveInt, RunConfig, Share
+from common.config import CIFAR10, PHOTOS, Count, NotNegative, PositiveInt, RunConfig, Share, later
 from common.distributed import average_gradients
 from common.errors import command
 from common.fast.micro_batch import Pieces
@@ -69,6 +69,7 @@ class Config(RunConfig):
     output_affine: bool = False  # affine batch norm at the projector's output; code: no
     predictor_hidden: PositiveInt = 512  # App. C.1
     views: ViewName = "simsiam"  # App. B.1; cifar: App. B.2, without blur
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
     crop_min: Share = 0.2  # smallest share of the area; App. B.1
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # unstated; code
 
@@ -181,7 +182,8 @@ def choice_statistics(distances: Tensor) -> dict[str, Tensor]:
 
 def views_of(config: Config) -> list[View]:
     """x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
-    views = two_views(config.views, config.image_size, config.crop_min, config.crop_interpolation)
+    size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
+    views = two_views(config.views, size, crop_min, mode, config.jitter_strength)
     return [*views] * (2 if config.gsg else 1)
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from common.augment import check_jitter_strength
 from common.config import Bound, RunConfig
 from common.errors import UserError, nearest_name
 
@@ -221,6 +222,8 @@ def check_values(config: Any) -> None:
     if side is not None and getattr(config, "arch", "").startswith("vit") and side % 16:
         text = f"--image-size {side}: a ViT takes multiples of its 16-pixel patches"
         raise UserError(f"{text}, {max(16, side // 16 * 16)} for example")
+    if hasattr(config, "jitter_strength"):
+        check_jitter_strength(config.views, config.jitter_strength)
     if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
         snapshot_epochs(config)
 
