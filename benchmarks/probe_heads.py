@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import parse
 from common.run.environment import describe
+from common.run.flags import parse
 from eval.linear_probe.protocols import GRID
 from eval.linear_probe.run import Probe, ProbeConfig
 

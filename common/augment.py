@@ -19,6 +19,8 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from common.errors import UserError
+
 # The mean and standard deviation of ImageNet, in [0, 1]; GSG App. B.2 uses them on CIFAR-10 too.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -123,17 +125,21 @@ def draw_row(draw: Draw) -> np.ndarray:
 COLOUR_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
-ViewName = Literal["byol", "simsiam", "simclr", "cifar", "crop-flip", "crop"]
+ViewName = Literal["byol", "vicreg", "simsiam", "simclr", "cifar", "crop-flip", "crop"]
 PLAIN = {"jitter": (0.0, 0.0, 0.0, 0.0), "jitter_p": 0.0, "grey_p": 0.0}
 # what each name's two views have in common, and what is the first's and the second's own
 VIEWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    # BYOL's T and T' (its App. B and Table 6): asymmetric blur and solarize
+    # BYOL's T and T' (its App. B and Table 6): asymmetric blur and solarize; also Barlow Twins',
+    # the code's of VICReg, and MoCo-v3's with bilinear crops (of 0.2 or more for ResNet-50)
     "byol": ({"jitter": (0.4, 0.4, 0.2, 0.1)}, {"blur_p": 1.0}, {"blur_p": 0.1, "solarize_p": 0.2}),
+    # VICReg App. C.1: the same made symmetric
+    "vicreg": ({"jitter": (0.4, 0.4, 0.2, 0.1), "blur_p": 0.5, "solarize_p": 0.1}, {}, {}),
     # SimSiam's code; GSG App. B.1 states the same: blur in half of the views
     "simsiam": ({"jitter": (0.4, 0.4, 0.4, 0.1), "blur_p": 0.5}, {}, {}),
     # SimCLR App. A at strength 1, and its code (data_util.py)
     "simclr": ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur_p": 0.5}, {}, {}),
-    "cifar": ({"jitter": (0.4, 0.4, 0.4, 0.1)}, {}, {}),  # GSG App. B.2: no blur
+    # GSG App. B.2: no blur; SimCLR App. B.9 has the same, its simclr at strength 0.5 without blur
+    "cifar": ({"jitter": (0.4, 0.4, 0.4, 0.1)}, {}, {}),
     # what classifiers on top train on: torchvision's RandomResizedCrop and RandomHorizontalFlip
     "crop-flip": (PLAIN, {}, {}),
     "crop": (PLAIN | {"flip_p": 0.0}, {}, {}),
@@ -148,13 +154,27 @@ def two_views(
     jitter_strength: float = 1.0,
 ) -> tuple[View, View]:
     """The two views of this name, of `size` pixels; crops take `crop_min` or more of the area, and
-    brightness, contrast, saturation and hue are changed `jitter_strength` times as much.
+    brightness, contrast, saturation and hue are changed `jitter_strength` times as much. Raises
+    UserError for a strength that `check_jitter_strength` refuses.
     """
+    check_jitter_strength(name, jitter_strength)
     both, *each = VIEWS[name]
     common = both | {"jitter": tuple(jitter_strength * s for s in both["jitter"])}
     common |= {"size": size, "scale": (crop_min, 1.0), "interpolation": interpolation}
     first, second = (View(**common | own) for own in each)
     return first, second
+
+
+def check_jitter_strength(name: ViewName, strength: float) -> None:
+    """UserError if views without colours are told a strength, or if the hue would turn by more than
+    half a turn either way, which is all there are.
+    """
+    hue = VIEWS[name][0]["jitter"][3]
+    if hue == 0 and strength != 1:
+        raise UserError(f"--jitter-strength {strength:g}: --views {name} changes no colours")
+    if strength * hue > 0.5:
+        most = f"at most {0.5 / hue:g} for --views {name}"
+        raise UserError(f"--jitter-strength {strength:g}: {most}, where the hue is any")
 
 
 def small_crops(

@@ -1,30 +1,12 @@
-"""A dataclass + presets + command line -> one frozen, saved configuration.
+"""What a recipe's `Config` is made of: bounds, the presets of small images, the shared flags.
 
 A recipe's `Config` extends `RunConfig` and says in a comment beside each field where its value
-comes from; `--help` shows those comments. Values are taken, each layer over the one before, from
-the field's default, `--follow`, the presets for `--arch` and `--dataset`, `--config file.yaml`,
-and the flags.
+comes from; `--help` shows those comments. `parse` of run/flags.py makes one of the command line.
 """
 
-import contextlib
-import dataclasses
-import hashlib
-import inspect
-import io
-import json
-import math
-import re
-import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
-
-import yaml
-
-from common.errors import UserError, nearest_name
+from typing import Annotated, Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -54,10 +36,9 @@ ARCHS = Literal[
     "vit_small_mocov3",
     "vit_base",
     "tiny",
+    "resnet_lab",
 ]
 DATASETS = Literal["imagenet", "imagefolder", "cifar10", "photos"]
-
-C = TypeVar("C", bound="RunConfig")
 
 # Small images, for every recipe; each adds its own fields. GSG App. B.2 and C.2, "the default setup
 # of lightly": epochs (secondary: the paper too), rate and decay are its CIFAR-10 benchmark's, the
@@ -74,11 +55,6 @@ CIFAR10: dict[str, Any] = {
 # ours, for patches of 18 photographs on a CPU
 PHOTOS = CIFAR10 | {"arch": "tiny", "epochs": 10, "batch_size": 64, "lr": 0.02, "knn_every": 5}
 
-# what a record has fields of its own for, and what changes only where and in which order of sums
-NO_SETTING = {"dataset", "arch", "epochs", "batch_size", "follow", "seed", "train_images"}
-NO_SETTING |= {"validation_share", "precision", "augment_device", "compile"}
-NOT_FLAGS = ("recipe", "method", "plan", "settings")  # what a run's config.yaml has beside flags
-
 
 def free(default: Any) -> Any:
     """A field that does not enter the numbers: it may change when a run is continued."""
@@ -90,12 +66,6 @@ def later(default: Any, before: Any = None) -> Any:
     says, else `default`, so that they can be continued and keep their hash.
     """
     return field(default=default, metadata={"before": default if before is None else before})
-
-
-def values_before(config: Any) -> dict[str, Any]:
-    """What runs did that are older than a field, for each such field."""
-    fields = dataclasses.fields(config)
-    return {f.name: f.metadata["before"] for f in fields if "before" in f.metadata}
 
 
 @dataclass(frozen=True)
@@ -139,253 +109,3 @@ class RunConfig:
     on_bad_image: Literal["stop", "skip"] = free("stop")
     plan_name: str = free("")  # name of the run in results/plan.yaml, for its record
     config: str = free("")  # YAML file with values for these flags; flags win over it
-
-
-def parse(
-    config_class: type[C],
-    presets: dict[str, dict[str, Any]],
-    argv: Sequence[str] | None = None,
-    resolve: Callable[[C], C] = lambda config: config,
-) -> C:
-    """The configuration that the command line asks for.
-
-    `presets` maps a condition to values. A condition is one or more words, all of which must be
-    among: the value of `--follow`, the dataset, the arch and its family (`vit`, `resnet`). Later
-    entries win over earlier ones. `resolve` fills in what depends on other fields. Raises
-    UserError with one line for anything that cannot be meant.
-    """
-    argv = [*(sys.argv[1:] if argv is None else argv)]
-    check_flag_names(config_class, argv)
-    file_values = read_config_file(config_class, last_value(argv, "config") or "")
-    chosen = {name: last_value(argv, name) for name in ("follow", "dataset", "arch")}
-    chosen = {n: v if v is not None else file_values.get(n) for n, v in chosen.items()}
-    for name, value in chosen.items():
-        if value is not None:
-            coerce(config_class, name, value, f"--{name}")
-    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    words = {chosen[n] or defaults.get(n) for n in ("follow", "dataset")}
-    arch = chosen["arch"] or matching(presets, words).get("arch") or defaults["arch"]
-    words |= {arch, arch.split("_")[0] if arch.startswith("vit") else arch.rstrip("0123456789")}
-    if arch == "resnet18_cifar":
-        words.add("resnet")
-    preset = matching(presets, words) | {"arch": arch}
-    values = preset | file_values
-    config = parse_flags(config_class, dataclasses.replace(config_class(), **values), argv)
-    check_values(config)
-    given = {name: getattr(config, name) for name in NO_SETTING if hasattr(config, name)}
-    config = choose_by_device(resolve(config))
-    check_values(config)
-    if presets:  # what they alone make of the same data, encoder, length and reading of the paper
-        plain = resolve(dataclasses.replace(config_class(), **preset | given))
-        object.__setattr__(config, "settings", settings_of(config, plain))
-    return config
-
-
-def settings_of(config: Any, plain: Any) -> dict[str, Any]:
-    """The values that enter the numbers of a run and are not those of `plain`, which has no flags;
-    but for those that make nothing but speed: pieces of a batch where no batch norm is in the
-    encoder, and the other way to the same views, bit for bit.
-    """
-    speed = {"input"} | ({"micro_batch"} if config.arch.startswith("vit") else set())
-    without = numbers_of(plain)
-    return {
-        name: value
-        for name, value in numbers_of(config).items()
-        if name not in NO_SETTING | speed and value != without[name]
-    }
-
-
-def choose_by_device(config: C) -> C:
-    """Fills in the fields whose default depends on whether this machine has a GPU."""
-    gpu = gpu_is_there()
-    automatic = {"precision": "bf16" if gpu else "fp32", "augment_device": "cuda" if gpu else "cpu"}
-    unset = [name for name in automatic if getattr(config, name, "") is None]
-    return dataclasses.replace(config, **{name: automatic[name] for name in unset})
-
-
-def gpu_is_there() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def matching(presets: dict[str, dict[str, Any]], words: set) -> dict[str, Any]:
-    """The values of all presets whose words all hold, in the order they are written."""
-    values: dict[str, Any] = {}
-    for condition, preset in presets.items():
-        if set(condition.split()) <= words:
-            values |= preset
-    return values
-
-
-def check_flag_names(config_class: type, argv: Sequence[str]) -> None:
-    names = {f.name.replace("_", "-") for f in dataclasses.fields(config_class)}
-    for token in argv:
-        if not token.startswith("--"):
-            continue
-        name = token[2:].split("=")[0].replace("_", "-")
-        if name in names or name == "help" or (name.startswith("no-") and name[3:] in names):
-            continue
-        hint = nearest_name(name, names).replace("mean ", "mean --")
-        raise UserError(f"unknown flag --{name}{hint} (--help lists all)")
-
-
-def last_value(argv: Sequence[str], name: str) -> str | None:
-    """The value that a flag gets in argv, before the real parse; None where it is not given."""
-    value = None
-    flags = {f"--{name}", f"--{name.replace('_', '-')}"}
-    for token, following in zip(argv, [*argv, None][1:], strict=True):
-        if token in flags:
-            value = following
-        elif token.split("=")[0] in flags:
-            value = token.split("=", 1)[1]
-    return value
-
-
-def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
-    """tyro's parse, with its boxed message turned into one line."""
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                config_class,
-                default=default,
-                args=list(argv),
-                description=inspect.cleandoc(config_class.__doc__),
-            )
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        lines = [re.sub(r"^[\s│|]+|[\s│|]+$", "", line) for line in said.getvalue().splitlines()]
-        text = []
-        for line in lines[1:]:
-            if not line or set(line) <= set("─-"):
-                break
-            text.append(line)
-        raise UserError(" ".join(text) or "the flags cannot be read") from None
-
-
-def read_config_file(config_class: type, path: str) -> dict[str, Any]:
-    """The values of a YAML file, each checked against its field."""
-    if not path:
-        return {}
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold 'flag: value' lines")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    for name in NOT_FLAGS:
-        values.pop(name, None)
-    return {n: coerce(config_class, n, v, f"{path}: {n}") for n, v in values.items()}
-
-
-def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
-    """`value` as the type of field `name`; UserError with the choices where it cannot be."""
-    hints = typing.get_type_hints(config_class)
-    if name not in hints:
-        hint = nearest_name(name, hints)
-        raise UserError(f"{where}: no such flag{hint}")
-    options = [hints[name]]
-    if typing.get_origin(options[0]) in (typing.Union, types.UnionType):
-        options = [*typing.get_args(options[0])]  # a union
-    choices = [c for o in options if typing.get_origin(o) is Literal for c in typing.get_args(o)]
-    if choices and value in choices:
-        return value
-    if value is None and type(None) in options:
-        return None
-    if bool in options and isinstance(value, bool):
-        return value
-    if str in options and isinstance(value, str):
-        return value
-    if int in options and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if float in options and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
-            return float(value)  # YAML reads 1e-6 as text
-    if choices:
-        hint = nearest_name(str(value), choices)
-        wanted = ", ".join(map(str, choices))
-        raise UserError(f"{where}: {value!r} is none of {wanted}{hint}")
-    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise UserError(f"{where}: {value!r} is not {wanted}")
-
-
-def check_values(config: Any) -> None:
-    """UserError for a value beyond its type's bounds, or one that is not finite."""
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    for name, value in dataclasses.asdict(config).items():
-        if value is None or isinstance(value, str | bool):
-            continue
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag} {value}: must be a finite number")
-        for bound in bounds_of(hints[name]):
-            if not bound.holds(value):
-                raise UserError(f"{flag} {value}: must {bound.words}")
-    side = getattr(config, "image_size", None)
-    if side is not None and getattr(config, "arch", "").startswith("vit") and side % 16:
-        text = f"--image-size {side}: a ViT takes multiples of its 16-pixel patches"
-        raise UserError(f"{text}, {max(16, side // 16 * 16)} for example")
-    if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
-        snapshot_epochs(config)
-
-
-def bounds_of(hint: Any) -> list[Bound]:
-    """The bounds at a field's type, also inside `... | None`."""
-    own = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bound)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        own += [bound for option in typing.get_args(hint) for bound in bounds_of(option)]
-    return own
-
-
-def snapshot_epochs(config: Any) -> set[int]:
-    """The epochs of --snapshot-epochs."""
-    try:
-        return {int(word) for word in config.snapshot_epochs.split(",") if word.strip()}
-    except ValueError:
-        raise UserError(
-            f"--snapshot-epochs {config.snapshot_epochs}: whole numbers with commas, as 0,1,10",
-        ) from None
-
-
-def is_free(config_class: type, name: str) -> bool:
-    """Whether a field may change when a run is continued."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    return name in fields and bool(fields[name].metadata.get("free"))
-
-
-def numbers_of(config: Any) -> dict[str, Any]:
-    """The fields that enter the numbers of a run."""
-    return {n: v for n, v in dataclasses.asdict(config).items() if not is_free(type(config), n)}
-
-
-def is_float(hint: Any) -> bool:
-    return hint is float or float in typing.get_args(hint)
-
-
-def config_hash(config: Any) -> str:
-    """12 hexadecimal digits over the fields that enter the numbers."""
-    hints = typing.get_type_hints(type(config))
-    added = values_before(config)
-    values = {n: v for n, v in numbers_of(config).items() if n not in added or v != added[n]}
-    # 10 and 10.0 are the same number of epochs
-    values = {n: float(v) if is_float(hints[n]) and v is not None else v for n, v in values.items()}
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
-    """`field: was A, is B` for each field that enters the numbers and differs from `saved`."""
-    changes = []
-    added = values_before(config)
-    for name, value in numbers_of(config).items():
-        was = saved.get(name, added.get(name, "nothing"))
-        if was != value:
-            changes.append(f"{name} was {was}, is {value}")
-    return changes

@@ -21,9 +21,12 @@ EMBED_DIMS = {
     "vit_small_mocov3": 384,
     "vit_base": 768,
     "tiny": 64,
+    "resnet_lab": 128,
 }
 # (channels, stride) of each convolution
 TINY_LAYERS = ((16, 2), (16, 1), (16, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1))
+# (channels, stride) of each residual block, stage by stage
+LAB_STAGES = (((16, 1),), ((32, 2),), ((64, 2),), ((128, 2), (128, 1)))
 
 
 def build_encoder(arch: str, image_size: int = 224, zero_init_residual: bool = False) -> nn.Module:
@@ -36,7 +39,9 @@ def build_encoder(arch: str, image_size: int = 224, zero_init_residual: bool = F
     """
     if arch not in EMBED_DIMS:
         raise ValueError(f"unknown arch {arch}: one of {', '.join(EMBED_DIMS)}")
-    if arch.startswith("resnet"):
+    if arch == "resnet_lab":
+        encoder = build_resnet_lab(zero_init_residual)
+    elif arch.startswith("resnet"):
         encoder = build_resnet(arch, zero_init_residual)
     elif arch.startswith("vit"):
         encoder = build_vit(arch, image_size)
@@ -89,6 +94,42 @@ def build_tiny() -> nn.Module:
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def build_resnet_lab(zero_init_residual: bool) -> nn.Module:
+    """A ResNet for 32x32 pixels on two CPU cores: 5.2 million multiply-adds an image.
+
+    A 3x3 stem of stride 2 and torchvision's basic blocks under its names. The last block has an
+    identity shortcut into the pooled output, which DirectCLR's argument needs (its Fig. 10).
+    """
+    from torchvision.models.resnet import BasicBlock
+
+    channels = 16
+    encoder = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(channels),
+            relu=nn.ReLU(inplace=True),
+        )
+    )
+    for number, stage in enumerate(LAB_STAGES, start=1):
+        blocks = []
+        for width, stride in stage:
+            shortcut = None
+            if stride > 1:
+                shortcut = nn.Conv2d(channels, width, 1, stride, bias=False)
+                shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(width))
+            blocks.append(BasicBlock(channels, width, stride, shortcut))
+            channels = width
+        encoder.add_module(f"layer{number}", nn.Sequential(*blocks))
+    encoder.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
+    encoder.add_module("flatten", nn.Flatten())
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, BasicBlock) and zero_init_residual:
+            nn.init.zeros_(module.bn2.weight)
+    return encoder
 
 
 def initialise_as_mocov3(vit: nn.Module) -> None:

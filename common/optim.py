@@ -67,9 +67,29 @@ class LARS(torch.optim.Optimizer):
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
             velocities = [self.state[w]["momentum_buffer"] for w in weights]
             torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, updates)
-            torch._foreach_add_(weights, velocities, alpha=-group["lr"])
+            self.move(weights, velocities, updates, group["lr"])
         return loss
+
+    def move(
+        self, weights: list[Tensor], velocities: list[Tensor], updates: list[Tensor], lr: float
+    ) -> None:
+        """v = v + u, w = w - lr * v, with v already times the momentum."""
+        torch._foreach_add_(velocities, updates)
+        torch._foreach_add_(weights, velocities, alpha=-lr)
+
+
+class ClassicLARS(LARS):
+    """LARS with the rate inside the momentum, as SimCLR's code has it ("classic" momentum of its
+    lars_optimizer.py): v = momentum * v + lr * u, then w = w - v, all else alike.
+
+    The two differ only while the rate changes: here an update keeps the rate of its own step.
+    """
+
+    def move(
+        self, weights: list[Tensor], velocities: list[Tensor], updates: list[Tensor], lr: float
+    ) -> None:
+        torch._foreach_add_(velocities, updates, alpha=lr)
+        torch._foreach_sub_(weights, velocities)
 
 
 def decayed_and_scaled(
@@ -117,10 +137,24 @@ def scaled_lr(lr: float, batch: int, lr_batch: int) -> float:
     return lr * batch / lr_batch if lr_batch else lr
 
 
+def weights_and_biases(
+    module: torch.nn.Module, bias_factor: float = 1.0
+) -> list[dict[str, list[Tensor] | float]]:
+    """Two parameter groups: the tensors of two or more dimensions, and those of one (biases,
+    norms), whose rate is `bias_factor` times the others', as Barlow Twins' is.
+    """
+    parameters = [*module.parameters()]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim == 1], "lr_factor": bias_factor},
+    ]
+
+
 def build_optimizer(
     name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`lars`, `sgd` or `adamw` over parameters or parameter groups; frozen tensors are left out.
+    """`lars`, `classic_lars`, `sgd` or `adamw` over parameters or parameter groups; frozen tensors
+    are left out.
 
     sgd and adamw decay every tensor they get, biases and norms included: SimSiam's and MoCo-v3's
     code does so. adamw's betas are (0.9, 0.999), PyTorch's and MoCo-v3's.
@@ -130,8 +164,9 @@ def build_optimizer(
         groups = [{"params": groups}]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    if name == "lars":
-        return LARS(groups, lr, momentum=momentum, weight_decay=weight_decay)
+    if name in ("lars", "classic_lars"):
+        kind = LARS if name == "lars" else ClassicLARS
+        return kind(groups, lr, momentum=momentum, weight_decay=weight_decay)
     # one kernel for all tensors on a GPU
     fused = {"fused": True} if all(p.is_cuda for g in groups for p in g["params"]) else {}
     if name == "sgd":
@@ -139,7 +174,7 @@ def build_optimizer(
     if name == "adamw":
         betas = (0.9, 0.999)
         return torch.optim.AdamW(groups, lr, betas=betas, weight_decay=weight_decay, **fused)
-    raise ValueError(f"unknown optimizer {name}: lars, sgd or adamw")
+    raise ValueError(f"unknown optimizer {name}: lars, classic_lars, sgd or adamw")
 
 
 def grad_norm(module: torch.nn.Module) -> Tensor:

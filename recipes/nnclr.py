@@ -32,13 +32,14 @@ from common.config import (
     PositiveInt,
     RunConfig,
     Share,
-    parse,
+    later,
 )
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp, momentum_copy, update_momentum
 from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
+from common.run.flags import parse
 from common.run.run import Run
 from common.support_set import SupportSet
 
@@ -71,6 +72,7 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # secondary (quote)
     output_dim: PositiveInt = 256  # secondary (quote)
     views: ViewName = "byol"  # secondary: "BYOL scheme"; cifar: GSG App. B.2
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
     crop_min: Share = 0.08  # smallest share of the area; BYOL App. B
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # BYOL App. B
     multi_crop: bool = False  # add small crops; no source at hand states how, see SwAV's values
@@ -144,11 +146,11 @@ def nnclr_transposed_loss(
 def views_of(config: Config) -> list[View]:
     size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
     if not config.multi_crop:
-        return [*two_views(config.views, size, crop_min, mode)]
+        return [*two_views(config.views, size, crop_min, mode, config.jitter_strength)]
     # SwAV's code: large crops of (0.14, 1), small ones of (0.05, 0.14) of the area. Colours and
     # blur of the small crops are unstated: those of T, T', T, …
-    large = two_views(config.views, size, config.multi_crop_scale, mode)
     scale = (0.05, config.multi_crop_scale)
+    large = two_views(config.views, size, scale[1], mode, config.jitter_strength)
     return [*large, *small_crops(large, config.small_crops, config.small_crop_size, scale)]
 
 

@@ -20,21 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, ViewName, two_views
-from common.config import (
-    CIFAR10,
-    PHOTOS,
-    Count,
-    NotNegative,
-    PositiveInt,
-    RunConfig,
-    Share,
-    parse,
-)
+from common.config import CIFAR10, PHOTOS, Count, NotNegative, PositiveInt, RunConfig, Share, later
 from common.distributed import average_gradients
 from common.errors import command
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp
 from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
+from common.run.flags import parse
 from common.run.run import Run
 from common.support_set import SupportSet
 
@@ -65,6 +57,7 @@ class Config(RunConfig):
     output_affine: bool = False  # affine batch norm at the projector's output; SimSiam's code: no
     predictor_hidden: PositiveInt = 512  # SimSiam Sec. 3
     views: ViewName = "simsiam"  # unstated; SimSiam's code; cifar: GSG App. B.2
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
     crop_min: Share = 0.2  # smallest share of the area; SimSiam's code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # SimSiam's code
 
@@ -121,8 +114,8 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
 
 def views_of(config: Config) -> list[View]:
-    size, crop_min = config.image_size, config.crop_min
-    return [*two_views(config.views, size, crop_min, config.crop_interpolation)]
+    size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
+    return [*two_views(config.views, size, crop_min, mode, config.jitter_strength)]
 
 
 def look_up(config: Config, state: dict) -> tuple[nn.Module, None]:

@@ -22,22 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import View, ViewName, two_views
-from common.config import (
-    CIFAR10,
-    PHOTOS,
-    Count,
-    NotNegative,
-    PositiveInt,
-    RunConfig,
-    Share,
-    parse,
-)
+from common.config import CIFAR10, PHOTOS, Count, NotNegative, PositiveInt, RunConfig, Share, later
 from common.distributed import average_gradients
 from common.errors import command
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp
 from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
 from common.pairs import Pairing, draw_pairs, rows_of_owners, rows_of_partners
+from common.run.flags import parse
 from common.run.run import Run
 
 
@@ -71,6 +63,7 @@ class Config(RunConfig):
     output_affine: bool = False  # affine batch norm at the projector's output; code: no
     predictor_hidden: PositiveInt = 512  # App. C.1
     views: ViewName = "simsiam"  # App. B.1; cifar: App. B.2, without blur
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
     crop_min: Share = 0.2  # smallest share of the area; App. B.1
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # unstated; code
 
@@ -183,7 +176,8 @@ def choice_statistics(distances: Tensor) -> dict[str, Tensor]:
 
 def views_of(config: Config) -> list[View]:
     """x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
-    views = two_views(config.views, config.image_size, config.crop_min, config.crop_interpolation)
+    size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
+    views = two_views(config.views, size, crop_min, mode, config.jitter_strength)
     return [*views] * (2 if config.gsg else 1)
 
 

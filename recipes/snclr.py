@@ -34,7 +34,7 @@ from common.config import (
     PositiveInt,
     RunConfig,
     Share,
-    parse,
+    later,
 )
 from common.distributed import average_gradients
 from common.errors import UserError, command
@@ -49,6 +49,7 @@ from common.models import (
     update_momentum,
 )
 from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
+from common.run.flags import parse
 from common.run.run import Run
 from common.support_set import SupportSet
 
@@ -72,8 +73,7 @@ class Config(RunConfig):
     freeze_patch_embedding: bool = False  # unstated; code: yes (ViT only)
     vit_small: Literal["timm", "mocov3"] = "timm"  # App. A: timm, DeiT; code: 12 heads, sin-cos
     warmup_start_lr: NotNegative = 1e-6  # App. A; code: 0
-    # App. A: as BYOL; code: bilinear
-    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # App. A: BYOL's; code: bilinear
 
     epochs: PositiveInt = 800  # Sec. 4.1 (ResNet-50); ViTs 300
     batch_size: PositiveInt = 4096  # global batch; App. A
@@ -93,6 +93,7 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
     output_dim: PositiveInt = 256  # Table 6 (128 000 x 256); BYOL Sec. 3.3; code
     views: ViewName = "byol"  # App. A "follow BYOL"; cifar: GSG App. B.2
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
     crop_min: Share = 0.08  # smallest share of the area; BYOL App. B; code
 
 
@@ -209,8 +210,8 @@ def snclr_loss(
 
 
 def views_of(config: Config) -> list[View]:
-    size, crop_min = config.image_size, config.crop_min
-    return [*two_views(config.views, size, crop_min, config.crop_interpolation)]
+    size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
+    return [*two_views(config.views, size, crop_min, mode, config.jitter_strength)]
 
 
 def resolve(config: Config) -> Config:

@@ -27,10 +27,11 @@ from typing import Any
 
 import yaml
 
-from common.config import RunConfig, is_free
+from common.config import RunConfig
 from common.errors import UserError, command
 from common.files import write
 from common.run import environment, metrics, results
+from common.run.flags import is_free
 
 HERE = Path(__file__).resolve().parent
 RECORDS, SCHEMA = HERE / "records", HERE / "schema.json"

@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import gpu_is_there
 from common.errors import EXIT_STOPPED, Stopped, UserError, command
+from common.run.flags import gpu_is_there
 from common.run.results import is_finished
 from results import record, tables
 from slurm import plan

@@ -14,10 +14,11 @@ from PIL import Image, ImageEnhance, ImageFilter
 from scipy import stats
 
 from common import augment
-from common.augment import Draw, View, view_rng
+from common.augment import Draw, View, two_views, view_rng
 from common.data.images import ArrayImages
 from common.data.loaders import RankBatches, epoch_order, view_loader
 from common.data.photos import patches, read_photo
+from common.errors import UserError
 from common.fast.pixels import mean_and_std, to_input
 
 DRAWS = 10_000
@@ -30,6 +31,8 @@ SIMSIAM = {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "interpolation": "
 TABLES = {
     "byol T": {**BYOL, "blur": 1.0, "solarize": 0.0},
     "byol T'": {**BYOL, "blur": 0.1, "solarize": 0.2},
+    "vicreg": {**BYOL, "blur": 0.5, "solarize": 0.1},  # App. C.1, for both views
+    "simclr": {**BYOL, "jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5, "solarize": 0.0},  # App. A
     "simsiam": {**SIMSIAM, "blur": 0.5, "solarize": 0.0},
     "cifar": {**SIMSIAM, "scale": (0.08, 1), "blur": 0.0, "solarize": 0.0},
 }
@@ -39,6 +42,9 @@ ALWAYS = {"jitter": 0.8, "grey": 0.2, "flip": 0.5}  # the same in all of them
 def build(name: str, size: int = 224) -> View:
     byol = byol_views(size)
     views = {"byol T": byol[0], "byol T'": byol[1]}
+    for symmetric in ("vicreg", "simclr"):
+        views[symmetric], second = two_views(symmetric, size, interpolation="bicubic")
+        assert second == views[symmetric]
     views |= {"simsiam": simsiam_view(size), "cifar": cifar_view(size)}
     return views[name]
 
@@ -118,6 +124,31 @@ def test_crop_area_and_aspect_stay_in_range_and_fill_it(table):
     assert (aspect >= 3 / 4 / slack**2).all() and (aspect <= 4 / 3 * slack**2).all()
     assert area.min() < row["scale"][0] * 1.05 and area.max() > 0.95
     assert aspect.min() < 0.76 and aspect.max() > 1.31
+
+
+@pytest.mark.parametrize(("strength", "jitter"), [(0.5, (0.4, 0.1)), (0.125, (0.1, 0.025))])
+def test_strength_is_a_factor_of_the_colours_alone(strength, jitter):
+    whole, _ = two_views("simclr", 32)
+    brightness, hue = jitter
+    expected = replace(whole, jitter=(brightness, brightness, brightness, hue))
+    assert two_views("simclr", 32, jitter_strength=strength)[0] == expected
+    # SimCLR App. B.9, strength 0.5 and no blur, is GSG App. B.2
+    half = two_views("simclr", 32, jitter_strength=0.5)[0]
+    assert replace(half, blur_p=0.0) == two_views("cifar", 32)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "said"),
+    [
+        ("crop", 2.0, "--views crop changes no colours"),
+        ("crop-flip", 0.0, "--views crop-flip changes no colours"),
+        ("simclr", 3.0, "at most 2.5 for --views simclr"),
+        ("byol", 5.1, "at most 5 for --views byol"),
+    ],
+)
+def test_a_strength_that_means_nothing_is_refused(name, strength, said):
+    with pytest.raises(UserError, match=f"--jitter-strength {strength:g}: {said}"):
+        two_views(name, 32, jitter_strength=strength)
 
 
 @pytest.mark.parametrize("size", [(1000, 40), (40, 1000), (32, 32), (1, 1), (3, 2), (1, 900)])

@@ -9,8 +9,9 @@ import torch
 import yaml
 from conftest import ROOT, run_script
 
-from common.config import RunConfig, changed_fields, config_hash, later, parse
+from common.config import RunConfig, later
 from common.errors import UserError
+from common.run.flags import changed_fields, config_hash, parse
 from recipes.snclr import PRESETS, Config, resolve
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
@@ -470,6 +471,66 @@ def test_runs_from_before_a_later_field_go_on_and_keep_their_hash():
 
     assert config_hash(After()) == config_hash(Before())
     assert config_hash(After(input="reference")) != config_hash(Before())
+
+
+# of defaults and of `--dataset photos`, before the flags that came later
+HASHES = {
+    "nnclr": ("ec73dae65425", "a1d7c4bb9a73"),
+    "nnsiam": ("86cf17d28708", "9be52e9c0e56"),
+    "snclr": ("b1dea9081c2c", "c1a5d2613644"),
+    "simsiam_gsg": ("e58715441516", "3faf137e9d0f"),
+    "byol_gsg": ("9902a848ebf4", "dea269c75415"),
+}
+
+
+@pytest.mark.parametrize("recipe", HASHES)
+def test_later_flags_at_their_defaults_change_no_hash(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parse_arguments = importlib.import_module(f"recipes.{recipe}").parse_arguments
+    found = [config_hash(parse_arguments(f.split())) for f in ("", "--dataset photos")]
+    assert found == [*HASHES[recipe]]
+    config = parse_arguments([])
+    later_ones = ("jitter_strength",)
+    saved = {n: v for n, v in dataclasses.asdict(config).items() if n not in later_ones}
+    assert changed_fields(config, saved) == []  # an older run goes on
+    changes = changed_fields(dataclasses.replace(config, jitter_strength=0.5), saved)
+    assert changes == ["jitter_strength was 1.0, is 0.5"]
+
+
+# -- views --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("views", "flip"), [("crop", 0.0), ("crop-flip", 0.5)])
+def test_every_recipe_takes_views_without_colours(recipe, views, flip):
+    module = importlib.import_module(f"recipes.{recipe}")
+    config = module.parse_arguments(["--dataset", "photos", "--views", views])
+    assert config.settings == {"views": views}
+    for view in module.views_of(config):
+        assert view.flip_p == flip and view.scale == (config.crop_min, 1.0)
+        assert view.jitter_p == view.grey_p == view.blur_p == view.solarize_p == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_a_strength_of_its_colours(recipe):
+    module = importlib.import_module(f"recipes.{recipe}")
+    plain, half = (
+        module.parse_arguments(["--dataset", "photos", *flags])
+        for flags in ([], ["--jitter-strength", "0.25"])
+    )
+    assert half.settings == {"jitter_strength": 0.25}
+    for a, b in zip(module.views_of(plain), module.views_of(half), strict=True):
+        assert b.jitter == tuple(0.25 / plain.jitter_strength * s for s in a.jitter)
+    with pytest.raises(UserError, match="--jitter-strength 3: --views crop changes no colours"):
+        module.parse_arguments(["--views", "crop", "--jitter-strength", "3"])
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnet18_cifar", "resnet_lab"])
+def test_presets_of_a_family_hold_for_its_archs(arch):
+    presets = {"resnet": {"temperature": 0.7}, "vit": {"temperature": 0.8}}
+    assert snclr("--arch", arch, presets=presets).temperature == 0.7
+    assert snclr("--arch", "vit_base", presets=presets).temperature == 0.8
+    assert snclr("--arch", "tiny", presets=presets).temperature == 0.2
 
 
 @pytest.mark.parametrize("side", ["8", "33", "225"])

@@ -405,7 +405,7 @@ def test_a_wrong_piece_is_one_line(tmp_path):
 
 def test_the_piece_is_one_of_the_numbers_of_a_run():
     """A ResNet's run is another one with other pieces."""
-    from common.config import changed_fields
+    from common.run.flags import changed_fields
     from recipes.nnclr import Config
 
     saved = dataclasses.asdict(Config())

@@ -29,6 +29,7 @@ WIDTHS = {  # embed_dim, and the number of weights of torchvision's and timm's e
     "vit_small_mocov3": (384, None),
     "vit_base": (768, None),
     "tiny": (64, None),
+    "resnet_lab": (128, 602_960),
 }
 SIZE = 64  # pixels: 4x4 patches
 BUILT: dict[str, nn.Module] = {}
@@ -138,15 +139,51 @@ def test_cifar_resnet_has_a_small_stem_and_no_pooling():
 
 
 @pytest.mark.parametrize("zero", [False, True])
-def test_zero_init_residual_starts_each_block_as_identity(zero):
-    encoder = build_encoder("resnet18", zero_init_residual=zero)
+@pytest.mark.parametrize(("arch", "blocks"), [("resnet18", 8), ("resnet_lab", 5)])
+def test_zero_init_residual_starts_each_block_as_identity(arch, blocks, zero):
+    encoder = build_encoder(arch, zero_init_residual=zero)
     scales = [
         block.bn2.weight
         for layer in (1, 2, 3, 4)
         for block in encoder.get_submodule(f"layer{layer}")
     ]
-    assert len(scales) == 8
+    assert len(scales) == blocks
     assert all((scale == (0 if zero else 1)).all() for scale in scales)
+
+
+def test_lab_resnet_costs_5_2_million_multiply_adds_at_32_pixels():
+    counted = []
+
+    def count(convolution, _, output):
+        inputs = convolution.in_channels * math.prod(convolution.kernel_size)
+        counted.append(output[0].numel() * inputs)
+
+    encoder = build_encoder("resnet_lab")
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    features(encoder, 32)
+    assert len(counted) == 14  # the stem, two in each of five blocks, three shortcuts
+    assert sum(counted) == 5_222_400
+
+
+@torch.no_grad()
+def test_lab_resnets_last_block_adds_to_what_is_pooled():
+    encoder = encoder_of("resnet_lab")
+    depths = [len(encoder.get_submodule(f"layer{number}")) for number in (1, 2, 3, 4)]
+    assert depths == [1, 1, 1, 2]
+    x = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(1))
+    seen = {}
+    block = encoder.layer4[-1]
+    hook = block.register_forward_hook(lambda _, x, y: seen.update(input=x[0].clone()))
+    out = encoder(x)
+    hook.remove()
+    assert seen["input"].shape == (2, 128, 2, 2) and block.downsample is None
+    assert not torch.equal(out, seen["input"].mean(dim=(2, 3)))
+    weight = block.bn2.weight.clone()
+    block.bn2.weight.zero_()  # without its residual branch the pooled input is all there is
+    torch.testing.assert_close(encoder(x), seen["input"].mean(dim=(2, 3)))
+    block.bn2.weight.copy_(weight)
 
 
 @pytest.mark.parametrize("arch", ["resnet34", "vit", "vit_small_", "", "fc"])
@@ -415,12 +452,13 @@ def test_metadata_say_what_the_file_is(exported):
     assert {name: metadata[name] for name in FACTS} == {n: str(v) for n, v in FACTS.items()}
     assert len(json.loads(metadata["feature_check"])) >= 8
     assert metadata_of(exported("resnet18"))["loader"] == "torchvision.models.resnet18"
-    tiny = metadata_of(exported("tiny"))
-    assert tiny["loader"] == "common.models.build_encoder"
-    assert json.loads(tiny["loader_kwargs"]) == {"arch": "tiny"}
+    for arch in ("tiny", "resnet_lab"):
+        metadata = metadata_of(exported(arch))
+        assert metadata["loader"] == "common.models.build_encoder"
+        assert json.loads(metadata["loader_kwargs"]) == {"arch": arch}
 
 
-@pytest.mark.parametrize("arch", ["tiny", "resnet18_cifar", "vit_small_mocov3"])
+@pytest.mark.parametrize("arch", ["tiny", "resnet_lab", "resnet18_cifar", "vit_small_mocov3"])
 def test_backbone_comes_back_as_it_went(exported, arch):
     encoder, metadata = load_backbone(exported(arch).parent)  # a run folder
     assert metadata["arch"] == arch and not encoder.training

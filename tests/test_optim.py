@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from common.optim import LARS, build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
+from common.models import build_encoder, mlp
+from common.optim import (
+    LARS,
+    ClassicLARS,
+    build_optimizer,
+    momentum_to_one,
+    scaled_lr,
+    set_lr,
+    warmup_cosine,
+    weights_and_biases,
+)
 
 SHAPES = [(4, 3), (3,), (2, 3, 2, 2), (1, 5), (6,)]
 
@@ -170,9 +180,112 @@ def test_lars_state_dict_continues_identically():
         assert all(torch.equal(a, b) for a, b in zip(weights, copied, strict=True))
 
 
+# -- what differs between the papers' LARS ---------------------------------------------------------
+
+
+class SimCLRByHand(ByHand):
+    """SimCLR's code (lars_optimizer.py, classic momentum): the rate is inside the buffer."""
+
+    def step(self, g, lr, momentum, wd, trust):
+        g = g.numpy()
+        rate = lr
+        if self.w.ndim >= 2:
+            g = g + wd * self.w
+            w_norm, g_norm = norm(self.w), norm(g)
+            rate = lr * (trust * w_norm / g_norm if w_norm != 0 and g_norm != 0 else 1.0)
+        self.v = momentum * self.v + rate * g
+        self.w = self.w - self.v
+
+
+@pytest.mark.parametrize("wd", [0.0, 1e-6, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_classic_lars_is_simclrs_code_while_the_rate_moves(momentum, wd):
+    weights = [nn.Parameter(w) for w in [*draw(0), torch.zeros(2, 2, dtype=torch.float64)]]
+    hands = [SimCLRByHand(w.detach()) for w in weights]
+    optimizer = build_optimizer("classic_lars", weights, 0.5, momentum, wd)
+    assert type(optimizer) is ClassicLARS
+    for step in range(8):
+        rate = warmup_cosine(step, 8, 3, 4.8)  # from a rate of 0
+        set_lr(optimizer, rate)
+        gradients = draw(10 + step, [*SHAPES, (2, 2)])
+        gradients[0] *= step != 2  # no gradient, as in a part that is frozen for a while
+        give(weights, gradients)
+        optimizer.step()
+        for hand, gradient in zip(hands, gradients, strict=True):
+            hand.step(gradient, rate, momentum, wd, 0.001)
+        compare(weights, hands)
+
+
+def test_where_the_rate_stands_matters_only_while_it_moves():
+    def train(kind, rates):
+        weights = [nn.Parameter(w) for w in draw(5)]
+        optimizer = kind(weights, 1.0, weight_decay=0.1)
+        for step, rate in enumerate(rates):
+            set_lr(optimizer, rate)
+            give(weights, draw(50 + step))
+            optimizer.step()
+        return torch.cat([w.detach().flatten() for w in weights])
+
+    constant, falling = [0.7] * 4, [0.7, 0.5, 0.3, 0.1]
+    torch.testing.assert_close(train(LARS, constant), train(ClassicLARS, constant))
+    difference = train(LARS, falling) - train(ClassicLARS, falling)
+    assert difference.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["lars", "classic_lars"])
+def test_biases_with_a_rate_of_their_own_are_barlow_twins(name):
+    """Weights at .2 and 1-d tensors at .0048, times batch / 256, both warmed up and then brought to
+    a thousandth by half a cosine, per step; no decay and no adaptation of the 1-d ones.
+    """
+    batch, total, warmup, wd = 2048, 9, 2, 1.5e-6
+    model = small_model()
+    hands = [
+        (ByHand if name == "lars" else SimCLRByHand)(p.detach().clone()) for p in model.parameters()
+    ]
+    base = scaled_lr(0.2, batch, 256)
+    groups = weights_and_biases(model, 0.0048 / 0.2)
+    optimizer = build_optimizer(name, groups, base, 0.9, wd)
+    rng = np.random.default_rng(0)
+    for step in range(total):
+        set_lr(optimizer, warmup_cosine(step, total, warmup, base, end=0.001 * base))
+        for parameter, hand in zip(model.parameters(), hands, strict=True):
+            parameter.grad = torch.from_numpy(rng.standard_normal(parameter.shape))
+            peak = (0.2 if parameter.ndim == 2 else 0.0048) * 8
+            if step < warmup:
+                rate = peak * step / warmup
+            else:  # barlowtwins main.py, adjust_learning_rate
+                q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+                rate = peak * q + peak * 0.001 * (1 - q)
+            hand.step(parameter.grad, rate, 0.9, wd, 0.001)
+        optimizer.step()
+        compare([*model.parameters()], hands)
+
+
+def test_groups_of_weights_and_biases_hold_every_tensor_once():
+    model = small_model()
+    wide, thin = weights_and_biases(model, 0.5)
+    assert len(wide["params"]) == 2 and len(thin["params"]) == 4 and thin["lr_factor"] == 0.5
+    held = {id(p) for group in (wide, thin) for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("arch", ["tiny", "resnet_lab", "resnet18_cifar", "resnet50"])
+def test_excluding_by_name_as_simclr_and_byol_do_is_excluding_one_dimension(arch):
+    """SimCLR's code leaves out what is called bias or batch_normalization, BYOL's the biases and
+    norms: with our encoders and heads these are the tensors of one dimension.
+    """
+    with torch.device("meta"):
+        model = nn.ModuleList([build_encoder(arch), mlp([8, 8, 4], True, True, output_norm=True)])
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    by_name = {id(p) for m in norms for p in m.parameters()}
+    by_name |= {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    thin = weights_and_biases(model)[1]["params"]
+    assert by_name == {id(p) for p in thin} and len(thin) > 8
+
+
 # -- build_optimizer and set_lr -------------------------------------------------------------------
 
-NAMES = ["lars", "sgd", "adamw"]
+NAMES = ["lars", "classic_lars", "sgd", "adamw"]
 
 
 def small_model():
@@ -210,7 +323,7 @@ def test_weight_decay_falls_on_the_right_tensors(name):
         parameter.grad = torch.zeros_like(parameter)
     build_optimizer(name, model.parameters(), 0.2, 0.9, 0.3).step()
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
-        shrink = 0.2 * 0.3 if name != "lars" else 0.2 * 0.001 * (old.ndim > 1)
+        shrink = 0.2 * 0.001 * (old.ndim > 1) if "lars" in name else 0.2 * 0.3
         np.testing.assert_allclose(new.detach(), old.detach() * (1 - shrink), rtol=1e-12)
 
 

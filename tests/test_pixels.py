@@ -11,7 +11,7 @@ from paper_views import byol_views, cifar_view, crop_view, simsiam_view
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from common import augment
-from common.augment import Draw, View, view_rng
+from common.augment import Draw, View, two_views, view_rng
 from common.data.images import ArrayImages, FolderImages
 from common.data.loaders import RankBatches, view_loader
 from common.data.photos import PHOTOS, read_photo
@@ -165,6 +165,7 @@ def test_blur_of_any_radius_and_size_is_pillows():
 def views_of(size: int) -> dict[str, View]:
     first, second = byol_views(size)
     others = {"simsiam": simsiam_view(size), "cifar": cifar_view(size)}
+    others["simclr"], _ = two_views("simclr", size, jitter_strength=2.5)  # the greatest
     return {"byol T": first, "byol T'": second, "crop": crop_view(size), **others}
 
 

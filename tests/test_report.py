@@ -13,9 +13,9 @@ from conftest import ROOT, only_error, run_script
 from golden_set import good, of_run
 
 from common import cards
-from common.config import NO_SETTING, numbers_of
 from common.errors import UserError
 from common.run import pictures
+from common.run.flags import NO_SETTING, numbers_of
 from results import compare, joined, record, report, summary, tables
 
 PUBLISHED = golden_set.published()

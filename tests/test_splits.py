@@ -160,7 +160,7 @@ def test_a_wrong_part_is_refused_in_one_line(flags, says, tmp_path):
 
 
 def test_a_run_from_before_these_flags_goes_on(tmp_path):
-    from common.config import changed_fields, config_hash
+    from common.run.flags import changed_fields, config_hash
     from recipes import nnclr
 
     config = nnclr.Config(dataset="photos")

@@ -20,9 +20,9 @@ from conftest import only_error, run_script
 from PIL import Image
 from torchvision import transforms
 
-from common.config import parse
 from common.errors import Stopped, UserError
 from common.models import build_encoder
+from common.run.flags import parse
 from eval.transfer import archives, features, few_shot, manifest, prepare, readers, run, splits
 from results import record
 

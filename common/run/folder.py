@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from common import cards, distributed
-from common.config import changed_fields
 from common.errors import UserError, make_folder
 from common.files import write
 from common.run import checkpoint, environment, lock
+from common.run.flags import changed_fields
 
 CONFIG = "config.yaml"
 

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from common import cards, distributed
 from common.augment import View
-from common.config import config_hash, gpu_is_there, snapshot_epochs
 from common.data.images import Images
 from common.data.loaders import RankBatches, default_workers, view_loader
 from common.data.sets import load_dataset
@@ -41,6 +40,7 @@ from common.optim import grad_norm
 from common.run import backbone, checkpoint, environment, metrics, neighbours, pictures, results
 from common.run.allocator import keep_freed_memory
 from common.run.calibrate import calibrated
+from common.run.flags import config_hash, gpu_is_there, snapshot_epochs
 from common.run.folder import Folder, choose, facts_of_run
 from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
 from common.run.readable import readable

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common import distributed
-from common.config import free, parse
+from common.config import free
 from common.errors import UserError, command
+from common.run.flags import parse
 from eval.dense import DenseConfig
 from eval.detection import data, torchvision_backend
 from eval.detection.scores import MEASURES

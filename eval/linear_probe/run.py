@@ -27,7 +27,7 @@ from torch import Tensor
 
 from common import cards, distributed
 from common.augment import two_views
-from common.config import Positive, PositiveInt, free, parse
+from common.config import Positive, PositiveInt, free
 from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, epoch_order, view_loader
 from common.errors import UserError, command
@@ -35,6 +35,7 @@ from common.fast.pixels import to_input
 from common.files import replacing
 from common.knn import gather_shares, knn_over_ranks, rank_share
 from common.models import full_precision
+from common.run.flags import parse
 from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (

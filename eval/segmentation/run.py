@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import distributed
-from common.config import NotNegative, PositiveInt, Share, parse
+from common.config import NotNegative, PositiveInt, Share
 from common.data.loaders import ignore_stop_signals
 from common.errors import UserError, command
+from common.run.flags import parse
 from eval.dense import DenseConfig, DenseEvaluation, per_rank, raise_errors
 from eval.evaluation import RECORD, parse_numbers
 from eval.segmentation import ade20k, model, picture

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from common import cards, distributed
 from common.augment import two_views
-from common.config import PositiveInt, parse
+from common.config import PositiveInt
 from common.data.images import Images, subset
 from common.data.loaders import RankBatches, view_loader
 from common.errors import UserError, command
 from common.fast.batch_norm import rank_batch_norm
 from common.fast.pixels import to_input
 from common.models import full_precision
+from common.run.flags import parse
 from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (

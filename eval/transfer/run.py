@@ -21,13 +21,14 @@ from torch import nn
 from tqdm import tqdm
 
 from common.augment import two_views
-from common.config import PositiveInt, Seed, free, parse
+from common.config import PositiveInt, Seed, free
 from common.data.images import subset
 from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
 from common.files import write
 from common.run import environment
 from common.run.calibrate import calibrated
+from common.run.flags import parse
 from common.run.folder import finished_record
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, load_encoder, record_fields
