@@ -115,7 +115,7 @@ class Run:
             )
         self.total_steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        warmup = getattr(config, "warmup_epochs", 0)  # GSG has none
+        warmup = getattr(config, "warmup_epochs", 0)
         if 0 < config.epochs <= warmup:
             self.warn(f"the lr warm-up of {warmup:g} epochs covers the whole run")
         self.workers = config.workers
