@@ -103,7 +103,7 @@ def extract_features(
     if not features:
         return torch.empty(0, getattr(encoder, "embed_dim", 0), device=weight.device)
     found = torch.cat(features)
-    if distributed.any_rank([not bool(found.isfinite().all())])[0]:
+    if distributed.any_rank([bool((~found.isfinite()).any())])[0]:
         raise UserError(
             "features are not finite: the encoder has diverged, and nothing is measured on it"
         )

@@ -1,0 +1,246 @@
+"""The lab's claims: what was fixed before the runs, and what the runs say of it.
+
+An arm is a run of plan.yaml in the tier `lab`. A claim's effect on a seed is a sum over arms of a
+measure of that seed's run, each arm with its factor: 1 and -1 for a difference, four terms for a
+difference of two drops. Effects are paired by seed; a claim is judged by their mean with a t
+interval, after Holm over the primary claims. `claims.yaml`, under `lab`, holds the claims.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+
+from common.errors import UserError
+from results.claims import Runs
+from slurm.plan import PROTOCOLS
+
+LEVEL = 0.05
+# of a run: a constant or one-dimensional embedding that is no better than no training
+CONSTANT, LOW_RANK, NOTHING = 0.1, 2.0, 3.0
+TESTABLE = 10.0  # points of k-NN that the healthy arm must lie above its random encoder
+SEEN, REVERSED, SMALLER = "seen here", "reversed here", "smaller than {m:g} here"
+OPEN, NOT_TESTABLE, NOT_RUN = "open", "not testable here", "not run"
+MOST_SEEDS = 1000  # that `seeds_to_settle` looks for
+
+
+# -- what one run says ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One seed of one arm. Accuracies in percent, `std` as 1 for a sphere (geometry.py)."""
+
+    knn: float
+    linear: float
+    random: float  # k-NN of the same seed's random encoder, calibrated
+    std: float  # of the embedding, at the end, like `rank`
+    rank: float
+    record: dict[str, Any]
+
+    @property
+    def gain(self) -> float:
+        return self.knn - self.random
+
+    @property
+    def collapsed(self) -> bool:
+        """Constant or of low rank, and nothing learned."""
+        return (self.std < CONSTANT or self.rank < LOW_RANK) and self.gain < NOTHING
+
+
+def measured(record: dict[str, Any]) -> Measured:
+    """What a record of the read-out says of its run."""
+    last = record["geometry"][0][-1]["embedding"]
+    return Measured(
+        record["scores"][0]["value"],
+        record["value"],
+        record["others"]["random encoder"][0],
+        last["std"],
+        last["effective_rank"],
+        record,
+    )
+
+
+def of_arm(runs: Runs, arm: str) -> dict[int, Measured]:
+    """The seeds of an arm that are recorded."""
+    by_seed = runs.get(arm, {}).get(PROTOCOLS["readout"], {})
+    return {seed: measured(record) for seed, (_, record) in sorted(by_seed.items())}
+
+
+def views_until(one: Measured, points: float) -> float:
+    """Images times views that a run had seen when its k-NN first lay `points` above its random
+    encoder, between two epochs in proportion; infinite if it never did.
+    """
+    (curve,), seen = one.record["history"], one.record["views_per_epoch"]
+    known = [(e, 100 * k) for e, k in zip(curve["epoch"], curve["knn"], strict=True) if k]
+    goal, before = one.random + points, (0.0, one.random)
+    for epoch, value in known:
+        if value >= goal and epoch > 0:
+            share = (goal - before[1]) / (value - before[1])
+            return seen * (before[0] + share * (epoch - before[0]))
+        before = (epoch, value)
+    return math.inf
+
+
+# -- effects --------------------------------------------------------------------------------------
+
+
+def effects(claim: dict[str, Any], runs: Runs) -> dict[int, float]:
+    """The effect by seed, of the seeds that every arm has and the claim names."""
+    arms = {arm: of_arm(runs, arm) for arm in claim["effect"]}
+    seeds = [s for s in claim["seeds"] if all(s in measured for measured in arms.values())]
+    return {
+        seed: sum(
+            f * value(arms[arm][seed], claim["measure"]) for arm, f in claim["effect"].items()
+        )
+        for seed in seeds
+    }
+
+
+def value(one: Measured, measure: str) -> float:
+    """A measure of one run: knn, linear, gain, rank, std."""
+    if measure not in ("knn", "linear", "gain", "rank", "std"):
+        raise UserError(f"claims.yaml: no measure {measure} of the lab's runs")
+    return getattr(one, measure)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of paired effects with its two-sided t interval, and the p of a mean of 0."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def interval(found: Sequence[float], level: float = LEVEL) -> Interval:
+    """Of two effects or more. Effects that are all alike have an interval of no width."""
+    n, mean = len(found), statistics.fmean(found)
+    error = statistics.stdev(found) / n**0.5
+    half = stats.t.ppf(1 - level / 2, n - 1) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return Interval(n, mean, mean - half, mean + half, p)
+
+
+def holm(ps: dict[str, float]) -> dict[str, float]:
+    """Holm's step-down adjusted p values (1979): of m ordered ones the k-th (from 0) times m - k,
+    none below the one before it, none above 1.
+    """
+    adjusted, least = {}, 0.0
+    for number, name in enumerate(sorted(ps, key=ps.get)):
+        least = max(least, min(1.0, (len(ps) - number) * ps[name]))
+        adjusted[name] = least
+    return adjusted
+
+
+def seeds_to_settle(found: Sequence[float], m: float, p_factor: float = 1.0) -> int | None:
+    """The least number of seeds at which effects of this mean and spread would be judged: their
+    interval without 0, or their 90 % interval inside ±m. None if not within 1000.
+    """
+    mean, spread = statistics.fmean(found), statistics.stdev(found)
+    for n in range(len(found), MOST_SEEDS + 1):
+        error = spread / n**0.5
+        apart = abs(mean) > stats.t.ppf(1 - LEVEL / p_factor / 2, n - 1) * error
+        inside = abs(mean) + stats.t.ppf(0.95, n - 1) * error < m
+        if apart or inside:
+            return n
+    return None
+
+
+# -- verdicts -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim's verdict with what it is made of; `why` says what an open or untestable one lacks."""
+
+    word: str
+    effects: dict[int, float]
+    interval: Interval | None = None
+    adjusted: float | None = None  # p after Holm; None of a secondary claim
+    why: str = ""
+
+
+def judge_all(claims: Sequence[dict[str, Any]], runs: Runs) -> dict[str, Judged]:
+    """Every claim by name; Holm over the primary ones, of which those that are not run count as
+    p = 1, so that nothing gains by leaving some out.
+    """
+    found = {claim["name"]: effects(claim, runs) for claim in claims}
+    primary = [claim["name"] for claim in claims if claim["primary"]]
+    ps = {n: interval([*found[n].values()]).p if len(found[n]) > 1 else 1.0 for n in primary}
+    adjusted = holm(ps)
+    return {
+        claim["name"]: judge(claim, runs, found[claim["name"]], adjusted.get(claim["name"]))
+        for claim in claims
+    }
+
+
+def judge(
+    claim: dict[str, Any], runs: Runs, found: dict[int, float], adjusted: float | None
+) -> Judged:
+    """One claim; secondary ones (no adjusted p) get an interval and no verdict."""
+    if not found:
+        return Judged(NOT_RUN, found)
+    missing = len(claim["seeds"]) - len(found)
+    if len(found) < 2 or missing:
+        return Judged(OPEN, found, None, adjusted, f"{missing} of {len(claim['seeds'])} seeds lack")
+    what = interval([*found.values()])
+    if adjusted is None:
+        return Judged("", found, what)
+    if why := not_testable(claim, runs):
+        return Judged(NOT_TESTABLE, found, what, adjusted, why)
+    m, wide = claim["smallest"], interval([*found.values()], 2 * LEVEL)
+    if adjusted < LEVEL and what.mean < 0:
+        return Judged(REVERSED, found, what, adjusted)
+    if adjusted < LEVEL and not (why := not_collapsed(claim, runs)):
+        return Judged(SEEN, found, what, adjusted)
+    if adjusted >= LEVEL and -m < wide.low and wide.high < m:
+        return Judged(SMALLER.format(m=m), found, what, adjusted)
+    if adjusted >= LEVEL:
+        settled = seeds_to_settle([*found.values()], m, claim.get("of", 1))
+        why = f"{settled} seeds would settle it" if settled else "more than 1000 seeds are needed"
+    return Judged(OPEN, found, what, adjusted, why)
+
+
+def not_testable(claim: dict[str, Any], runs: Runs) -> str:
+    """Why nothing can be said: the healthy arm has not learned, or the precondition fails."""
+    healthy = of_arm(runs, claim["healthy"])
+    gain = statistics.fmean(healthy[seed].gain for seed in claim["seeds"])
+    if gain < TESTABLE:
+        return f"{claim['healthy']} is {gain:.1f} points above random, not {TESTABLE:g}"
+    for arm, least in (claim.get("purity") or {}).items():
+        found = statistics.fmean(
+            last_quarter(one, "neighbour_purity") for one in of_arm(runs, arm).values()
+        )
+        if found < least:
+            return f"{arm}'s look-ups have the query's label in {100 * found:.0f} % of cases"
+    return ""
+
+
+def not_collapsed(claim: dict[str, Any], runs: Runs) -> str:
+    """What speaks against a claimed collapse: a broken run, at any of its rates, that has not
+    collapsed, or a healthy one that has. Empty if none does or no collapse is claimed.
+    """
+    for arm in claim.get("collapse", ()):
+        found = of_arm(runs, arm)
+        if not found:
+            return f"{arm} is not run"
+        if whole := [seed for seed, one in found.items() if not one.collapsed]:
+            return f"{arm} has not collapsed with seed {', '.join(map(str, whole))}"
+    for arm in claim.get("intact", ()):
+        if bad := [seed for seed, one in of_arm(runs, arm).items() if one.collapsed]:
+            return f"{arm} has collapsed with seed {', '.join(map(str, bad))}"
+    return ""
+
+
+def last_quarter(one: Measured, metric: str) -> float:
+    """The mean of a monitor over the last quarter of a run's epochs."""
+    (curve,) = one.record["history"]
+    last = curve["epoch"][-1]
+    values = [v for e, v in zip(curve["epoch"], curve[metric], strict=True) if e > 0.75 * last]
+    return statistics.fmean(v for v in values if v is not None)
