@@ -6,7 +6,6 @@ difference of two drops. Effects are paired by seed; a claim is judged by their 
 interval, after Holm over the primary claims. `claims.yaml`, under `lab`, holds the claims.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from slurm.plan import PROTOCOLS
 LEVEL = 0.05
 # of a run: a constant or one-dimensional embedding that is no better than no training
 CONSTANT, LOW_RANK, NOTHING = 0.1, 2.0, 3.0
+LEARNED = 5.0  # points of k-NN above random, of "learns faster"
 TESTABLE = 10.0  # points of k-NN that the healthy arm must lie above its random encoder
 SEEN, REVERSED, SMALLER = "seen here", "reversed here", "smaller than {m:g} here"
 OPEN, NOT_TESTABLE, NOT_RUN = "open", "not testable here", "not run"
@@ -70,19 +70,18 @@ def of_arm(runs: Runs, arm: str) -> dict[int, Measured]:
     return {seed: measured(record) for seed, (_, record) in sorted(by_seed.items())}
 
 
-def views_until(one: Measured, points: float) -> float:
-    """Images times views that a run had seen when its k-NN first lay `points` above its random
-    encoder, between two epochs in proportion; infinite if it never did.
+def epochs_until(one: Measured, points: float) -> float:
+    """The epoch, between two in proportion, at which a run's k-NN first lay `points` above its
+    random encoder; the last one if it never did.
     """
-    (curve,), seen = one.record["history"], one.record["views_per_epoch"]
+    (curve,) = one.record["history"]
     known = [(e, 100 * k) for e, k in zip(curve["epoch"], curve["knn"], strict=True) if k]
     goal, before = one.random + points, (0.0, one.random)
     for epoch, value in known:
         if value >= goal and epoch > 0:
-            share = (goal - before[1]) / (value - before[1])
-            return seen * (before[0] + share * (epoch - before[0]))
+            return before[0] + (goal - before[1]) / (value - before[1]) * (epoch - before[0])
         before = (epoch, value)
-    return math.inf
+    return known[-1][0]
 
 
 # -- effects --------------------------------------------------------------------------------------
@@ -91,19 +90,26 @@ def views_until(one: Measured, points: float) -> float:
 def effects(claim: dict[str, Any], runs: Runs) -> dict[int, float]:
     """The effect by seed, of the seeds that every arm has and the claim names."""
     arms = {arm: of_arm(runs, arm) for arm in claim["effect"]}
-    seeds = [s for s in claim["seeds"] if all(s in measured for measured in arms.values())]
-    return {
-        seed: sum(
-            f * value(arms[arm][seed], claim["measure"]) for arm, f in claim["effect"].items()
-        )
-        for seed in seeds
-    }
+    found = {}
+    for seed in claim["seeds"]:
+        if all(seed in by_seed for by_seed in arms.values()):
+            values = {arm: value(claim, arm, by_seed[seed]) for arm, by_seed in arms.items()}
+            found[seed] = sum(factor * values[arm] for arm, factor in claim["effect"].items())
+    return found
 
 
-def value(one: Measured, measure: str) -> float:
-    """A measure of one run: knn, linear, gain, rank, std."""
-    if measure not in ("knn", "linear", "gain", "rank", "std"):
-        raise UserError(f"claims.yaml: no measure {measure} of the lab's runs")
+MEASURES = ("knn", "linear", "gain", "rank", "std")
+
+
+def value(claim: dict[str, Any], arm: str, one: Measured) -> float:
+    """The claim's measure of one run of an arm: one of MEASURES, or `views`, the views of an image
+    that the run had seen when its k-NN lay 5 points above random.
+    """
+    measure = claim["measure"]
+    if measure == "views":
+        return claim["views"][arm] * epochs_until(one, LEARNED)
+    if measure not in MEASURES:
+        raise UserError(f"claims.yaml: {measure} is no measure of the lab's runs")
     return getattr(one, measure)
 
 
@@ -138,14 +144,14 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def seeds_to_settle(found: Sequence[float], m: float, p_factor: float = 1.0) -> int | None:
+def seeds_to_settle(found: Sequence[float], m: float) -> int | None:
     """The least number of seeds at which effects of this mean and spread would be judged: their
     interval without 0, or their 90 % interval inside ±m. None if not within 1000.
     """
     mean, spread = statistics.fmean(found), statistics.stdev(found)
     for n in range(len(found), MOST_SEEDS + 1):
         error = spread / n**0.5
-        apart = abs(mean) > stats.t.ppf(1 - LEVEL / p_factor / 2, n - 1) * error
+        apart = abs(mean) > stats.t.ppf(1 - LEVEL / 2, n - 1) * error
         inside = abs(mean) + stats.t.ppf(0.95, n - 1) * error < m
         if apart or inside:
             return n
@@ -157,7 +163,7 @@ def seeds_to_settle(found: Sequence[float], m: float, p_factor: float = 1.0) -> 
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim's verdict with what it is made of; `why` says what an open or untestable one lacks."""
+    """A claim's verdict and what it is made of; `why` says what an open or untestable one lacks."""
 
     word: str
     effects: dict[int, float]
@@ -202,7 +208,7 @@ def judge(
     if adjusted >= LEVEL and -m < wide.low and wide.high < m:
         return Judged(SMALLER.format(m=m), found, what, adjusted)
     if adjusted >= LEVEL:
-        settled = seeds_to_settle([*found.values()], m, claim.get("of", 1))
+        settled = seeds_to_settle([*found.values()], m)
         why = f"{settled} seeds would settle it" if settled else "more than 1000 seeds are needed"
     return Judged(OPEN, found, what, adjusted, why)
 

@@ -1,0 +1,172 @@
+"""The lab's statistics, on records made up for it: against scipy's tests and worked examples."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from results import lab
+
+
+def record(knn=60.0, linear=62.0, random=30.0, std=0.9, rank=40.0, purity=0.5, curve=None):
+    curve = curve or [random / 100, knn / 100]
+    epochs = [*range(len(curve))]
+    lay = {"std": std, "effective_rank": rank, "singular_values": [1.0]}
+    history = {
+        "epoch": epochs,
+        "knn": curve,
+        "neighbour_purity": [None, *[purity] * (len(curve) - 1)],
+    }
+    return {
+        "value": linear,
+        "scores": [{"value": knn}],
+        "others": {"random encoder": [random]},
+        "history": [history],
+        "geometry": [[{"epoch": 1, "representation": lay, "embedding": lay}]],
+    }
+
+
+def runs(**arms):
+    """arm -> records by seed from 10 on, as `claims.recorded` gives them."""
+    protocol = lab.PROTOCOLS["readout"]
+    return {
+        name: {protocol: {10 + n: (f"{name}{n}.json", one) for n, one in enumerate(records)}}
+        for name, records in arms.items()
+    }
+
+
+def claim(**changes):
+    base = {"name": "c", "primary": True, "measure": "knn", "smallest": 2.0, "healthy": "a"}
+    base |= {"effect": {"a": 1, "b": -1}, "seeds": [10, 11, 12, 13, 14]}
+    return base | changes
+
+
+def verdict(found, one=None):
+    one = one or claim()
+    return lab.judge_all([one], found)[one["name"]]
+
+
+def around(center, spread=0.5):
+    return [record(knn=center + spread * d) for d in (-1.0, 0.4, 0.8, -0.6, 0.2)]
+
+
+def test_the_interval_is_the_t_tests():
+    found = [1.3, -0.2, 2.2, 0.7, 1.9]
+    theirs = stats.ttest_1samp(found, 0.0)
+    ours, (low, high) = lab.interval(found), theirs.confidence_interval(0.95)
+    assert ours.p == pytest.approx(theirs.pvalue) and ours.n == 5
+    assert (ours.low, ours.high) == (pytest.approx(low), pytest.approx(high))
+    low, high = theirs.confidence_interval(0.9)
+    wide = lab.interval(found, 0.1)
+    assert (wide.low, wide.high) == (pytest.approx(low), pytest.approx(high))
+    assert lab.interval([2.0, 2.0]).p == 0 and lab.interval([0.0, 0.0]).p == 1
+
+
+def test_holm_on_a_worked_example():
+    """Four of them: .01 x 4, then .015 x 3, .02 x 2 and .03 x 1, none below the one before."""
+    ps = {"a": 0.02, "b": 0.01, "c": 0.03, "d": 0.015}
+    assert lab.holm(ps) == pytest.approx({"b": 0.04, "d": 0.045, "a": 0.045, "c": 0.045})
+    assert lab.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+def test_holm_rejects_as_its_definition():
+    ps = dict(enumerate(np.random.default_rng(0).uniform(size=12) ** 3))
+    adjusted, rejected = lab.holm(ps), []
+    for number, name in enumerate(sorted(ps, key=ps.get)):
+        if ps[name] > 0.05 / (12 - number):
+            break
+        rejected.append(name)
+    assert sorted(n for n, p in adjusted.items() if p <= 0.05) == sorted(rejected) != []
+
+
+def test_effects_are_paired_by_seed_and_need_every_arm():
+    found = runs(a=[record(knn=k) for k in (50, 60, 70)], b=[record(knn=k) for k in (49, 57)])
+    assert lab.effects(claim(), found) == {10: 1.0, 11: 3.0}
+    drops = claim(effect={"a": 1, "a2": -1, "b": -1, "b2": 1})
+    arms = {n: [record(knn=k)] for n, k in {"a": 60, "a2": 33, "b": 62, "b2": 50}.items()}
+    assert lab.effects(drops, runs(**arms)) == {10: 15.0}  # a drop of 27 against one of 12
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "word"),
+    [
+        (around(60), around(50)[::-1], lab.SEEN),
+        (around(50), around(60)[::-1], lab.REVERSED),
+        (around(60, 0.1), around(60, 0.1)[::-1], "smaller than 2 here"),
+        (around(60, 6), around(58, 6)[::-1], lab.OPEN),
+        (around(35), around(30)[::-1], lab.NOT_TESTABLE),
+    ],
+)
+def test_verdicts(a, b, word):
+    found = verdict(runs(a=a, b=b))
+    assert found.word == word
+    if word == lab.OPEN:
+        settle = int(found.why.split()[0])
+        assert settle > 5 and "settle" in found.why
+    if word == lab.NOT_TESTABLE:
+        assert "a is 5.0 points above random" in found.why
+
+
+def test_nothing_is_judged_before_all_seeds_are_there():
+    found = verdict(runs(a=around(60)[:3], b=around(40)))
+    assert found.word == lab.OPEN and found.why == "2 of 5 seeds lack"
+    assert verdict(runs(a=around(60), b=[])).word == lab.NOT_RUN
+
+
+def test_primary_claims_pay_for_each_other_also_for_those_not_run():
+    """p about .006: seen alone, not among twelve."""
+    a, b = [record(knn=k) for k in (60, 62, 61, 60.5, 63)], around(59, 0.3)
+    alone = verdict(runs(a=a, b=b))
+    assert alone.word == lab.SEEN
+    others = [claim(name=f"c{n}", effect={"x": 1, "y": -1}) for n in range(11)]
+    among = lab.judge_all([claim(), *others], runs(a=a, b=b))
+    assert (
+        among["c"].adjusted == pytest.approx(12 * alone.interval.p) and among["c"].word == lab.OPEN
+    )
+    secondary = lab.judge_all([claim(primary=False)], runs(a=a, b=b))["c"]
+    assert secondary.word == "" and secondary.adjusted is None and secondary.interval.n == 5
+
+
+def test_collapse_is_a_flat_embedding_that_has_learned_nothing():
+    assert lab.measured(record(knn=31, std=0.05)).collapsed
+    assert lab.measured(record(knn=31, rank=1.5)).collapsed
+    assert not lab.measured(record(knn=40, std=0.05)).collapsed  # its encoder has learned
+    assert not lab.measured(record(knn=31)).collapsed  # learned nothing, but is not flat
+
+
+def test_a_collapse_is_claimed_only_at_every_rate_and_beside_an_intact_arm():
+    broken = [record(knn=31 + n / 10, std=0.01) for n in range(5)]
+    one = claim(collapse=["b", "b-high"], intact=["a"])
+    arms = {"a": around(60), "b": broken}
+    assert "b-high is not run" in verdict(runs(**arms), one).why
+    assert verdict(runs(**arms, **{"b-high": broken[:1]}), one).word == lab.SEEN
+    found = verdict(runs(**arms, **{"b-high": [record(knn=45)]}), one)
+    assert found.word == lab.OPEN and "b-high has not collapsed with seed 10" in found.why
+    sick = [*around(60)[:4], record(knn=60, random=59, rank=1.2)]
+    found = verdict(runs(a=sick, b=broken, **{"b-high": broken[:1]}), one)
+    assert "a has collapsed with seed 14" in found.why
+
+
+def test_look_ups_that_find_little_make_a_claim_untestable():
+    one = claim(purity={"a": 0.3})
+    a = [record(knn=60 + n, purity=0.2) for n in range(5)]
+    found = verdict(runs(a=a, b=around(40)), one)
+    assert found.word == lab.NOT_TESTABLE and "label in 20 % of cases" in found.why
+
+
+def test_views_until_five_points_above_random():
+    """20 at random, then 22, 28, 40: 25 lies halfway through the second epoch."""
+    slow = record(random=20.0, knn=40.0, curve=[0.2, 0.22, 0.28, 0.4])
+    assert lab.epochs_until(lab.measured(slow), 5) == pytest.approx(1.5)
+    never = record(random=20.0, knn=21.0, curve=[0.2, None, 0.21])
+    assert lab.epochs_until(lab.measured(never), 5) == 2
+    one = claim(measure="views", views={"a": 4, "b": 2})
+    assert lab.effects(one, runs(a=[slow], b=[never])) == {10: pytest.approx(4 * 1.5 - 2 * 2)}
+
+
+def test_seeds_to_settle_is_the_first_number_that_would_do():
+    found = [0.5, -1.5, 2.0, 1.0, -0.2]
+    n = lab.seeds_to_settle(found, 0.1)
+    mean, spread = np.mean(found), np.std(found, ddof=1)
+    half = [stats.t.ppf(0.975, k - 1) * spread / k**0.5 for k in (n - 1, n)]
+    assert half[0] >= mean > half[1]
+    assert lab.seeds_to_settle([1.0, -1.0, 1.0, -1.0], 1e-9) is None
