@@ -122,7 +122,7 @@ class Task:
         env.pop("PYTHONSAFEPATH", None)  # ours, so that this process does not import the tree
         env["PYTHONPATH"] = python_path(self.code)
         env["PYTHONUNBUFFERED"] = "1"
-        if not self.on_slurm and self.ranks > 1:  # common.distributed knows Slurm's own variables
+        if not self.on_slurm and self.ranks > 1:  # common.run.ranks knows Slurm's own variables
             env |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.ranks)}
             env |= {"LOCAL_RANK": str(self.job.local_rank), "LOCAL_WORLD_SIZE": str(self.ranks)}
             port = 20000 + zlib.crc32(f"{self.job.job_id} {self.attempt}".encode()) % 12000

@@ -16,8 +16,8 @@ import yaml
 from conftest import ROOT, SMALL, environment, interruptible, only_error
 from slurm_repo import call, command, commit_all, git, last_step, make_repository, wait_until
 
-from common import distributed
 from common.errors import UserError
+from common.run.ranks import ranks_from_slurm
 from recipes import snclr
 from slurm import check, resources, snapshot, status, sweep, task
 from slurm.ledger import Job, read_ledger
@@ -643,7 +643,7 @@ def test_each_job_step_and_attempt_has_its_own_port(monkeypatch):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_STEP_ID", step)
         monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-        distributed.ranks_from_slurm()
+        ranks_from_slurm()
         ports.add(int(os.environ["MASTER_PORT"]))
     assert len(ports) == len(attempts) and all(20000 <= port < 32000 for port in ports)
 

@@ -43,6 +43,7 @@ from common.run.allocator import keep_freed_memory
 from common.run.calibrate import calibrated
 from common.run.folder import Folder, choose, facts_of_run
 from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
+from common.run.ranks import start
 from common.run.readable import readable
 from common.run.signals import StopRequests
 from common.support_set import SupportSet
@@ -88,7 +89,7 @@ class Run:
 
     def __init__(self, recipe: str, config: Any):
         self.recipe, self.config = recipe, config
-        self.device = distributed.start()
+        self.device = start()
         if self.device.type == "cpu":
             keep_freed_memory()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
