@@ -15,6 +15,7 @@ from slurm.ledger import log_path, write_ledger
 from slurm.resources import Resources
 from slurm.task import Task, first_failure, python_path, read_notes
 
+OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
 FOREVER = 60 * 24 * 365  # minutes; a run without --time
 
 
@@ -78,11 +79,14 @@ def run(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[bool]]:
-    """A list that gets an entry at SIGINT or SIGTERM. A terminal sends SIGINT to every process of
-    the foreground; only the scripts shall answer it, so what is started meanwhile ignores it.
+    """A list that gets an entry at SIGINT, SIGTERM or, unless it is ignored, SIGHUP. A terminal
+    sends SIGINT and SIGHUP to every process of the foreground; only the scripts shall answer, so
+    what is started meanwhile ignores them.
     """
     asked: list[bool] = []
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, *OF_TERMINALS)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, lambda *_: asked.append(True))
     try:
@@ -97,13 +101,14 @@ def start(executor: Any, task: Task, own: Path) -> Any:
 
     changed = {"PYTHONPATH": python_path(own / "code"), "PYTHONSAFEPATH": "1"}
     before = {name: os.environ.get(name) for name in changed}
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in OF_TERMINALS}
     try:
         with clean_env():
             os.environ.update(changed)
             return executor.submit(task)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -17,6 +17,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from common.distributed import gather_objects, variable
 from common.errors import UserError
+from common.run.output import outlast_readers
 
 WAIT = datetime.timedelta(minutes=10)  # for the last rank to come; imports may be slow on one node
 PATIENCE = 10.0  # seconds after which a rank says that it waits
@@ -30,6 +31,7 @@ def start() -> torch.device:
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they are
     taken from the step's SLURM_* variables where RANK is missing.
     """
+    outlast_readers()
     ranks_from_slurm()
     ranks, local_rank = ranks_and_local_rank()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -29,6 +29,7 @@ from common.files import write
 from common.run import environment
 from common.run.calibrate import calibrated
 from common.run.folder import finished_record
+from common.run.output import outlast_readers
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, load_encoder, record_fields
 from eval.evaluation import EncoderConfig
@@ -82,6 +83,7 @@ class Transfer:
 
     def __init__(self, config: TransferConfig):
         self.config = config
+        outlast_readers()
         self.root = Path(config.root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"--root {self.root}: no such folder; prepare.py makes and fills it")
