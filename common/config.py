@@ -135,6 +135,10 @@ class RunConfig:
     # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
     snapshot_epochs: str = free("")
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
+    wandb_project: str = free("selfsup-recipes")  # project of --wandb
+    wandb_entity: str = free("")  # user or team of --wandb; default: your own
+    wandb_group: str = free("")  # group of --wandb
+    wandb_tags: str = free("")  # tags of --wandb, with commas between them
     # skip: name an unreadable image and train on the next; k-NN leaves it out
     on_bad_image: Literal["stop", "skip"] = free("stop")
     plan_name: str = free("")  # name of the run in results/plan.yaml, for its record

@@ -220,13 +220,15 @@ def test_an_ignored_sighup_stays_ignored_as_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("closed", ["pipe", "terminal", "from the start"])
+@pytest.mark.parametrize(
+    "closed", ["pipe", *(pytest.param(c, marks=pytest.mark.long) for c in ("terminal", "stdout"))]
+)
 def test_a_closed_pipe_or_terminal_does_not_end_a_run(closed, tmp_path):
     """It runs to its end, and so does what says a mistake after that."""
     reader, writer = os.openpty() if closed == "terminal" else os.pipe()
     folder, flags = tmp_path / "run", [*SMALL, "--max-steps", "12"]
     words = [sys.executable, str(ROOT / "recipes/nnsiam.py"), *flags, "--output", str(folder)]
-    if closed == "from the start":
+    if closed == "stdout":
         words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words]
     process = subprocess.Popen(
         words, env=environment(), stdout=writer, stderr=writer, start_new_session=True
