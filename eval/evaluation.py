@@ -281,6 +281,8 @@ class Evaluation:
             f"{self.ranks}"
         )
         self.say(f"folder: {self.folder}")
+        if why := environment.untraceable(self.store.commit, self.store.dirty):
+            self.warn(why)
         if self.config.backbone == RANDOM and self.calibrates:
             views = two_views("crop-flip", self.config.image_size)
             skip = self.config.on_bad_image == "skip"

@@ -265,6 +265,8 @@ class Run:
         if self.last_step < self.total_steps:
             self.say(f"stops at step {self.last_step} of {self.total_steps} (--max-steps)")
         self.say(f"run folder: {self.folder}")
+        if why := environment.untraceable(self.store.commit, self.store.dirty):
+            self.warn(why)
 
     def warn_of_long_queue(self, size: int) -> None:
         if size > len(self.train) / 2:

@@ -101,6 +101,9 @@ class Transfer:
         self.workers = config.workers if config.workers >= 0 else default_workers(1)
         self.requests = StopRequests()
         self.environment = environment.describe(self.device, 1)
+        told = self.environment["commit"], self.environment["dirty"]
+        if why := environment.untraceable(*told):
+            print(f"warning: {why}", flush=True)
 
     def load(self) -> tuple[nn.Module, dict[str, Any]]:
         """The encoder on its device; UserError for a size that it cannot take."""
