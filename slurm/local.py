@@ -44,13 +44,13 @@ def run(
             timeout_min=resources.minutes if resources.time else FOREVER,
             signal_delay_s=resources.signal_delay,
             tasks_per_node=resources.tasks,
-            gpus_per_node=resources.gpus_per_node,
+            gpus_per_node=resources.gpus,
             visible_gpus=chosen or (),
             stderr_to_stdout=True,
         )
     except ValueError:
         raise UserError(
-            f"--gpus-per-node {resources.gpus_per_node}, but CUDA_VISIBLE_DEVICES={visible}"
+            f"--gpus-per-node {resources.gpus}, but CUDA_VISIBLE_DEVICES={visible}"
         ) from None
     waiting, running, codes, told = [*tasks], {}, [], 0
     with stop_requests() as asked:
