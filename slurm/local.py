@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, UserError
+from common.run.output import outlast_readers
 from slurm.ledger import log_path, write_ledger
 from slurm.resources import Resources
 from slurm.task import Task, first_failure, python_path, read_notes
@@ -28,11 +29,12 @@ def run(
 ) -> int:
     """Runs tasks on this machine, some at a time, and shows the logs of their ranks 0. Returns an
     exit code: 0 if all finished, 75 if one was stopped and can be continued, else that of a run
-    that failed. At Ctrl-C or SIGTERM the runs save and stop. submitit starts a job that has met its
-    time limit at once again, five times at most.
+    that failed. At Ctrl-C, SIGTERM or a closed terminal the runs save and stop. submitit starts a
+    job that has met its time limit at once again, five times at most.
     """
     import submitit
 
+    outlast_readers()
     logging.getLogger("submitit").setLevel(logging.WARNING)
     submission = ledger["submissions"][-1]
     own = folder / str(submission["number"])

@@ -362,6 +362,20 @@ def pixels_words(folder: Path) -> str:
     return f"are kept in {folder}: no other folder can be written (NUMBA_CACHE_DIR)"
 
 
+def test_without_a_home_that_has_a_name_no_folder_is_made_of_it(tmp_path, monkeypatch):
+    """An unknown user of a container has no home: numba would take `~` for a folder's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.setattr(pixels.numba.config, "CACHE_DIR", "")
+    monkeypatch.setattr(pixels.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(pixels.os, "access", lambda *_: False)
+    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: str(tmp_path))
+    kept, words = pixels.cache()
+    assert kept and f"are kept in {tmp_path}/selfsup-kernels-" in words
+    assert not (tmp_path / "~").exists()
+
+
 def test_without_any_folder_the_kernels_are_compiled_at_each_start(tmp_path, monkeypatch):
     def refuse(*_, **__):
         def decorate(function):

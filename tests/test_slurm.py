@@ -565,8 +565,11 @@ def test_a_local_run_takes_the_snapshots_packages(code):
 
 
 @pytest.mark.long
-def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
-    """Ctrl-C saves and ends with 75; the same command continues, as status.py shows."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_local_run_of_two_tasks_is_stopped_and_continued(number, code, tmp_path):
+    """Ctrl-C, or the end of its terminal, saves and ends with 75; the same command continues, as
+    status.py shows.
+    """
     flags = [*LOCAL, "--tasks-per-node", "2", "--", *SNCLR, "--max-steps", "120"]
     process = subprocess.Popen(
         command(code, "launch.py", *flags),
@@ -583,7 +586,7 @@ def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
     error = only_error(call(code, tmp_path, "launch.py", *flags))
     assert "is being written by job" in error and "RUNNING" in error
     wait_until(lambda: last_step(folder) >= 1, 120, scratch)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
+    os.killpg(process.pid, number)  # as a terminal does
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     stopped = re.search(r"stopped by SIG(?:INT|TERM) at step (\d+) of 120, saved", output)
