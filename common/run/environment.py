@@ -54,7 +54,7 @@ def untraceable(head: str, dirty: bool | None) -> str:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return f"uncommitted changes ({', '.join(names[:3])}{more}): {refused}; commit them first"
     try:
-        git("rev-parse", "HEAD")
+        git("rev-parse", "HEAD"), git("status", "--porcelain")
         why = f"{REPOSITORY} is no git checkout"
     except OSError as error:
         why = f"git cannot be started ({error.strerror})"
