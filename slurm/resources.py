@@ -126,7 +126,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
-    """The resources that layers of (where, values) ask for, of which later ones win."""
+    """The resources that layers of (where, values) ask for, of which later ones win, `options` one
+    by one; null, or an empty text, takes what an earlier one says away.
+    """
     known = {f.name: f for f in dataclasses.fields(Resources)}
     values: dict[str, Any] = {}
     for where, layer in layers:
@@ -135,7 +137,11 @@ def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
             if name not in known:
                 raise UserError(f"{where}: {key} is unknown{nearest_name(name, known)}")
             check_kind(where, name, value)
-            if value is not None:
+            if value is None or (value == "" and KINDS[name] is str):
+                values.pop(name, None)
+            elif name == "options":
+                values[name] = values.get(name, {}) | value
+            else:
                 values[name] = value
     resources = Resources(**values)
     check_options(resources)

@@ -336,7 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.every < 1:
         raise UserError("--every: at least 1 second, for the cluster's sake")
     layer = cluster_layer(arguments.cluster)
-    resources = resources_of(layer, ("the command line", {"scratch": arguments.scratch}))
+    given = {} if arguments.scratch is None else {"scratch": arguments.scratch}
+    resources = resources_of(layer, ("the command line", given))
     terminal = sys.stdout.isatty()
     while True:
         width = os.get_terminal_size().columns if terminal else 10**6

@@ -278,6 +278,17 @@ def test_a_cluster_file_with_a_mistake(values, expected):
         resources.resources_of(("cluster.yaml", values))
 
 
+def test_a_later_layer_can_set_what_an_earlier_one_says_to_nothing(tmp_path):
+    cluster = {"partition": "gpu", "qos": "high", "time": "1h", "cpus_per_task": 4}
+    cluster["options"] = {"exclude": "node7", "mail-type": "FAIL"}
+    sweep_ = {"qos": None, "time": None, "options": {"exclude": None}}
+    got = resources.resources_of(("a", cluster), ("b", sweep_), ("flags", {"partition": ""}))
+    assert (got.partition, got.qos, got.time, got.cpus_per_task) == (None, None, None, 4)
+    script = sbatch_script("name", tmp_path, 1, got, None)
+    assert "--mail-type=FAIL" in script and "--exclude" not in script
+    assert "--partition" not in script and "--qos" not in script
+
+
 def script_lines(tmp_path: Path, count: int = 1, **values) -> list[str]:
     """The sbatch script of `count` runs with these resources."""
     asked = resources.resources_of(("cluster.yaml", values))
