@@ -140,7 +140,8 @@ def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
             if value is None or (value == "" and KINDS[name] is str):
                 values.pop(name, None)
             elif name == "options":
-                values[name] = values.get(name, {}) | value
+                spelt = {str(option).replace("_", "-"): own for option, own in value.items()}
+                values[name] = values.get(name, {}) | spelt
             else:
                 values[name] = value
     resources = Resources(**values)
@@ -165,21 +166,21 @@ def check_options(resources: Resources) -> None:
     """
     given = {name: v for name, v in resources.options.items() if v is not None and v is not False}
     for name, value in resources.options.items():
-        if not re.fullmatch(r"[A-Za-z][\w-]*", str(name)):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
             raise UserError(f"options: {name!r} is no name of an sbatch option")
         if isinstance(value, list | dict):
             raise UserError(f"options: {name} {value}: write it as sbatch takes it, in one text")
-    for name in ("nodes", "time", "ntasks_per_node", "ntasks"):
-        if given.keys() & {name, name.replace("_", "-")}:
-            own = {"ntasks_per_node": "tasks_per_node", "ntasks": "nodes and tasks_per_node"}
-            raise UserError(
-                f"options: {name.replace('_', '-')}: say {own.get(name, name)} beside `options` "
-                "instead of in them: the runs count on it"
-            )
-    gpus = [n for n in given if re.fullmatch("gpus?|gpus[-_].*", n)]
+    own = {"nodes": "nodes", "time": "time", "ntasks-per-node": "tasks_per_node"}
+    own |= {"ntasks": "nodes and tasks_per_node", "cpus-per-task": "cpus_per_task"}
+    for name in given.keys() & own.keys():
+        raise UserError(
+            f"options: {name}: say {own[name]} beside `options` instead of in them: the runs count "
+            "on it"
+        )
+    gpus = [n for n in given if re.fullmatch("gpus?|gpus-.*", n)]
     gpus += [n for n in given if n == "gres" and "gpu" in str(given[n])]
-    names = {str(name).replace("_", "-") for name in resources.options}
-    if gpus and resources.gpus and ("gpus-per-node" not in names or "gpus-per-node" in gpus):
+    instead = "gpus-per-node" in resources.options and "gpus-per-node" not in given
+    if gpus and resources.gpus and not instead:
         asked = f"{gpus[0]}: {given[gpus[0]]}"
         raise UserError(
             f"options: {asked} beside gpus_per_node {resources.gpus_per_node}: say it as "

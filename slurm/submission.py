@@ -200,8 +200,8 @@ def slurm_executor(
             "export PYTHONSAFEPATH=1  # not the folder that the job was submitted from",
         ],
         "additional_parameters": {
-            "requeue": True,
-            **{n: v for n, v in resources.options.items() if n not in left_out},
+            "requeue": True,  # in submitit's spelling, so that none stands there twice
+            **{n.replace("-", "_"): v for n, v in resources.options.items() if n not in left_out},
         },
     }
     try:
@@ -213,7 +213,7 @@ def slurm_executor(
 
 def without(script: str, options: Sequence[str]) -> str:
     """An sbatch script without the lines of these options, whoever wrote them."""
-    names = "|".join(re.escape(name.replace("_", "-")) for name in options)
+    names = "|".join(map(re.escape, options))
     return re.sub(rf"(?m)^#SBATCH --(?:{names})(?:=.*)?\n", "", script) if names else script
 
 

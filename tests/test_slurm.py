@@ -263,6 +263,7 @@ def test_flags_win_over_the_sweep_over_the_cluster_file_over_defaults():
         ({"options": {"nodes": 2}}, "say nodes beside `options`"),
         ({"options": {"ntasks-per-node": 2}}, "say tasks_per_node beside `options`"),
         ({"options": {"time": "1h"}}, "say time beside `options`"),
+        ({"options": {"cpus_per_task": 6}}, "say cpus_per_task beside `options`"),
         ({"options": {"exclude": ["a", "b"]}}, "write it as sbatch takes it, in one text"),
         ({"options": {"comment": "a\nscancel 1"}}, "comment 'a\\nscancel 1' has a line break"),
         ({"options": {"comment\nx": 1}}, "has a line break"),
@@ -287,6 +288,12 @@ def test_a_later_layer_can_set_what_an_earlier_one_says_to_nothing(tmp_path):
     script = sbatch_script("name", tmp_path, 1, got, None)
     assert "--mail-type=FAIL" in script and "--exclude" not in script
     assert "--partition" not in script and "--qos" not in script
+
+
+def test_an_option_of_submitits_own_stands_there_once(tmp_path):
+    for spelt in ("job-name", "job_name"):
+        lines = script_lines(tmp_path, options={spelt: "mine"})
+        assert [text for text in lines if "#SBATCH --job" in text] == ["#SBATCH --job-name=mine"]
 
 
 def script_lines(tmp_path: Path, count: int = 1, **values) -> list[str]:

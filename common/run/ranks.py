@@ -153,8 +153,8 @@ def meet(backend: str) -> None:
     except (RuntimeError, ValueError) as error:
         said = str(error).split("\n")[0]
         raise wrong(
-            f"rank {rank} of {ranks} did not meet the others within {limit} at {where} ({said}): "
-            "start all ranks with the same two, which every machine can reach"
+            f"rank {rank} of {ranks} has not met the others at {where}, waiting at most {limit} "
+            f"({said}): start all ranks with the same two, which every machine can reach"
         ) from None
     finally:
         timer.cancel()
