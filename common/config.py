@@ -110,6 +110,10 @@ class RunConfig:
     # std, effective rank and singular values of representation and embedding (geometry.jsonl)
     geometry_points: Count = free(0)
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
+    wandb_project: str = free("selfsup-recipes")  # project of --wandb
+    wandb_entity: str = free("")  # user or team of --wandb; default: your own
+    wandb_group: str = free("")  # group of --wandb
+    wandb_tags: str = free("")  # tags of --wandb, with commas between them
     # skip: name an unreadable image and train on the next; k-NN leaves it out
     on_bad_image: Literal["stop", "skip"] = free("stop")
     plan_name: str = free("")  # name of the run in results/plan.yaml, for its record

@@ -1,4 +1,4 @@
-"""Ranks: start-up from torchrun, Slurm or nothing; gathers; what ranks agree on.
+"""Ranks: gathers, and what ranks agree on (common/run/ranks.py starts them).
 
 Everything here works without a process group, as one rank. gloo serves CPU tensors, nccl CUDA
 tensors. A rank's loss is the mean over its own rows; the mean of the ranks' losses and gradients
@@ -6,13 +6,14 @@ is the loss and gradient of the global batch.
 """
 
 import os
-import subprocess
-import zlib
+import re
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from common.errors import UserError
 
 
 def rank() -> int:
@@ -22,8 +23,8 @@ def rank() -> int:
 
 def ranks_on_this_machine() -> int:
     """How many ranks share this machine's cores: torchrun says it, else one per GPU in use."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
+    if (said := variable("LOCAL_WORLD_SIZE", least=1)) is not None:
+        return said
     return min(world_size(), torch.cuda.device_count()) or world_size()
 
 
@@ -32,47 +33,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def start() -> torch.device:
-    """Joins the process group that torchrun or Slurm describes, if any; returns the device.
-
-    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they are
-    taken from the step's SLURM_* variables where RANK is missing.
+def variable(name: str, least: int = 0) -> int | None:
+    """A whole number that the environment holds, None if it holds none of this name; UserError,
+    said by the rank that has it, for anything else.
     """
-    ranks_from_slurm()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if use_cuda:  # modulo: a scheduler may show each task its own GPU only
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    if use_cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        dist.init_process_group(backend="cpu:gloo,cuda:nccl" if use_cuda else "gloo")
-    return device
-
-
-def ranks_from_slurm() -> None:
-    """Sets torchrun's variables from those of an srun step of several tasks.
-
-    SLURM_STEP_NUM_TASKS is set by srun only, so a shell inside an allocation stays one process.
-    """
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS")
-    if "RANK" in os.environ or tasks is None or int(tasks) < 2:
-        return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = tasks
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in os.environ:
-        nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ["SLURM_JOB_NODELIST"])
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        said = f"{name}={text}" if text else f"{name} is empty"
+        raise UserError(
+            f"{said} in the environment: it must be a whole number, {least} or more", this_rank=True
         )
-        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
-    # one port per job, step and attempt, so that neither two jobs on one node meet, nor a requeued
-    # job what its last attempt left behind; below the ports that systems give out by themselves
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    attempt = " ".join(os.environ.get(name, "0") for name in names)
-    os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(attempt.encode()) % 12000))
+    return int(text)
 
 
 def stop() -> None:

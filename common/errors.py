@@ -68,6 +68,14 @@ def is_disk_error(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0, by torchrun's or srun's number, or is no rank. A number that is none
+    makes each first: none may fail in silence.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return not rank.isdecimal() or int(rank) == 0
+
+
 def say_error(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
@@ -114,7 +122,7 @@ def command(main: Callable[[], None]) -> int:
         main()
         return 0
     except UserError as error:
-        if error.this_rank or os.environ.get("RANK", "0") == "0":
+        if error.this_rank or is_first_rank():
             say_error(str(error))
         return EXIT_USER_ERROR
     except PeerFailed:
@@ -131,7 +139,7 @@ def command(main: Callable[[], None]) -> int:
         if said := lost_worker(error):
             say_error(f"{said}; the same command continues from the last checkpoint")
             return EXIT_USER_ERROR
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not lost_peer(error):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not lost_peer(error):
             raise
         say_error(f"another rank ended, see its error: {error}")
         return EXIT_USER_ERROR

@@ -40,6 +40,7 @@ from common.knn import extract_features, rank_share
 from common.run import checkpoint, environment, metrics
 from common.run.calibrate import calibrated
 from common.run.folder import Folder, changes, choose, finished_record
+from common.run.ranks import start
 from common.run.readable import readable
 from common.run.results import duration
 from common.run.signals import StopRequests
@@ -106,7 +107,7 @@ class Evaluation:
         if not config.backbone:
             raise UserError("--backbone RUN_OR_FILE is missing")
         self.started = time.monotonic()
-        self.device = distributed.start()
+        self.device = start()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         self.encoder, self.facts = load_encoder(
             config.backbone, config.arch or None, getattr(config, "image_size", None)
@@ -280,6 +281,8 @@ class Evaluation:
             f"{self.ranks}"
         )
         self.say(f"folder: {self.folder}")
+        if why := environment.untraceable(self.store.commit, self.store.dirty):
+            self.warn(why)
         if self.config.backbone == RANDOM and self.calibrates:
             views = two_views("crop-flip", self.config.image_size)
             skip = self.config.on_bad_image == "skip"

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, UserError
+from common.run.output import outlast_readers
 from slurm.ledger import log_path, write_ledger
 from slurm.resources import Resources
 from slurm.task import Task, first_failure, python_path, read_notes
 
+OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
 FOREVER = 60 * 24 * 365  # minutes; a run without --time
 
 
@@ -27,11 +29,12 @@ def run(
 ) -> int:
     """Runs tasks on this machine, some at a time, and shows the logs of their ranks 0. Returns an
     exit code: 0 if all finished, 75 if one was stopped and can be continued, else that of a run
-    that failed. At Ctrl-C or SIGTERM the runs save and stop. submitit starts a job that has met its
-    time limit at once again, five times at most.
+    that failed. At Ctrl-C, SIGTERM or a closed terminal the runs save and stop. submitit starts a
+    job that has met its time limit at once again, five times at most.
     """
     import submitit
 
+    outlast_readers()
     logging.getLogger("submitit").setLevel(logging.WARNING)
     submission = ledger["submissions"][-1]
     own = folder / str(submission["number"])
@@ -43,13 +46,13 @@ def run(
             timeout_min=resources.minutes if resources.time else FOREVER,
             signal_delay_s=resources.signal_delay,
             tasks_per_node=resources.tasks,
-            gpus_per_node=resources.gpus_per_node,
+            gpus_per_node=resources.gpus,
             visible_gpus=chosen or (),
             stderr_to_stdout=True,
         )
     except ValueError:
         raise UserError(
-            f"--gpus-per-node {resources.gpus_per_node}, but CUDA_VISIBLE_DEVICES={visible}"
+            f"--gpus-per-node {resources.gpus}, but CUDA_VISIBLE_DEVICES={visible}"
         ) from None
     waiting, running, codes, told = [*tasks], {}, [], 0
     with stop_requests() as asked:
@@ -78,11 +81,14 @@ def run(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[bool]]:
-    """A list that gets an entry at SIGINT or SIGTERM. A terminal sends SIGINT to every process of
-    the foreground; only the scripts shall answer it, so what is started meanwhile ignores it.
+    """A list that gets an entry at SIGINT, SIGTERM or, unless it is ignored, SIGHUP. A terminal
+    sends SIGINT and SIGHUP to every process of the foreground; only the scripts shall answer, so
+    what is started meanwhile ignores them.
     """
     asked: list[bool] = []
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, *OF_TERMINALS)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, lambda *_: asked.append(True))
     try:
@@ -97,13 +103,14 @@ def start(executor: Any, task: Task, own: Path) -> Any:
 
     changed = {"PYTHONPATH": python_path(own / "code"), "PYTHONSAFEPATH": "1"}
     before = {name: os.environ.get(name) for name in changed}
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in OF_TERMINALS}
     try:
         with clean_env():
             os.environ.update(changed)
             return executor.submit(task)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

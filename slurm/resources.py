@@ -24,7 +24,7 @@ class Resources:
     """
 
     nodes: int = 1
-    gpus_per_node: int = 1
+    gpus_per_node: int | str = 1
     tasks_per_node: int | None = None
     cpus_per_task: int | None = None
     mem_gb: float | None = None
@@ -40,9 +40,14 @@ class Resources:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def gpus(self) -> int:
+        """GPUs per node: 4 of `a100:4`."""
+        return int(str(self.gpus_per_node).split(":")[-1])
+
+    @property
     def tasks(self) -> int:
         """Tasks per node: one for each GPU."""
-        return self.tasks_per_node or self.gpus_per_node or 1
+        return self.tasks_per_node or self.gpus or 1
 
     @property
     def ranks(self) -> int:
@@ -55,7 +60,8 @@ class Resources:
 
 HELP = {
     "nodes": "machines (default 1)",
-    "gpus_per_node": "GPUs of each machine, one task for each (default 1; 0: CPU only)",
+    "gpus_per_node": "GPUs of each machine, one task for each, as 8 or, with their type, a100:8 "
+    "(default 1; 0: CPU only)",
     "tasks_per_node": "tasks of each machine without GPUs (default 1)",
     "cpus_per_task": "CPU cores of each task, loader processes included (default: the cluster's)",
     "mem_gb": "memory of each machine in GB (default: the cluster's)",
@@ -74,7 +80,7 @@ HELP = {
 WHOLE = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task")
 WHOLE += ("signal_delay", "max_timeouts")
 KINDS: dict[str, Any] = dict.fromkeys(HELP, str) | dict.fromkeys(WHOLE, int)
-KINDS |= {"mem_gb": int | float, "environment": list, "options": dict}
+KINDS |= {"gpus_per_node": int | str, "mem_gb": int | float, "environment": list, "options": dict}
 
 
 def add_resource_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +88,7 @@ def add_resource_flags(parser: argparse.ArgumentParser) -> None:
     for name, text in HELP.items():
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=float if name == "mem_gb" else KINDS[name],
+            type={"mem_gb": float, "gpus_per_node": str}.get(name, KINDS[name]),
             default=argparse.SUPPRESS,
             metavar="TEXT" if KINDS[name] is str else "N",
             help=text,
@@ -120,7 +126,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
-    """The resources that layers of (where, values) ask for, of which later ones win."""
+    """The resources that layers of (where, values) ask for, of which later ones win, `options` one
+    by one; null, or an empty text, takes what an earlier one says away.
+    """
     known = {f.name: f for f in dataclasses.fields(Resources)}
     values: dict[str, Any] = {}
     for where, layer in layers:
@@ -129,17 +137,22 @@ def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
             if name not in known:
                 raise UserError(f"{where}: {key} is unknown{nearest_name(name, known)}")
             check_kind(where, name, value)
-            if value is not None:
+            if value is None or (value == "" and KINDS[name] is str):
+                values.pop(name, None)
+            elif name == "options":
+                spelt = {str(option).replace("_", "-"): own for option, own in value.items()}
+                values[name] = values.get(name, {}) | spelt
+            else:
                 values[name] = value
     resources = Resources(**values)
+    check_options(resources)
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "mem_gb", "signal_delay"):
         value = getattr(resources, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("gpus_per_node", "max_timeouts"):
-        if getattr(resources, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: must not be negative")
-    if resources.gpus_per_node and resources.tasks != resources.gpus_per_node:
+    if resources.max_timeouts < 0:
+        raise UserError("--max-timeouts: must not be negative")
+    if resources.gpus and resources.tasks != resources.gpus:
         raise UserError(
             f"--tasks-per-node {resources.tasks} with --gpus-per-node {resources.gpus_per_node}: "
             "each GPU gets one task; leave --tasks-per-node out, or give --gpus-per-node 0"
@@ -147,12 +160,62 @@ def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
     return resources
 
 
+def check_options(resources: Resources) -> None:
+    """UserError for options that sbatch would not read as they are meant, or that contradict what
+    is asked for elsewhere. An option that is null or false is left out of the script.
+    """
+    given = {name: v for name, v in resources.options.items() if v is not None and v is not False}
+    for name, value in resources.options.items():
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+            raise UserError(f"options: {name!r} is no name of an sbatch option")
+        if isinstance(value, list | dict):
+            raise UserError(f"options: {name} {value}: write it as sbatch takes it, in one text")
+    own = {"nodes": "nodes", "time": "time", "ntasks-per-node": "tasks_per_node"}
+    own |= {"ntasks": "nodes and tasks_per_node", "cpus-per-task": "cpus_per_task"}
+    for name in given.keys() & own.keys():
+        raise UserError(
+            f"options: {name}: say {own[name]} beside `options` instead of in them: the runs count "
+            "on it"
+        )
+    gpus = [n for n in given if re.fullmatch("gpus?|gpus-.*", n)]
+    gpus += [n for n in given if n == "gres" and "gpu" in str(given[n])]
+    instead = "gpus-per-node" in resources.options and "gpus-per-node" not in given
+    if gpus and resources.gpus and not instead:
+        asked = f"{gpus[0]}: {given[gpus[0]]}"
+        raise UserError(
+            f"options: {asked} beside gpus_per_node {resources.gpus_per_node}: say it as "
+            "gpus_per_node: TYPE:COUNT, for example a100:4; or, if your cluster takes no other "
+            f"way, gpus_per_node: COUNT and options: {{gpus-per-node: null, {asked}}}"
+        )
+
+
+def check_text(where: str, name: str, value: Any) -> None:
+    """UserError for a line break or another control character: each line of an sbatch script is an
+    option or a command of its own.
+    """
+    for text in (name, value):
+        if isinstance(text, str) and not text.isprintable():
+            said = f"{where}: {name} {value!r} has a line break or control character"
+            raise UserError(f"{said}: write it in one line")
+
+
 def check_kind(where: str, name: str, value: Any) -> None:
     """UserError unless a YAML value has the type of the field."""
     wanted = KINDS[name]
+    check_text(where, name, value)
+    for option, own in value.items() if isinstance(value, dict) else ():
+        check_text(f"{where}: {name}", str(option), own)
+    if name == "gpus_per_node" and isinstance(value, str):
+        if not re.fullmatch(r"(?:[A-Za-z][\w.-]*:)?\d{1,4}", value):
+            raise UserError(
+                f"{where}: gpus_per_node {value!r} is not a count, as 8, or TYPE:COUNT, as a100:8"
+            )
+        return
     fits = isinstance(value, wanted) and not isinstance(value, bool)
     if name == "environment" and fits:
         fits = all(isinstance(line, str) for line in value)
+    if name == "gpus_per_node" and fits and value < 0:
+        raise UserError("--gpus-per-node: must not be negative")
     if value is None or fits:
         return
     if name == "time":

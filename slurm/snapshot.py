@@ -11,14 +11,17 @@ import tarfile
 from pathlib import Path
 
 from common.errors import UserError
+from common.run.environment import NO_CODE
 
 LARGEST = 200e6  # bytes; a dirty snapshot with more holds data or runs that git does not ignore
 
 
 def commit(repository: Path) -> tuple[str, list[str]]:
-    """(commit, changed files) of a checkout; changes in results/ and runs/ are none."""
+    """(commit, changed files) of a checkout; changes in results/, runs/ and README.md, which
+    results/report.py writes, are none.
+    """
     head = git(repository, "rev-parse", "HEAD").decode().strip()
-    status = git(repository, "status", "--porcelain", "-z", "--", ".", ":!results", ":!runs")
+    status = git(repository, "status", "--porcelain", "-z", "--", ".", *NO_CODE)
     return head, [entry[3:] for entry in status.decode().split("\0") if entry[2:3] == " "]
 
 

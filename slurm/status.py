@@ -1,4 +1,4 @@
-"""A table of runs: state, epoch, k-NN, time left, restarts, last line of the log.
+"""A table of runs: state, epoch, score, time left, restarts, last line of the log.
 
     python slurm/status.py              # everything in the scratch folder
     python slurm/status.py SWEEP        # one launch or sweep
@@ -11,6 +11,7 @@ what the tasks noted afterwards.
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,9 @@ LIVE |= {
 }
 TAIL = 1 << 18  # bytes of metrics.jsonl that are read at a time, from its end
 MOST = 1 << 24  # bytes after which the last k-NN is no longer looked for
+# what Slurm and submitit write into a log, also behind a line that has not ended
+SCHEDULERS = re.compile(r"(?:^(?:submitit |srun: )|slurm(?:step)?d\S*: ).*")
+RECORD = re.compile(r"record: (.+?\.json)(?: \(.*)?$")  # an evaluation's last lines
 RECENT = 50  # steps that the speed is taken over
 
 
@@ -229,20 +233,37 @@ def last_line(folder: Path, ledger: dict[str, Any], run: dict[str, Any], state: 
     attempt = max((note["attempt"] for note in notes), default=0)
     if not state.live and (failure := first_failure(notes, attempt)):
         return failure
-    with contextlib.suppress(OSError):
-        with open(log_path(folder, submission, run["name"]), "rb") as file:
+    if lines := log_lines(log_path(folder, submission, run["name"])):
+        return lines[-1]
+    return f"waits: {state.reason}" if state.reason else "no log"
+
+
+def log_lines(path: Path) -> list[str]:
+    """The script's own lines at the end of a log, without submitit's and Slurm's."""
+    try:
+        with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
             lines = file.read().decode(errors="replace").splitlines()
-        own = [line.strip() for line in lines if line.strip()]
-        own = [line for line in own if not line.startswith(("submitit ", "srun: ", "slurmstepd: "))]
-        if own:
-            return own[-1]
-    return f"waits: {state.reason}" if state.reason else "no log"
+    except OSError:
+        return []
+    lines = [SCHEDULERS.sub("", line).strip() for line in lines]
+    return [line for line in lines if line]
+
+
+def scores(lines: list[str]) -> str:
+    """What the records say that an evaluation's log names: `linear 68.20, kNN (k200,t.1) 61.05`."""
+    found = []
+    for line in lines:
+        if named := RECORD.match(line):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                record = json.loads(Path(named[1]).read_text())
+                found.append(f"{record['protocol']} {record['value']:.2f}")
+    return ", ".join(dict.fromkeys(found))
 
 
 # -- the table -----------------------------------------------------------------------------------
 
-COLUMNS = ("run", "job", "state", "epoch", "k-NN", "left", "restarts", "last line")
+COLUMNS = ("run", "job", "state", "epoch", "score", "left", "restarts", "last line")
 
 
 def rows_of(folder: Path, ledger: dict[str, Any], queue: Queue) -> list[list[str]]:
@@ -256,10 +277,12 @@ def rows_of(folder: Path, ledger: dict[str, Any], queue: Queue) -> list[list[str
             epoch = f"{facts['step'] / per_epoch:.3g} of {epochs:.3g}"
         if "seconds_left" in facts:
             left = how_long(facts["seconds_left"])
-        knn = f"{facts['knn']:.1%}" if "knn" in facts else ""
+        score = f"k-NN {facts['knn']:.1%}" if "knn" in facts else ""
+        if submission := None if score else submission_of(ledger, run["name"]):
+            score = scores(log_lines(log_path(folder, submission, run["name"])))
         line = last_line(folder, ledger, run, state)
         rows.append(
-            [run["name"], state.job, state.state, epoch, knn, left, str(state.restarts), line]
+            [run["name"], state.job, state.state, epoch, score, left, str(state.restarts), line]
         )
     return rows
 
@@ -313,7 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.every < 1:
         raise UserError("--every: at least 1 second, for the cluster's sake")
     layer = cluster_layer(arguments.cluster)
-    resources = resources_of(layer, ("the command line", {"scratch": arguments.scratch}))
+    given = {} if arguments.scratch is None else {"scratch": arguments.scratch}
+    resources = resources_of(layer, ("the command line", given))
     terminal = sys.stdout.isatty()
     while True:
         width = os.get_terminal_size().columns if terminal else 10**6

@@ -6,14 +6,17 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from common.errors import UserError, nearest_path
 from slurm import local, snapshot
@@ -160,10 +163,15 @@ def slurm_executor(
             "--dry-run"
         )
 
+    left_out = [n for n, value in resources.options.items() if value is None or value is False]
+
     class Executor(submitit.SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:  # a script can be written anywhere
             return 2
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return without(super()._make_submission_file_text(command, uid), left_out)
 
     executor = Executor(own / "jobs", max_num_timeout=resources.max_timeouts)
     srun = ["--kill-on-bad-exit=1", "--wait=0"]  # a failing rank ends all; a finished one does not
@@ -175,7 +183,7 @@ def slurm_executor(
         "time": resources.minutes,
         "nodes": resources.nodes,
         "ntasks_per_node": resources.tasks,
-        "gpus_per_node": resources.gpus_per_node or None,
+        "gpus_per_node": resources.gpus_per_node if resources.gpus else None,
         "cpus_per_task": resources.cpus_per_task,
         "mem": f"{round(1024 * resources.mem_gb)}MB" if resources.mem_gb else None,
         "partition": resources.partition,
@@ -191,13 +199,22 @@ def slurm_executor(
             f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
             "export PYTHONSAFEPATH=1  # not the folder that the job was submitted from",
         ],
-        "additional_parameters": {"requeue": True, **resources.options},
+        "additional_parameters": {
+            "requeue": True,  # in submitit's spelling, so that none stands there twice
+            **{n.replace("-", "_"): v for n, v in resources.options.items() if n not in left_out},
+        },
     }
     try:
         executor.update_parameters(**{n: v for n, v in values.items() if v is not None})
     except (ValueError, AssertionError) as error:
         raise UserError(f"submitit refuses these resources: {error}") from None
     return executor
+
+
+def without(script: str, options: Sequence[str]) -> str:
+    """An sbatch script without the lines of these options, whoever wrote them."""
+    names = "|".join(map(re.escape, options))
+    return re.sub(rf"(?m)^#SBATCH --(?:{names})(?:=.*)?\n", "", script) if names else script
 
 
 def sbatch_script(
@@ -214,6 +231,7 @@ def submit_to_slurm(
     name: str, own: Path, tasks: list[Task], resources: Resources, max_parallel: int | None
 ) -> list[str]:
     """Job numbers, A_0, A_1, … of an array where there are several tasks."""
+    import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
@@ -223,7 +241,9 @@ def submit_to_slurm(
         # a job may submit jobs; what sbatch says is said below, once
         with clean_env(), contextlib.redirect_stderr(io.StringIO()):
             os.environ.update(configuration)  # clean_env takes this away too
-            jobs = executor.submit_array(tasks)
+            # submitit makes an array by a new executor of its own class
+            with mock.patch.object(submitit.slurm.slurm, "SlurmExecutor", type(executor)):
+                jobs = executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"Slurm refuses the job: {' '.join(str(error).split())}") from None
     return [job.job_id for job in jobs]
@@ -231,8 +251,8 @@ def submit_to_slurm(
 
 def refuse_live(jobs: list[Job], resources: Resources) -> None:
     """Two jobs must never write into one run folder."""
-    folders = [job.folder for job in jobs if job.folder]
-    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+    folders = Counter(job.folder for job in jobs if job.folder)
+    if twice := [folder for folder, count in folders.items() if count > 1]:
         raise UserError(f"{twice[0]} would be the run folder of several runs: vary --output too")
     queue = Queue()
     for folder, ledger in ledgers_in(scratch_folder(resources)):

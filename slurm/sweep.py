@@ -26,6 +26,7 @@ finished and what is still in the queue.
 
 import argparse
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from slurm.status import Queue, state_of
 from slurm.submission import check_flags, flags_of, script_path, submit
 
 KEYS = ("name", "output", "slurm", "max_parallel", "script", "flags", "grid", "runs")
+MOST = 1001  # Slurm's MaxArraySize unless a site sets another
 LONGEST = 64  # characters of a name that is made from values
 
 
@@ -146,6 +148,12 @@ def glob(pattern: str) -> list[Path]:
 
 def jobs_of(spec: dict[str, Any]) -> list[Job]:
     """One job for each combination of the grid with each entry of `runs`."""
+    count = math.prod(map(len, spec["grid"].values())) * len(spec["runs"])
+    if count > MOST:
+        raise UserError(
+            f"{spec['name']}: {count:,} runs, more than the {MOST:,} that a Slurm array holds "
+            "by default: shorten its grid, or make several files of it"
+        )
     jobs = []
     axes = [[(key, value) for value in values] for key, values in spec["grid"].items()]
     for combination in itertools.product(*axes):

@@ -122,7 +122,7 @@ class Task:
         env.pop("PYTHONSAFEPATH", None)  # ours, so that this process does not import the tree
         env["PYTHONPATH"] = python_path(self.code)
         env["PYTHONUNBUFFERED"] = "1"
-        if not self.on_slurm and self.ranks > 1:  # common.distributed knows Slurm's own variables
+        if not self.on_slurm and self.ranks > 1:  # common.run.ranks knows Slurm's own variables
             env |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.ranks)}
             env |= {"LOCAL_RANK": str(self.job.local_rank), "LOCAL_WORLD_SIZE": str(self.ranks)}
             port = 20000 + zlib.crc32(f"{self.job.job_id} {self.attempt}".encode()) % 12000
@@ -226,12 +226,14 @@ class Task:
             why = " (memory ran out?)" if name == "SIGKILL" else ""
             error = f"killed by {name}{why}"
         first = None
-        if self.ranks > 1 and (code == -signal.SIGKILL or SECONDARY in error):
+        # an error that all ranks meet is said by rank 0 alone
+        if self.ranks > 1 and (code == -signal.SIGKILL or SECONDARY in error or not error):
             deadline = time.monotonic() + 3
             while (first := self.failure_elsewhere()) is None and time.monotonic() < deadline:
                 time.sleep(CHILD_POLL)
         if first:
             error = f"{SECONDARY}: {first}"
+        error = error or f"exit code {code} without a word"
         self.note("end", code=code, error=error)
         where = f"rank {self.rank} of {self.ranks} on {socket.gethostname()}"
         say_error(f"{where} ended with exit code {code}: {error}")
@@ -279,5 +281,9 @@ def first_failure(lines: list[dict[str, Any]], attempt: int) -> str | None:
     """`rank 1 on node: its error`, of the rank that others waited for in vain; None if all ran."""
     ends = [e for e in lines if e["event"] == "end" and e["attempt"] == attempt]
     bad = [e for e in ends if e["code"] not in (0, EXIT_STOPPED)]
-    bad.sort(key=lambda e: (SECONDARY in e.get("error", ""), e["time"]))
-    return f"rank {bad[0]['rank']} on {bad[0]['host']}: {bad[0]['error']}" if bad else None
+    bad.sort(key=lambda e: (not e.get("error"), SECONDARY in e.get("error", ""), e["time"]))
+    return f"rank {bad[0]['rank']} on {bad[0]['host']}: {reason(bad[0])}" if bad else None
+
+
+def reason(end: dict[str, Any]) -> str:
+    return end.get("error") or f"exit code {end['code']} without a word"

@@ -392,7 +392,8 @@ def test_every_recipe_has_the_flags_that_all_share(recipe):
 
 # -- what enters the numbers --------------------------------------------------------------------
 
-FREE = {"data", "output", "workers", "wandb", "knn_every", "checkpoint_minutes", "resume"}
+FREE = {"data", "output", "workers", "wandb", "wandb_project", "wandb_entity", "wandb_group"}
+FREE |= {"wandb_tags", "knn_every", "checkpoint_minutes", "resume"}
 FREE |= {
     "download",
     "config",

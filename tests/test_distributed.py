@@ -1,7 +1,6 @@
 """What ranks share, as far as one process can show it; test_ranks.py runs two."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -92,23 +91,3 @@ def test_one_process_needs_no_group():
     assert distributed.gather_with_grad(x) is x
     assert distributed.any_rank([True, False]) == [True, False]
     assert distributed.from_rank_zero({"a": 1}) == {"a": 1}
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "1"}, "2"),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a shell inside an allocation
-    ],
-)
-def test_ranks_from_slurm_steps_only(variables, expected, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    common = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "MASTER_ADDR": "node1"}
-    for name, value in {**common, **variables}.items():
-        monkeypatch.setenv(name, value)
-    distributed.ranks_from_slurm()
-    assert os.environ.get("RANK") == expected
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        os.environ.pop(name, None)

@@ -1,12 +1,18 @@
 """The compiled views against Pillow's: every transform, and whole views, bit for bit."""
 
 import io
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, environment
 from paper_views import byol_views, cifar_view, crop_view, simsiam_view
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -316,3 +322,73 @@ def test_arrays_give_the_same_batches_in_exact_and_reference():
     few = ArrayImages(train.pixels[::500], None, [], "")
     for ours, theirs in zip(batch(few, "exact"), batch(few, "reference"), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# -- where the kernels are kept -------------------------------------------------------------------
+
+KEEPS = """
+from common.fast import pixels
+print(pixels.weights(9, 3, False)[0].tolist(), pixels.weights.stats.cache_path, flush=True)
+pixels.compile_kernels()
+"""
+
+
+def test_code_that_cannot_be_written_without_a_home_keeps_kernels_in_a_temporary_folder(tmp_path):
+    """Files stand in the way of every other folder, which stops root too."""
+    code, temporary = tmp_path / "code", tmp_path / "tmp"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "common", code / "common", ignore=ignore)
+    (code / "common" / "fast" / "__pycache__").touch()
+    temporary.mkdir()
+    places = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/none", "TMPDIR": str(temporary)}
+    for numba_cache in ("", "/dev/null/none"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KEEPS],
+            cwd=code,
+            env=environment(PYTHONPATH=str(code), NUMBA_CACHE_DIR=numba_cache, **places),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        first, second = process.stdout.readline(), process.stdout.readline()
+        process.kill()  # the rest would be compiled
+        assert first.startswith("[0, 2, 5]"), process.communicate()[1]
+        (own,) = temporary.glob("selfsup-kernels-*")
+        assert str(own) in first and [*own.rglob("pixels.weights-*.nbi")]
+        assert second == f"warning: the kernels of the input {pixels_words(own)}\n"
+        assert own.stat().st_mode & 0o777 == 0o700
+
+
+def pixels_words(folder: Path) -> str:
+    return f"are kept in {folder}: no other folder can be written (NUMBA_CACHE_DIR)"
+
+
+def test_without_a_home_that_has_a_name_no_folder_is_made_of_it(tmp_path, monkeypatch):
+    """An unknown user of a container has no home: numba would take `~` for a folder's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.setattr(pixels.numba.config, "CACHE_DIR", "")
+    monkeypatch.setattr(pixels.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(pixels.os, "access", lambda *_: False)
+    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: str(tmp_path))
+    kept, words = pixels.cache()
+    assert kept and f"are kept in {tmp_path}/selfsup-kernels-" in words
+    assert not (tmp_path / "~").exists()
+
+
+def test_without_any_folder_the_kernels_are_compiled_at_each_start(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        def decorate(function):
+            raise RuntimeError("no locator available")
+
+        return decorate
+
+    monkeypatch.setattr(pixels, "njit", refuse)
+    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: "/dev/null")
+    kept, words = pixels.cache()
+    assert not kept and "NUMBA_CACHE_DIR" in words
+    other = tmp_path / f"selfsup-kernels-{os.getuid()}"
+    other.symlink_to(tmp_path)  # laid there by another user, perhaps
+    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert pixels.cache() == (kept, words)

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BY_FAMILY, METHODS, ROOT, Script, environment, only_error, run_script
+from conftest import BY_FAMILY, METHODS, ROOT, SMALL, Script, environment, only_error, run_script
 from PIL import Image
 
 from common import cards
 from common.data import photos
 from common.run import checkpoint, metrics
+from common.run.signals import StopRequests
 
 # 160 images in batches of 16 are 10 steps per epoch
 FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--batch-size", "16"]
@@ -164,7 +165,8 @@ OTHERS = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in OTHERS)]
+    "number",
+    [signal.SIGTERM, signal.SIGHUP, *(pytest.param(n, marks=pytest.mark.long) for n in OTHERS)],
 )
 def test_stop_signals_save_end_with_75_and_continue(number, whole, tmp_path):
     folder = tmp_path / "run"
@@ -201,6 +203,60 @@ def test_a_signal_to_the_whole_group_leaves_no_process_behind(tmp_path):
     assert process.returncode == 75, output
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_an_ignored_sighup_stays_ignored_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.received is None
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+        with StopRequests() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.received == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "closed", ["pipe", *(pytest.param(c, marks=pytest.mark.long) for c in ("terminal", "stdout"))]
+)
+def test_a_closed_pipe_or_terminal_does_not_end_a_run(closed, tmp_path):
+    """It runs to its end, and so does what says a mistake after that."""
+    reader, writer = os.openpty() if closed == "terminal" else os.pipe()
+    folder, flags = tmp_path / "run", [*SMALL, "--max-steps", "12"]
+    words = [sys.executable, str(ROOT / "recipes/nnsiam.py"), *flags, "--output", str(folder)]
+    if closed == "stdout":
+        words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words]
+    process = subprocess.Popen(
+        words, env=environment(), stdout=writer, stderr=writer, start_new_session=True
+    )
+    os.close(writer)
+    wait_for_step(folder, 2, process)
+    os.close(reader)
+    assert process.wait(timeout=200) == 0
+    assert json.loads((folder / "results.json").read_text())["step"] == 12
+
+
+def test_a_mistake_behind_a_closed_pipe_keeps_its_exit_code():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = """
+import sys
+from common.errors import UserError, command
+from common.run.output import outlast_readers
+def main():
+    outlast_readers()
+    print("x" * 10**6)
+    raise UserError("wrong")
+sys.exit(command(main))
+"""
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment(), stdout=writer, stderr=writer, cwd=ROOT)
+    os.close(writer)
+    assert done.returncode == 2
 
 
 def test_a_second_sigint_quits_at_once(tmp_path):

@@ -147,11 +147,8 @@ def test_demo_learns(seed, tmp_path):
 
 
 @pytest.mark.long
-def test_wandb_offline_and_failing(tmp_path):
+def test_a_run_goes_on_where_wandb_fails(tmp_path):
     flags = [*SMALL, "--max-steps", "2", "--wandb", "--output"]
-    offline = run_script("recipes/nnsiam.py", *flags, tmp_path / "a", WANDB_MODE="offline")
-    assert offline.returncode == 0, offline.stderr
-    assert [*(tmp_path / "a").glob("wandb/offline-run-*/*.wandb")], offline.stderr
     failing = run_script("recipes/nnsiam.py", *flags, tmp_path / "b", WANDB_MODE="nonsense")
     assert failing.returncode == 0, failing.stderr
     assert "wandb failed" in failing.stderr and "goes on without it" in failing.stderr

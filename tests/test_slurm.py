@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import yaml
 from conftest import ROOT, SMALL, environment, interruptible, only_error
 from slurm_repo import call, command, commit_all, git, last_step, make_repository, wait_until
 
-from common import distributed
 from common.errors import UserError
+from common.run.ranks import ranks_from_slurm
 from recipes import snclr
 from slurm import check, resources, snapshot, status, sweep, task
 from slurm.ledger import Job, read_ledger
+from slurm.submission import sbatch_script, submit_to_slurm
 
 SNCLR = ["recipes/snclr.py", *SMALL, "--queue-size", "128"]
 LONG = pytest.mark.long
@@ -248,11 +250,112 @@ def test_flags_win_over_the_sweep_over_the_cluster_file_over_defaults():
         ({"environment": [1]}, "is not a list of shell lines"),
         ({"options": ["exclusive"]}, "is not a block"),
         ({"mem_gb": "much"}, "mem_gb 'much' is not a number"),
+        *(
+            ({"gpus_per_node": bad}, f"gpus_per_node {bad!r} is not a count, as 8, or TYPE:COUNT")
+            for bad in ("a100", "a100:", "gpu:a100:4", "4:a100", "-1", "", "a100:x")
+        ),
+        ({"gpus_per_node": -1}, "--gpus-per-node: must not be negative"),
+        ({"gpus_per_node": "a100:4", "tasks_per_node": 8}, "each GPU gets one task"),
+        ({"options": {"gres": "gpu:a100:4"}}, "say it as gpus_per_node: TYPE:COUNT"),
+        ({"options": {"gpus": 8}}, "options: {gpus-per-node: null, gpus: 8}"),
+        ({"options": {"gpus-per-node": "a100:4"}}, "say it as gpus_per_node: TYPE:COUNT"),
+        ({"options": {"gpus_per_task": 1}}, "say it as gpus_per_node: TYPE:COUNT"),
+        ({"options": {"nodes": 2}}, "say nodes beside `options`"),
+        ({"options": {"ntasks-per-node": 2}}, "say tasks_per_node beside `options`"),
+        ({"options": {"time": "1h"}}, "say time beside `options`"),
+        ({"options": {"cpus_per_task": 6}}, "say cpus_per_task beside `options`"),
+        ({"options": {"exclude": ["a", "b"]}}, "write it as sbatch takes it, in one text"),
+        ({"options": {"comment": "a\nscancel 1"}}, "comment 'a\\nscancel 1' has a line break"),
+        ({"options": {"comment\nx": 1}}, "has a line break"),
+        ({"options": {"a b": 1}}, "'a b' is no name of an sbatch option"),
+        *(
+            ({name: "x\ny"}, f"{name} 'x\\ny' has a line break")
+            for name in ("partition", "account", "qos", "constraint", "scratch", "time")
+        ),
     ],
 )
 def test_a_cluster_file_with_a_mistake(values, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         resources.resources_of(("cluster.yaml", values))
+
+
+def test_a_later_layer_can_set_what_an_earlier_one_says_to_nothing(tmp_path):
+    cluster = {"partition": "gpu", "qos": "high", "time": "1h", "cpus_per_task": 4}
+    cluster["options"] = {"exclude": "node7", "mail-type": "FAIL"}
+    sweep_ = {"qos": None, "time": None, "options": {"exclude": None}}
+    got = resources.resources_of(("a", cluster), ("b", sweep_), ("flags", {"partition": ""}))
+    assert (got.partition, got.qos, got.time, got.cpus_per_task) == (None, None, None, 4)
+    script = sbatch_script("name", tmp_path, 1, got, None)
+    assert "--mail-type=FAIL" in script and "--exclude" not in script
+    assert "--partition" not in script and "--qos" not in script
+
+
+def test_an_option_of_submitits_own_stands_there_once(tmp_path):
+    for spelt in ("job-name", "job_name"):
+        lines = script_lines(tmp_path, options={spelt: "mine"})
+        assert [text for text in lines if "#SBATCH --job" in text] == ["#SBATCH --job-name=mine"]
+
+
+def script_lines(tmp_path: Path, count: int = 1, **values) -> list[str]:
+    """The sbatch script of `count` runs with these resources."""
+    asked = resources.resources_of(("cluster.yaml", values))
+    return sbatch_script("name", tmp_path, count, asked, None).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"gpus_per_node": "a100:4"}, "#SBATCH --gpus-per-node=a100:4"),
+        ({"gpus_per_node": "4"}, "#SBATCH --gpus-per-node=4"),
+        (
+            {"gpus_per_node": 4, "options": {"gpus-per-node": None, "gres": "gpu:a100:4"}},
+            "#SBATCH --gres=gpu:a100:4",
+        ),
+    ],
+)
+def test_gpus_with_a_type_are_a_task_each(values, line, tmp_path):
+    lines = script_lines(tmp_path, **values)
+    assert [text for text in lines if "--gpus" in text or "--gres" in text] == [line]
+    assert "#SBATCH --ntasks-per-node=4" in lines
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_option_can_be_set_to_nothing(count, tmp_path):
+    names = [
+        text.split("--")[1].split("=")[0]
+        for text in script_lines(tmp_path, count)[3:]
+        if text.startswith("#SBATCH")
+    ]
+    assert {"wckey", "requeue", "signal", "open-mode", "gpus-per-node", "time"} <= {*names}
+    for name in names:
+        for nothing in (None, False):
+            for spelt in {name, name.replace("-", "_")}:
+                lines = script_lines(tmp_path, count, options={spelt: nothing})
+                assert not [text for text in lines if text.startswith(f"#SBATCH --{name}")], name
+                assert "None" not in "".join(lines)
+
+
+def test_an_array_too_is_sent_without_the_options_that_are_nothing(code, tmp_path, monkeypatch):
+    """By a sbatch that keeps what it is given."""
+    fake(tmp_path / "bin", "srun", [])
+    fake(tmp_path / "bin", "sbatch", ["Submitted batch job 77"])
+    keep = f'cp "$1" {tmp_path}/sent\n'
+    path = tmp_path / "bin" / "sbatch"
+    path.write_text(path.read_text().replace("cat <<", f"{keep}cat <<"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    asked = resources.resources_of(("here", {"options": {"wckey": None, "requeue": None}}))
+    tasks = [task.Task(name, "x.py", [], str(code), str(tmp_path / "notes")) for name in "ab"]
+    assert submit_to_slurm("name", tmp_path / "own", tasks, asked, None) == ["77_0", "77_1"]
+    sent = (tmp_path / "sent").read_text()
+    assert "--array=0-1" in sent and "wckey" not in sent and "requeue" not in sent
+
+
+def test_the_number_of_a_grids_runs_is_said_before_they_are_made(tmp_path):
+    axis = [*range(100)]
+    grid = {name: axis for name in ("seed", "epochs", "batch_size")}
+    text = yaml.safe_dump({"script": "recipes/snclr.py", "grid": grid})
+    with pytest.raises(UserError, match="1,000,000 runs, more than the 1,001"):
+        sweep.jobs_of(spec_of(tmp_path, text))
 
 
 @pytest.mark.long
@@ -480,8 +583,11 @@ def test_a_local_run_takes_the_snapshots_packages(code):
 
 
 @pytest.mark.long
-def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
-    """Ctrl-C saves and ends with 75; the same command continues, as status.py shows."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_local_run_of_two_tasks_is_stopped_and_continued(number, code, tmp_path):
+    """Ctrl-C, or the end of its terminal, saves and ends with 75; the same command continues, as
+    status.py shows.
+    """
     flags = [*LOCAL, "--tasks-per-node", "2", "--", *SNCLR, "--max-steps", "120"]
     process = subprocess.Popen(
         command(code, "launch.py", *flags),
@@ -498,7 +604,7 @@ def test_a_local_run_of_two_tasks_is_stopped_and_continued(code, tmp_path):
     error = only_error(call(code, tmp_path, "launch.py", *flags))
     assert "is being written by job" in error and "RUNNING" in error
     wait_until(lambda: last_step(folder) >= 1, 120, scratch)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
+    os.killpg(process.pid, number)  # as a terminal does
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     stopped = re.search(r"stopped by SIG(?:INT|TERM) at step (\d+) of 120, saved", output)
@@ -618,8 +724,6 @@ def test_checkpoint_has_both_names_and_pickles_while_the_script_runs(code, tmp_p
     ],
 )
 def test_what_counts_as_stopped(code_, signalled, error, expected, tmp_path):
-    import threading
-
     one = task.Task("a", "b", [], "c", str(tmp_path))
     one.rank, one.signalled, one.last_error = 0, signalled, error
     one.reader = threading.Thread(target=lambda: None)
@@ -643,7 +747,7 @@ def test_each_job_step_and_attempt_has_its_own_port(monkeypatch):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_STEP_ID", step)
         monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-        distributed.ranks_from_slurm()
+        ranks_from_slurm()
         ports.add(int(os.environ["MASTER_PORT"]))
     assert len(ports) == len(attempts) and all(20000 <= port < 32000 for port in ports)
 
@@ -721,6 +825,64 @@ def test_states_come_from_squeue_then_sacct_then_the_notes(tmp_path, monkeypatch
     assert rows["waits"][-1] == "waits: BeginTime"
 
 
+def test_an_error_of_all_ranks_has_its_reason(tmp_path):
+    """Only rank 0 says it; the others end before it without a word."""
+    ends = [
+        {"event": "end", "attempt": 0, "code": 2, "host": "n", "rank": rank, "time": 9 - rank}
+        for rank in range(3)
+    ]
+    ends[0]["error"], ends[1]["error"] = "--data /x is no folder", ""
+    said = "rank 0 on n: --data /x is no folder"
+    assert task.first_failure(ends, 0) == said
+    assert task.first_failure(ends[1:], 0) == "rank 2 on n: exit code 2 without a word"
+
+
+def test_a_rank_without_a_word_waits_for_the_reason_of_another(tmp_path, capsys):
+    """Whichever of them ends first."""
+    ranks = [task.Task("a", "b", [], "c", str(tmp_path)) for _ in range(2)]
+    for number, one in enumerate(ranks):
+        one.rank, one.ranks, one.last_error = number, 2, "" if number else "error: no such data"
+    later = threading.Timer(0.5, lambda: ranks[0].note("end", code=2, error="no such data"))
+    later.start()
+    with pytest.raises(SystemExit):
+        ranks[1].failed(2)
+    said = task.read_notes(tmp_path, "a")[-1]["error"]
+    assert "another rank ended: rank 0 on" in said and said.endswith("no such data")
+    assert said in capsys.readouterr().err
+
+
+def test_the_last_line_is_the_scripts_own(tmp_path):
+    """Behind a requeue or a cancel, as Slurm's versions write them."""
+    theirs = [
+        "submitit INFO (2026-11-26) - Job has timed out",
+        "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.",
+        "slurmstepd-vm: error: *** JOB 7 ON vm CANCELLED AT 2026-11-26T15:29:04 DUE TO JOB REQUEUE",
+        "slurmstepd: error: *** STEP 7.0 ON gpu-3.site CANCELLED AT 2026-11-26T15:29:04 ***",
+        "slurmd[vm]: error: *** JOB 7 CANCELLED ***",
+        "srun: error: vm: task 0: Terminated",
+    ]
+    log = tmp_path / "log"
+    log.write_text("\n".join(["epoch 3", "saved", *theirs, ""]))
+    assert status.log_lines(log)[-1] == "saved"
+    log.write_text("epoch 3 of " + "\n".join(theirs[2:]))
+    assert status.log_lines(log) == ["epoch 3 of"]
+    log.write_text("\n".join(theirs))
+    assert status.log_lines(log) == [] == status.log_lines(tmp_path / "none")
+
+
+def test_the_row_of_an_evaluation_shows_its_scores(tmp_path):
+    folder, ledger = recorded(tmp_path / "scratch", ["linear"], cluster="local")
+    written = tmp_path / "record.json", tmp_path / "record-knn.json"
+    for path, (protocol, value) in zip(written, [("linear", 68.2), ("kNN", 61.049)], strict=True):
+        path.write_text(json.dumps({"protocol": protocol, "value": value}))
+    log = folder / "1" / "jobs" / "50_0_0_log.out"
+    log.parent.mkdir(parents=True)
+    lines = [f"record: {written[0]} (python results/record.py add stores it)"]
+    lines += [f"record: {written[1]}", f"record: {tmp_path / 'gone.json'}"]
+    log.write_text("\n".join([*lines, ""]))
+    assert status.rows_of(folder, ledger, status.Queue())[0][4] == "linear 68.20, kNN 61.05"
+
+
 def test_a_slurm_that_does_not_answer_is_no_reason_to_call_jobs_lost(tmp_path, monkeypatch):
     folder, record = recorded(tmp_path, ["a"])
     fake(tmp_path / "bin", "squeue", ["nothing"], code=1)
@@ -750,7 +912,7 @@ def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
     folder, record = recorded(tmp_path / "scratch", ["run"], cluster="local")
     record["runs"][0]["folder"] = str(run)
     row = status.rows_of(folder, record, status.Queue())[0]
-    assert row[3:6] == ["40 of 50", "30.0%", "3 min"]
+    assert row[3:6] == ["40 of 50", "k-NN 30.0%", "3 min"]
     (run / "results.json").write_text(json.dumps({"step": 400, "knn": 0.456}))
     assert status.progress(str(run))["knn"] == 0.456  # of the last step, if it is no epoch's end
     (run / "results.json").write_text(json.dumps({"step": 200, "knn": 0.456}))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.augment import Draw, View, center_view, crop_only, draw_row, view_rng
 from common.data.images import ArrayImages, CenterView, Images, PackedImages
+from common.distributed import variable
 from common.errors import UserError
 from common.fast import pixels
 
@@ -256,7 +257,7 @@ def default_workers(ranks_here: int) -> int:
     """One loader process per CPU core of this rank, at most 16. Slurm may have given this task its
     own cores already, and then says how many.
     """
-    own = int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
+    own = variable("SLURM_CPUS_PER_TASK")
     return max(1, min(16, own or len(os.sched_getaffinity(0)) // ranks_here))
 
 
@@ -264,5 +265,5 @@ def ignore_stop_signals(worker: int) -> None:
     """Schedulers signal every process of a job; only the training process answers. (`command`
     ends workers that an error leaves behind, since they ignore the usual request.)
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

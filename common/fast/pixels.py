@@ -2,17 +2,21 @@
 
 `--input exact` (the default) takes this path, `--input reference` Pillow's own (`View.apply`), with
 the same draws. Every step rounds to uint8 where Pillow does, so that clipping after each change of
-colour is kept. The kernels are compiled once per machine and kept beside this file by numba.
+colour is kept. The kernels are compiled once per machine and kept beside this file by numba, if it
+can be written.
 
 Images are uint8 (H,W,4): one 32-bit word per pixel, as the JPEG decoder writes it; the fourth byte
 is never used. Behind the crop they are planes, uint8 (3,S,S).
 """
 
+import contextlib
 import functools
 import math
 import os
+import tempfile
 from pathlib import Path
 
+import numba
 import numpy as np
 import simplejpeg
 import torch
@@ -21,8 +25,32 @@ from PIL import Image
 from torch import Tensor
 
 from common.augment import MEAN, STD, Draw, View
+from common.errors import is_first_rank
 
-kernel = njit(cache=True, nogil=True, error_model="numpy")  # called from one thread per worker
+
+def cache() -> tuple[bool, str]:
+    """Whether numba can keep the kernels, and what to say of it: they go into a temporary folder of
+    this user where neither the code's folder nor a home takes files (containers).
+    """
+    beside = Path(__file__).parent / "__pycache__"
+    homeless = os.path.expanduser("~") == "~"  # numba would make a folder of this name
+    if not homeless or os.access(beside, os.W_OK) or os.environ.get("NUMBA_CACHE_DIR"):
+        with contextlib.suppress(RuntimeError):  # numba's, that it finds no place
+            njit(cache=True)(cache)
+            return True, ""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"selfsup-kernels-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise PermissionError  # numba runs what it reads there
+    except OSError:
+        return False, "cannot be kept anywhere, and are compiled at each start: set NUMBA_CACHE_DIR"
+    os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(folder)
+    return True, f"are kept in {folder}: no other folder can be written (NUMBA_CACHE_DIR)"
+
+
+KEPT, WHERE = cache()
+kernel = njit(cache=KEPT, nogil=True, error_model="numpy")  # called from one thread per worker
 inlined = njit(inline="always")
 
 HALF = np.int32(1 << 21)  # Pillow's weights have 22 fractional bits
@@ -477,15 +505,16 @@ def mean_and_std(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def has_compiled() -> bool:
-    """Whether numba's cache beside this file knows these kernels; a guess, for the message only."""
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
-    return any(folder.rglob("pixels.blur-*.nbi"))
+    """Whether numba's cache knows these kernels; a guess, for the message only."""
+    return KEPT and any(Path(blur.stats.cache_path).glob("pixels.blur-*.nbi"))
 
 
 @functools.cache
 def compile_kernels() -> None:
     """Compiles every kernel, or reads what was compiled before, so that workers inherit them."""
-    if not has_compiled() and os.environ.get("RANK", "0") == "0":
+    if WHERE and is_first_rank():
+        print(f"warning: the kernels of the input {WHERE}", flush=True)
+    if not has_compiled() and is_first_rank():
         print("compiling the kernels of the input: about 10 s, once per machine", flush=True)
     image = np.zeros((2, 2), np.uint32)
     planes = crop(image, (0, 0, 2, 2), 2, True, False)

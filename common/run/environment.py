@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "environment.json"
+NO_CODE = (":!results", ":!runs", ":!README.md")  # what results/report.py writes, and runs
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
 def commit() -> tuple[str, bool | None]:
     """(commit, dirty): of the checkout, or of the file .commit that a launcher wrote, else
-    ("unknown", None). Dirty: changes outside results/ and runs/. A launcher's snapshot may lie
-    within a checkout, so only a checkout with these very files at its root counts.
+    ("unknown", None). Dirty: changes outside NO_CODE. A launcher's snapshot may lie within a
+    checkout, so only a checkout with these very files at its root counts.
     """
     if (REPOSITORY / ".git").exists():
         try:
             head = git("rev-parse", "HEAD")
-            status = git("status", "--porcelain", "--", ".", ":!results", ":!runs")
-            return head, bool(status)
+            return head, bool(git("status", "--porcelain", "--", ".", *NO_CODE))
         except (OSError, subprocess.CalledProcessError):
             pass
     stored = REPOSITORY / ".commit"
@@ -37,6 +37,30 @@ def commit() -> tuple[str, bool | None]:
         words = stored.read_text().split()
         return words[0], "dirty" in words[1:]
     return "unknown", None
+
+
+def untraceable(head: str, dirty: bool | None) -> str:
+    """Why results/record.py will refuse what this code makes, and what helps; empty if it will not.
+    A run says so at its start, since nothing mends it later.
+    """
+    refused = "results/record.py will refuse its numbers"
+    if dirty is False:
+        return ""
+    if dirty and not (REPOSITORY / ".git").exists():
+        return f"this code was copied from a tree with uncommitted changes: {refused}"
+    if dirty:
+        changed = git("status", "--porcelain", "--", ".", *NO_CODE).splitlines()
+        names = [line.split(maxsplit=1)[-1] for line in changed]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"uncommitted changes ({', '.join(names[:3])}{more}): {refused}; commit them first"
+    try:
+        git("rev-parse", "HEAD"), git("status", "--porcelain")
+        why = f"{REPOSITORY} is no git checkout"
+    except OSError as error:
+        why = f"git cannot be started ({error.strerror})"
+    except subprocess.CalledProcessError as error:
+        why = "git does not tell it: " + " ".join(error.stderr.split())
+    return f"the commit of this code is unknown ({why}): {refused}"
 
 
 def git(*arguments: str) -> str:

@@ -88,7 +88,11 @@ def curve(records: list[dict[str, Any]], metric: str) -> list[tuple[float, float
 
 
 class Wandb:
-    """Weights & Biases, if asked for; a failure of it is said once and never stops a run."""
+    """Weights & Biases, if asked for; a failure of it is said once and never stops a run.
+
+    `wandb_id` in the folder holds the run's name there and the last step sent of each kind, so that
+    a continued run sends none twice.
+    """
 
     def __init__(self, enabled: bool, folder: Path, recipe: str, config: dict[str, Any]):
         self.run = None
@@ -97,27 +101,43 @@ class Wandb:
         try:
             import wandb
 
-            identity = folder / "wandb_id"
-            if not identity.exists():
-                identity.write_text(secrets.token_hex(4))
+            self.file = folder / "wandb_id"
+            words = self.file.read_text().split() if self.file.exists() else []
+            self.identity, *sent = words or [secrets.token_hex(4)]
+            self.sent = dict(zip(("step", "epoch"), map(int, sent or (-1, -1)), strict=True))
+            self.note()
+            tags = [tag.strip() for tag in config["wandb_tags"].split(",") if tag.strip()]
             self.run = wandb.init(
-                project="selfsup-recipes",
+                project=config["wandb_project"],
+                entity=config["wandb_entity"] or None,
+                group=config["wandb_group"] or None,
+                tags=tags or None,
                 name=f"{recipe} {folder.name}",
-                id=identity.read_text(),
+                id=self.identity,
                 resume="allow",
                 dir=folder,
                 config=config,
+                settings=wandb.Settings(quiet=True),
             )
+            self.run.define_metric("epoch/*", step_metric="epoch/epoch")
         except Exception as error:
             self.give_up(error)
 
+    def note(self) -> None:
+        files.write(self.file, " ".join([self.identity, *map(str, self.sent.values())]) + "\n")
+
     def log(self, records: list[dict[str, Any]]) -> None:
+        """Sends records at their own steps; those of one step become one row there."""
         if self.run is None:
             return
         try:
             for record in records:
-                kind = record["kind"]
-                self.run.log({f"{kind}/{n}": v for n, v in record.items() if n != "kind"})
+                kind, step = record["kind"], record["step"]
+                if step > self.sent[kind]:
+                    values = {f"{kind}/{n}": v for n, v in record.items() if n != "kind"}
+                    self.run.log(values, step=step)
+                    self.sent[kind] = step
+            self.note()
         except Exception as error:
             self.give_up(error)
 
@@ -125,7 +145,7 @@ class Wandb:
         if self.run is None:
             return
         try:
-            self.run.finish(quiet=True)
+            self.run.finish()
         except Exception as error:
             self.give_up(error)
 

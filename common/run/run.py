@@ -52,6 +52,7 @@ from common.run.calibrate import calibrated
 from common.run.flags import config_hash, gpu_is_there, snapshot_epochs
 from common.run.folder import Folder, choose, facts_of_run
 from common.run.monitors import effective_rank, embedding_std, neighbour_purity, self_matches
+from common.run.ranks import start
 from common.run.readable import readable
 from common.run.signals import StopRequests
 from common.support_set import SupportSet
@@ -97,7 +98,7 @@ class Run:
 
     def __init__(self, recipe: str, config: Any):
         self.recipe, self.config = recipe, config
-        self.device = distributed.start()
+        self.device = start()
         if self.device.type == "cpu":
             keep_freed_memory()
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
@@ -279,6 +280,8 @@ class Run:
         if self.last_step < self.total_steps:
             self.say(f"stops at step {self.last_step} of {self.total_steps} (--max-steps)")
         self.say(f"run folder: {self.folder}")
+        if why := environment.untraceable(self.store.commit, self.store.dirty):
+            self.warn(why)
 
     def warn_of_long_queue(self, size: int) -> None:
         if size > len(self.train) / 2:

@@ -4,11 +4,13 @@ import os
 import signal
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequests:
-    """While active, notes stop signals instead of dying of them; a second SIGINT quits at once."""
+    """While active, notes stop signals instead of dying of them; a second SIGINT quits at once. A
+    SIGHUP that is ignored, as nohup has it, stays so.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -16,6 +18,8 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self.before[number] = signal.signal(number, self.note)
         return self
 

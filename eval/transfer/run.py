@@ -30,6 +30,7 @@ from common.run import environment
 from common.run.calibrate import calibrated
 from common.run.flags import parse
 from common.run.folder import finished_record
+from common.run.output import outlast_readers
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, load_encoder, record_fields
 from eval.evaluation import EncoderConfig
@@ -83,6 +84,7 @@ class Transfer:
 
     def __init__(self, config: TransferConfig):
         self.config = config
+        outlast_readers()
         self.root = Path(config.root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"--root {self.root}: no such folder; prepare.py makes and fills it")
@@ -100,6 +102,9 @@ class Transfer:
         self.workers = config.workers if config.workers >= 0 else default_workers(1)
         self.requests = StopRequests()
         self.environment = environment.describe(self.device, 1)
+        told = self.environment["commit"], self.environment["dirty"]
+        if why := environment.untraceable(*told):
+            print(f"warning: {why}", flush=True)
 
     def load(self) -> tuple[nn.Module, dict[str, Any]]:
         """The encoder on its device; UserError for a size that it cannot take."""
