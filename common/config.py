@@ -56,6 +56,7 @@ ARCHS = Literal[
     "tiny",
 ]
 DATASETS = Literal["imagenet", "imagefolder", "cifar10", "photos"]
+MAX_PIXELS = 200_000_000  # of an image that is decoded: 0.8 GB in memory, ours
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -137,6 +138,7 @@ class RunConfig:
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
     # skip: name an unreadable image and train on the next; k-NN leaves it out
     on_bad_image: Literal["stop", "skip"] = free("stop")
+    max_pixels: PositiveInt = free(MAX_PIXELS)  # a larger image counts as unreadable
     plan_name: str = free("")  # name of the run in results/plan.yaml, for its record
     config: str = free("")  # YAML file with values for these flags; flags win over it
 

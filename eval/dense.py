@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from common import distributed
-from common.config import free
+from common.config import MAX_PIXELS, free
+from common.data.images import UNREADABLE, open_image, said
 from common.errors import UserError
 from common.run import backbone
 from common.run.results import duration
@@ -188,14 +189,15 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def load_image(path: str | Path, upright: bool = True) -> Image.Image:
+def load_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image, `upright` as its camera says; UserError that names an unreadable file."""
     try:
-        with Image.open(path) as image:
+        with open_image(path, max_pixels) as image:
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        text = str(error).replace(f" {str(path)!r}", "")
-        raise UserError(f"{path} cannot be read ({text}): mend it or fetch it again") from None
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path} cannot be read ({said(error, path)}): mend it or fetch it again"
+        ) from None
 
 
 def or_error(load: Callable[[], Any]) -> Any:

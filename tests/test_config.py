@@ -396,6 +396,7 @@ FREE |= {
     "download",
     "config",
     "on_bad_image",
+    "max_pixels",
     "max_steps",
     "snapshot_epochs",
     "plan_name",

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from common.config import MAX_PIXELS
 from common.data import shards
 from common.data.images import FolderImages
 from common.data.sets import load_dataset
@@ -157,7 +158,8 @@ def pack(arguments: argparse.Namespace) -> None:
     """Packs the folder --data."""
     if shards.is_packed(arguments.data.expanduser()):
         raise UserError(f"--data {arguments.data} is packed already")
-    train, val = load_dataset(arguments.dataset, str(arguments.data))
+    limit = arguments.max_pixels
+    train, val = load_dataset(arguments.dataset, str(arguments.data), max_pixels=limit)
     pack_splits({"train": train} if val is None else {"train": train, "val": val}, arguments)
 
 
@@ -220,6 +222,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-mb", type=int, default=1024, help="size of a shard in MiB (1024)")
     parser.add_argument(
         "--resize", type=int, default=0, help="shorter side of larger images; 0: original files"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, help="--resize refuses a larger image"
     )
     arguments = parser.parse_args(argv)
     if arguments.shard_mb < 1 or arguments.resize < 0:
