@@ -14,6 +14,7 @@ resume, features over ranks, accuracies, and the record.
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -129,6 +130,7 @@ class Evaluation:
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
         self.unreadable: dict[str, int] = {}
+        self.unreadable_names: set[str] = set()  # of training images, as in lists
         if getattr(config, "on_bad_image", "stop") == "skip":
             self.leave_out_unreadable()
         self.seconds_before = 0.0
@@ -178,6 +180,10 @@ class Evaluation:
             setattr(self, name, readable(images, what, self.workers))
             if count := len(images) - len(getattr(self, name)):
                 self.unreadable[what] = count
+                if what == "training":
+                    kept = {*self.train.paths.tolist()}
+                    gone = [path for path in images.paths.tolist() if path not in kept]
+                    self.unreadable_names = {*map(os.fsdecode, gone)}
 
     def choose_folder(self, name: str) -> Path:
         """--output, else a folder in the run, else one below runs/eval/."""

@@ -22,6 +22,7 @@ from common.fast import pixels
 
 Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own, which a flag raises
 # what Pillow raises at files that are damaged, cut short or not what their names say
+SKIP_HINT = ", or use --on-bad-image skip"
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error)
 
 
@@ -81,8 +82,7 @@ class FolderImages:
                 return as_rgb(image)
         except UNREADABLE as error:
             raise UserError(
-                f"{path} cannot be read ({said(error, path)}): mend or remove it, or use "
-                "--on-bad-image skip",
+                f"{path} cannot be read ({said(error, path)}): mend or remove it{SKIP_HINT}",
                 this_rank=True,
             ) from None
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.config import MAX_PIXELS
 from common.data import shards
-from common.data.images import FolderImages
+from common.data.images import SKIP_HINT, FolderImages
 from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
 from common.files import replacing, write
@@ -65,7 +65,10 @@ def content(images: FolderImages, number: int, resize: int) -> bytes:
         raise UserError(f"{images.path(number)} cannot be read ({error.strerror})") from None
     if not resize:
         return data
-    image = images.load(number)
+    try:
+        image = images.load(number)
+    except UserError as error:  # whose hint is no flag here
+        raise UserError(str(error).removesuffix(SKIP_HINT)) from None
     if min(image.size) <= resize:
         return data
     scale = resize / min(image.size)

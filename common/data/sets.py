@@ -12,7 +12,7 @@ import numpy as np
 
 from common.config import MAX_PIXELS
 from common.data import photos, shards
-from common.data.images import ArrayImages, FolderImages, Images, PackedImages
+from common.data.images import SKIP_HINT, ArrayImages, FolderImages, Images, PackedImages
 from common.errors import UserError, is_disk_error, nearest_path, say_once
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -330,8 +330,7 @@ def cifar10_folder(root: Path, split: str, expected: int) -> ArrayImages:
         try:
             image = files.load(index)
         except UserError as error:  # all ranks read all of CIFAR-10 at the start
-            text = str(error).removesuffix(", or use --on-bad-image skip")
-            raise UserError(text) from None
+            raise UserError(str(error).removesuffix(SKIP_HINT)) from None
         if image.size != (32, 32):
             raise UserError(
                 f"{files.path(index)} is {image.width}x{image.height}: CIFAR-10's images are 32x32",
