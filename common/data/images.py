@@ -21,8 +21,8 @@ from common.errors import UserError
 from common.fast import pixels
 
 Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own, which a flag raises
-# what Pillow raises at files that are damaged, cut short or not what their names say
 SKIP_HINT = ", or use --on-bad-image skip"
+# what Pillow raises at files that are damaged, cut short or not what their names say
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error)
 
 
