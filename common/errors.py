@@ -77,7 +77,7 @@ def say_error(message: str) -> None:
 def say_once(text: str) -> None:
     """What a user should know and may not have meant, on standard output, by rank 0, once."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", flush=True)
+        print(f"note: {text.encode(errors='backslashreplace').decode()}", flush=True)
 
 
 def lost_peer(error: RuntimeError) -> bool:

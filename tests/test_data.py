@@ -1,5 +1,6 @@
 """Datasets, the order of samples, and what is said about wrong folders."""
 
+import contextlib
 import gc
 import hashlib
 import io
@@ -316,6 +317,19 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert "1 hidden images ('dog/._1.png')" in line
     load_dataset("imagenet", str(tmp_path))
     assert capsys.readouterr().out == ""  # said once
+
+
+def test_names_that_are_no_text_can_be_said(tmp_path):
+    write_images(tmp_path, *(f"{name}/1.png" for name in ("train/a", "val/a")))
+    (tmp_path / "train" / "a" / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    for side in ("train", "val"):
+        (tmp_path / side).rename(folder / side)
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as a terminal, and not as pytest
+    with contextlib.redirect_stdout(said):
+        load_dataset("imagenet", str(folder))
+    assert b"\\udcff/train: left out are 1 files" in said.buffer.getvalue()
 
 
 @pytest.mark.parametrize(

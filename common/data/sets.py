@@ -55,9 +55,9 @@ def load_dataset(
         return train, None
     val = read("val")
     if val.labels is None or train.labels is None:
-        flat, how = ("train", "") if train.labels is None else ("val", how_to_sort(val))
+        flat, hint = ("train", "") if train.labels is None else ("val", how_to_sort(val))
         say_once(
-            f"{root}: {flat}/ has no class folders{how}, so the {len(val):,} images of val/ are "
+            f"{root}: {flat}/ has no class folders{hint}, so the {len(val):,} images of val/ are "
             "left out: no k-NN, no evaluation"
         )
         return train, None

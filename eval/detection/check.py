@@ -57,6 +57,8 @@ def check_truth(images: Detections, masks: bool) -> None:
     flat, bare = [], []
     for image in images.images:
         for one in images.objects[image["id"]]:
+            if one.get("iscrowd"):  # neither found nor missed
+                continue
             if not has_extent(one):
                 flat.append((one, image))
             shape = outline(one, image["width"], image["height"]) if masks else True
