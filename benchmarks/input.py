@@ -31,6 +31,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
 from common.augment import two_views
+from common.config import MAX_PIXELS
 from common.data.images import ArrayImages, FolderImages, Images
 from common.data.loaders import ViewDataset
 from common.data.photos import PHOTOS, SIDE, patches, read_photo
@@ -172,7 +173,7 @@ def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, in
     if not isinstance(data[0], bytes):
         return found
     found["decoding alone, Pillow"] = lambda epoch, n: pil(data[n])
-    found["decoding alone, ours"] = lambda epoch, n: pixels.decode_jpeg(data[n])
+    found["decoding alone, ours"] = lambda epoch, n: pixels.decode_jpeg(data[n], MAX_PIXELS)
     return found
 
 

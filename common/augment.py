@@ -222,18 +222,3 @@ def view_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Generat
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> uint8 (3,H,W)."""
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
-
-
-def center_view(
-    image: Image.Image, size: int, interpolation: str = "bilinear", square: bool = False
-) -> Tensor:
-    """The view of evaluations: shorter side to size/0.875 (256 for 224) and the central square of
-    `size`; `square` resizes both sides so, whatever the aspect (GSG's main_knn.py). An image that
-    has just this size is taken as it is.
-    """
-    if image.size != (size, size):
-        side = round(size / 0.875)
-        mode = F.InterpolationMode(interpolation)
-        image = F.resize(image, [side, side] if square else side, mode)
-        image = F.center_crop(image, [size, size])
-    return to_tensor(image)

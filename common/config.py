@@ -39,6 +39,7 @@ ARCHS = Literal[
     "resnet_lab",
 ]
 DATASETS = Literal["imagenet", "imagefolder", "cifar10", "photos"]
+MAX_PIXELS = 200_000_000  # of an image that is decoded: 0.8 GB in memory, ours
 
 # Small images, for every recipe; each adds its own fields. GSG App. B.2 and C.2, "the default setup
 # of lightly": epochs (secondary: the paper too), rate and decay are its CIFAR-10 benchmark's, the
@@ -116,5 +117,6 @@ class RunConfig:
     wandb_tags: str = free("")  # tags of --wandb, with commas between them
     # skip: name an unreadable image and train on the next; k-NN leaves it out
     on_bad_image: Literal["stop", "skip"] = free("stop")
+    max_pixels: PositiveInt = free(MAX_PIXELS)  # a larger image counts as unreadable
     plan_name: str = free("")  # name of the run in results/plan.yaml, for its record
     config: str = free("")  # YAML file with values for these flags; flags win over it

@@ -1,6 +1,7 @@
 """One clear line for a mistake, and the exit codes of every command."""
 
 import errno
+import functools
 import multiprocessing
 import os
 import signal
@@ -78,6 +79,13 @@ def is_first_rank() -> bool:
 
 def say_error(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """What a user should know and may not have meant, on standard output, by rank 0, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text.encode(errors='backslashreplace').decode()}", flush=True)
 
 
 def lost_peer(error: RuntimeError) -> bool:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
-from common.augment import center_view
 from common.data.images import CenterView, Images
 from common.data.loaders import center_batches
 from common.errors import UserError
+from common.fast.center import center_view
 from common.fast.pixels import to_input
 from common.models import full_precision
 

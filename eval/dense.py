@@ -5,7 +5,8 @@ for a number of iterations and continued at any of them.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import distributed
-from common.config import free
+from common.config import MAX_PIXELS, free
+from common.data.images import UNREADABLE, open_image, said
 from common.errors import UserError
 from common.run import backbone
 from common.run.results import duration
@@ -25,6 +28,7 @@ from eval.evaluation import Evaluation, TrainingConfig
 
 RESNETS = ("resnet50", "resnet18")
 LOG_EVERY = 20  # iterations between lines of metrics.jsonl, as detectron2 and ssl-transfer
+THREADS = 16  # that read headers of files
 SAY_TIMES = 20  # lines on the screen over a training
 
 
@@ -188,14 +192,33 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def load_image(path: str | Path, upright: bool = True) -> Image.Image:
+def load_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image, `upright` as its camera says; UserError that names an unreadable file."""
     try:
-        with Image.open(path) as image:
+        with open_image(path, max_pixels) as image:
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        text = str(error).replace(f" {str(path)!r}", "")
-        raise UserError(f"{path} cannot be read ({text}): mend it or fetch it again") from None
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path} cannot be read ({said(error, path)}): mend it or fetch it again"
+        ) from None
+
+
+def check_each(items: Sequence, problem: Callable[[Any], str | None], what: str) -> None:
+    """UserError that counts the items of which `problem` says something, and says the first. Each
+    rank takes its share, by threads, which wait for the file system.
+    """
+    own = [items[i] for i in per_rank(len(items))]
+    quiet = True if distributed.rank() else None  # None: where there is a terminal
+    bar = tqdm(total=len(own), desc="checking files", leave=False, disable=quiet, unit="file")
+    wrong = []
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for text in pool.map(problem, own):
+            wrong += [text] if text else []
+            bar.update()
+    if wrong := gathered(wrong):
+        raise UserError(
+            f"{len(wrong):,} of {len(items):,} {what}, the first: {wrong[0]}: fetch them again"
+        )
 
 
 def or_error(load: Callable[[], Any]) -> Any:

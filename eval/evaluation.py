@@ -14,6 +14,7 @@ resume, features over ranks, accuracies, and the record.
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +29,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import distributed
-from common.augment import center_view, two_views
-from common.config import DATASETS, NotNegative, PositiveInt, Seed, Workers, free
+from common.augment import two_views
+from common.config import DATASETS, MAX_PIXELS, NotNegative, PositiveInt, Seed, Workers, free
 from common.data.images import Images
 from common.data.loaders import default_workers
 from common.data.sets import load_dataset
 from common.data.splits import split_classes
 from common.errors import Stopped, UserError
+from common.fast.center import center_view
 from common.files import write
 from common.knn import extract_features, rank_share
 from common.run import checkpoint, environment, metrics
@@ -66,6 +68,7 @@ class EncoderConfig:
     output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
     workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
+    max_pixels: PositiveInt = free(MAX_PIXELS)  # a larger image counts as unreadable
     method: str = ""  # name of a foreign checkpoint's method in the record; ours say their own
     # what a foreign checkpoint was trained on, for the record
     pretrained_on: Literal["ImageNet-1k", "CIFAR-10", "photos", "other"] = "other"
@@ -128,6 +131,7 @@ class Evaluation:
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
         self.unreadable: dict[str, int] = {}
+        self.unreadable_names: set[str] = set()  # of training images, as in lists
         if getattr(config, "on_bad_image", "stop") == "skip":
             self.leave_out_unreadable()
         self.seconds_before = 0.0
@@ -159,7 +163,8 @@ class Evaluation:
 
     def load_images(self) -> tuple[Images, Images]:
         """Training and labelled test images; UserError where labels are missing."""
-        train, test = load_dataset(self.config.dataset, self.config.data)
+        config = self.config
+        train, test = load_dataset(config.dataset, config.data, max_pixels=config.max_pixels)
         if test is None or train.labels is None:
             raise UserError(
                 f"{self.config.data} has no labelled train/ and val/: evaluations need class "
@@ -176,6 +181,10 @@ class Evaluation:
             setattr(self, name, readable(images, what, self.workers))
             if count := len(images) - len(getattr(self, name)):
                 self.unreadable[what] = count
+                if what == "training":
+                    kept = {*self.train.paths.tolist()}
+                    gone = [path for path in images.paths.tolist() if path not in kept]
+                    self.unreadable_names = {*map(os.fsdecode, gone)}
 
     def choose_folder(self, name: str) -> Path:
         """--output, else a folder in the run, else one below runs/eval/."""

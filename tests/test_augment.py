@@ -476,18 +476,3 @@ def test_input_by_look_up_is_what_a_gpu_computes(dtype):
     assert torch.equal(out, views.to(dtype).div_(255).sub_(mean).div_(std))  # the same operations
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert to_input(views[:0], torch.device("cpu"), dtype).shape == (0, 3, 32, 7)
-
-
-@pytest.mark.parametrize(("photo", "size"), [("coffee", 224), ("clock_motion", 224), ("text", 32)])
-def test_evaluation_view_is_resize_and_center_crop(photo, size):
-    image = read_photo(photo)
-    assert image.width != image.height
-    shorter = {224: 256, 32: 37}[size]  # the usual 256 for 224, the same ratio for others
-    expected = T.Compose([T.Resize(shorter), T.CenterCrop(size)])(image)
-    out = augment.center_view(image, size).permute(1, 2, 0)
-    np.testing.assert_array_equal(out.numpy(), pixels(expected))
-
-
-def test_evaluation_view_keeps_an_image_of_its_own_size(patch):
-    out = augment.center_view(patch, 96).permute(1, 2, 0)
-    np.testing.assert_array_equal(out.numpy(), pixels(patch))

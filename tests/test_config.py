@@ -398,6 +398,7 @@ FREE |= {
     "download",
     "config",
     "on_bad_image",
+    "max_pixels",
     "max_steps",
     "snapshot_epochs",
     "geometry_points",

@@ -1,5 +1,6 @@
 """Datasets, the order of samples, and what is said about wrong folders."""
 
+import contextlib
 import gc
 import hashlib
 import io
@@ -7,14 +8,17 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import re
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from paper_views import cifar_view
-from PIL import Image
+from PIL import Image, ImageFile
 
 from common.augment import view_rng
 from common.data import photos
@@ -233,10 +237,17 @@ WRONG = {  # dataset, images, empty folders, the folder that the message names, 
     "empty class": ("imagenet", FULL, ("train/eel",), "train/eel", "no images"),
     "empty class in imagefolder": ("imagefolder", FULL, ("train/eel",), "train/eel", "no images"),
     "empty class in val": ("imagenet", FULL[:3], ("val/dog",), "val/dog", "no images"),
-    "flat imagenet": ("imagenet", ("train/1.png", *FULL[2:]), (), "train", "imagefolder"),
-    "flat val in imagenet": ("imagenet", (*FULL[:2], "val/1.png"), (), "val", "imagefolder"),
-    "fewer classes in val": ("imagenet", FULL[:3], (), "", "dog"),
-    "other classes in val": ("imagefolder", (*FULL, "val/fox/1.png"), (), "", "fox"),
+    "flat imagenet": ("imagenet", ("train/1.png", *FULL[2:]), (), "train", "one tar file for each"),
+    "flat val in imagenet": ("imagenet", (*FULL[:2], "val/1.png"), (), "val", "valprep.sh"),
+    "flat cifar10": ("cifar10", ("train/1.png", "test/cat/1.png"), (), "train", "train/CLASS/"),
+    "fewer classes in val": ("imagenet", FULL[:3], (), "", "1 in train/ alone ('dog')"),
+    "other classes in val": (
+        "imagefolder",
+        (*FULL, "val/x/1.png"),
+        (),
+        "",
+        "1 in val/ alone ('x')",
+    ),
     "cifar10 without train": ("cifar10", ("test/cat/1.png",), (), "", "train/"),
     "cifar10 without test": ("cifar10", FULL[:2], (), "", "test/"),
 }
@@ -259,6 +270,80 @@ def test_wrong_layout_is_named_with_its_folder(tmp_path, case):
         (tmp_path / name).mkdir(parents=True)
     message = refused(dataset, str(tmp_path))
     assert f"{tmp_path}/{folder}".rstrip("/") in message and said in message
+    assert "imagefolder" not in message  # which would lose the labels
+
+
+def test_class_folders_that_differ_in_unicode_form_are_said_to(tmp_path):
+    write_images(tmp_path, *FULL, "train/caf\u00e9/1.png", "val/cafe\u0301/1.png")
+    message = refused("imagenet", str(tmp_path))
+    assert "1 class folders of train/ and val/ differ in Unicode form alone" in message
+    assert r"'caf\xe9' and 'cafe\u0301'" in message and "convmv" in message
+    write_images(tmp_path, "train/cafe\u0301/1.png", "val/caf\u00e9/1.png")
+    assert f"{tmp_path}/train has 2 class folders whose names" in refused("imagenet", str(tmp_path))
+
+
+LOOPS = {"--data": "set", "train": "set/train", "val": "set/val", "a class": "set/train/eel"}
+
+
+@pytest.mark.parametrize("place", LOOPS)
+def test_a_link_to_itself_is_named(tmp_path, place):
+    write_images(tmp_path / "set", *FULL)
+    link = tmp_path / LOOPS[place]
+    if link.exists():
+        link.rename(tmp_path / "moved")
+    link.symlink_to(link)
+    message = refused("imagefolder", str(tmp_path / "set"))
+    assert str(link) in message and "is a link to nothing, or to itself" in message
+
+
+def test_a_class_that_is_a_link_back_up_is_named(tmp_path):
+    write_images(tmp_path, *FULL)
+    (tmp_path / "train" / "eel").symlink_to(tmp_path)
+    message = refused("imagenet", str(tmp_path))
+    assert f"{tmp_path}/train/eel is a link to a folder that holds it" in message
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    write_images(tmp_path, *FULL, "train/cat/more/1.png", "train/2.png", "train/3.png")
+    for name in ("train/cat/list.txt", "train/dog/1.jfif", "train/dog/._1.png", "val/.DS_Store"):
+        (tmp_path / name).write_text("")
+    train, val = load_dataset("imagenet", str(tmp_path))
+    assert len(train) == len(val) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: {tmp_path}/train: left out are ")
+    assert "2 images beside the class folders ('2.png', '3.png')" in line
+    assert "1 folders inside folders of images ('cat/more')" in line
+    assert "2 files without an image's ending ('cat/list.txt', 'dog/1.jfif')" in line
+    assert "1 hidden images ('dog/._1.png')" in line
+    load_dataset("imagenet", str(tmp_path))
+    assert capsys.readouterr().out == ""  # said once
+
+
+def test_names_that_are_no_text_can_be_said(tmp_path):
+    write_images(tmp_path, *(f"{name}/1.png" for name in ("train/a", "val/a")))
+    (tmp_path / "train" / "a" / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    for side in ("train", "val"):
+        (tmp_path / side).rename(folder / side)
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as a terminal, and not as pytest
+    with contextlib.redirect_stdout(said):
+        load_dataset("imagenet", str(folder))
+    assert b"\\udcff/train: left out are 1 files" in said.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (("train/1.png", *FULL[2:]), "train/ has no class folders, so the 2 images of val/ are"),
+        ((*FULL[:2], "val/ILSVRC2012_val_00000001.JPEG"), "valprep.sh of .* so the 1 images of"),
+    ],
+)
+def test_test_images_that_are_left_out_are_counted(tmp_path, capsys, images, said):
+    write_images(tmp_path, *images)
+    assert load_dataset("imagefolder", str(tmp_path))[1] is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert str(tmp_path) in line and re.search(said, line)
 
 
 def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path):
@@ -429,6 +514,67 @@ def test_text_or_nothing_in_place_of_an_image_is_named(tmp_path):
         with pytest.raises(UserError) as error:
             images.load(index)
         assert str(error.value).count(images.path(index)) == 1
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG file of a few bytes that claims so many pixels."""
+    content = b"\x89PNG\r\n\x1a\n"
+    sizes = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for part in (b"IHDR" + sizes, b"IDAT", b"IEND"):
+        content += struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+    return content
+
+
+def coded(form: str) -> bytes:
+    written = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(written, form)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "PPM", "JPEG", "TIFF", "WEBP"])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path, form, monkeypatch):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "1.png").write_bytes(coded(form))
+    images, _ = load_dataset("imagefolder", str(tmp_path), max_pixels=60_000)
+    assert images.load_array(0).shape == (200, 300, 4)
+    images, _ = load_dataset("imagefolder", str(tmp_path), max_pixels=59_999)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # nothing is decoded
+    for read in (images.load, images.load_array):
+        with pytest.raises(UserError) as error:
+            read(0)
+        message = str(error.value)
+        assert images.path(0) in message and "\n" not in message
+        assert "300x200 is 60,000 pixels, more than --max-pixels 59999" in message
+
+
+@pytest.mark.parametrize("height", [100_001, 2**31 - 1])
+def test_two_hundred_million_pixels_are_the_limit(tmp_path, height):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "1.png").write_bytes(claiming(2000, height))
+    images, _ = load_dataset("imagefolder", str(tmp_path))
+    text = f"2000x{height} is {2000 * height:,} pixels, more than --max-pixels 200000000"
+    with pytest.raises(UserError, match=f"{text}.*--on-bad-image skip"):
+        images.load(0)
+
+
+def test_an_image_beyond_memory_is_named(tmp_path, monkeypatch):
+    images = broken_folder(tmp_path, bad=())
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: raise_memory_error())
+    with pytest.raises(UserError, match=r"0\.jpg cannot be read \(out of memory\)"):
+        images.load(0)
+
+
+def raise_memory_error() -> None:
+    raise MemoryError
+
+
+def test_skip_takes_the_next_image_for_one_of_too_many_pixels(tmp_path):
+    images = broken_folder(tmp_path, bad=())
+    Image.new("RGB", (65, 64)).save(images.path(2))
+    images.max_pixels = 64 * 64
+    _, samples, problems, stop = load_epoch(images, skip=True)
+    assert not stop and 2 not in samples.tolist()
+    assert len(problems) == 1 and f"{images.path(2)} cannot be read (65x64 is" in problems[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

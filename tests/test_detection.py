@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import interrupted, only_error, run_script
 from dense_miniatures import COCO_IDS, ELLIPSE, HEIGHT, RECTANGLE, WIDTH, coco, picture, voc
+from PIL import Image
 from torch import nn
 
 from common.errors import UserError, command
 from common.models import build_encoder
 from common.run import metrics
 from eval.dense import same_features
+from eval.detection import check, data, scores, torchvision_backend
 from eval.detection import convert as converter
-from eval.detection import data, scores, torchvision_backend
 from eval.detection import detectron2_names as names
 from eval.detection import run as train
 from eval.detection.settings import PROTOCOLS, Settings, parse_overrides
@@ -272,6 +273,153 @@ def test_wrong_layouts(tmp_path, break_it, error):
     with pytest.raises(UserError, match=error):
         data.load(["coco_2017_train"], str(tmp_path), "COCO2017")
         data.load(["coco_2017_val"], str(tmp_path), "COCO2017")
+
+
+# -- what cannot be -------------------------------------------------------------------------------
+
+EDGE = {"size": [HEIGHT, WIDTH]}
+SHAPELESS = {
+    "no outline": {"segmentation": []},
+    "outline of two points": {"segmentation": [[5, 5, 20, 20]]},
+    "outline of an odd number": {"segmentation": [[5, 5, 20, 20, 9, 9, 3]]},
+    "run lengths of another image": {"segmentation": {"size": [5, 5], "counts": [0, 25]}},
+    "run lengths cut short": {"segmentation": EDGE | {"counts": [0, 25]}},
+    "no width": {"bbox": [3, 4, 0, 5]},
+    "negative height": {"bbox": [3, 4, 5, -2]},
+    "hardly a width": {"bbox": [100, 4, 1e-6, 5]},
+}
+
+
+def edit(root, part, change):
+    """Changes an annotation file of the miniature by a function of its content."""
+    path = root / "annotations" / f"instances_{part}2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def loaded(root, part):
+    return data.load([f"coco_2017_{part}"], str(root), "COCO2017")
+
+
+@pytest.mark.parametrize("case", SHAPELESS)
+def test_objects_without_a_shape_do_not_train_and_are_counted(tmp_path, capsys, case):
+    root = coco(tmp_path / "coco", 2, 1)
+    whole = loaded(root, "train").fingerprint()
+    edit(root, "train", lambda content: content["annotations"][0].update(SHAPELESS[case]))
+    images = loaded(root, "train")
+    assert ("bbox" in SHAPELESS[case]) == (images.fingerprint() != whole)
+    check.leave_out_shapeless(images, masks=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    kind = check.FLAT if "bbox" in SHAPELESS[case] else check.BARE
+    file = root / "train2017" / f"{0:012d}.jpg"
+    assert f"1 objects {kind} (the first 1 of {file})" in line
+    assert "1 images without objects" in line  # the third
+    assert images.shapeless == {1}
+    for epoch in range(2):
+        _, target = data.Examples(images, 0, masks=True)[epoch, 0]
+        assert len(target["boxes"]) == len(target["masks"]) == 1
+        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+
+
+def test_of_an_outline_the_parts_of_two_points_go(tmp_path):
+    root = coco(tmp_path / "coco", 2, 1)
+    edit(root, "train", lambda c: c["annotations"][0]["segmentation"].insert(0, [5, 5, 20, 20]))
+    images = loaded(root, "train")
+    check.leave_out_shapeless(images, masks=True)
+    assert images.shapeless == set()
+    masks = data.Examples(images, 0, masks=True)[0, 0][1]["masks"]
+    assert torch.equal(masks.sum((1, 2)) > 1000, torch.tensor([True, True]))
+
+
+@pytest.mark.parametrize("case", SHAPELESS)
+def test_objects_without_a_shape_in_scoring(tmp_path, capsys, case):
+    """pycocotools stumbles over most, at the end of the training, or takes two points for a box."""
+    root = coco(tmp_path / "coco", 2, 2)
+    edit(root, "val", lambda content: content["annotations"][1].update(SHAPELESS[case]))
+    images, file = loaded(root, "val"), root / "val2017" / f"{1000:012d}.jpg"
+    if "bbox" in SHAPELESS[case]:
+        check.check_truth(images, masks=True)
+        assert f"1 objects {check.FLAT} (the first 2 of {file}) count as" in capsys.readouterr().out
+        return
+    check.check_truth(images, masks=False)
+    with pytest.raises(UserError, match="cannot be scored") as error:
+        check.check_truth(images, masks=True)
+    assert f"1 objects {check.BARE} (the first 2 of {file})" in str(error.value)
+
+
+def test_two_points_first_are_not_scored_as_a_box(tmp_path):
+    root = coco(tmp_path / "coco", 2, 2)
+    edit(root, "val", lambda c: c["annotations"][0]["segmentation"].insert(0, [5, 5, 20, 20]))
+    with pytest.raises(UserError, match="cannot be scored"):
+        check.check_truth(loaded(root, "val"), masks=True)
+
+
+FIELDS = {
+    "category": ("annotations", {"category_id": 12}, "category 12"),
+    "bbox": ("annotations", {"bbox": []}, r"object 1 of image 0: box \[\]"),
+    "size": ("images", {"width": None}, "is no COCO annotation file"),
+    "twice": ("images", {"id": 1}, "1 images are listed twice, the first is 1"),
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_annotations_that_cannot_be_are_one_line(tmp_path, case):
+    root = coco(tmp_path / "coco", 2, 1)
+    part, values, said = FIELDS[case]
+    edit(root, "train", lambda content: content[part][0].update(values))
+    with pytest.raises(UserError, match=said):
+        loaded(root, "train")
+
+
+def test_objects_of_unlisted_images_are_counted(tmp_path, capsys):
+    root = coco(tmp_path / "coco", 2, 1)
+    edit(root, "train", lambda content: content["annotations"][0].update({"image_id": 77}))
+    loaded(root, "train")
+    assert "left out are 1 objects of images that are not listed" in capsys.readouterr().out
+
+
+def test_files_that_are_not_as_annotated_are_named_with_their_count(tmp_path):
+    root = coco(tmp_path / "coco", 4, 1)
+    images = loaded(root, "train")
+    check.check_files(images, 10**6)
+    files = [root / "train2017" / f"{n:012d}.jpg" for n in range(4)]
+    turned = Image.Exif()
+    turned[check.ORIENTATION] = 6
+    with Image.open(files[1]) as image:  # lies on its side, and is turned upright when it is read
+        image.transpose(Image.Transpose.ROTATE_90).save(files[1], exif=turned)
+    check.check_files(images, 10**6)
+    with pytest.raises(UserError, match=f"{WIDTH * HEIGHT:,} pixels, more than --max-pixels 9999"):
+        check.check_files(images, 9999)
+    with Image.open(files[2]) as image:
+        image.resize((WIDTH, HEIGHT + 1)).save(files[2])
+    files[3].unlink()
+    with pytest.raises(UserError, match="2 of 5 images of COCO2017 are not as annotated") as error:
+        check.check_files(images, 10**6)
+    text = f"{files[2]} has {WIDTH}x{HEIGHT + 1} pixels, its annotation says {WIDTH}x{HEIGHT}"
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("task", ["coco_mask_rcnn_R50_FPN_1x", "voc_faster_rcnn_R50_FPN"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_missing_file_stops_both_tasks_before_they_train(tmp_path, capsys, task, part):
+    coco(tmp_path / "coco", 2, 1)
+    voc(tmp_path / "VOCdevkit", 2, 2)
+    folder = {"train": "train2017", "test": "val2017"}[part]
+    if task.startswith("voc"):
+        names = {
+            "train": "VOC2012/JPEGImages/2008_000005.jpg",
+            "test": "VOC2007/JPEGImages/000003.jpg",
+        }
+        path = tmp_path / "VOCdevkit" / names[part]
+    else:
+        path = next((tmp_path / "coco" / folder).glob("*.jpg"))
+    path.unlink()
+    arguments = flags(tmp_path, tmp_path / "run", "--backend", "torchvision", override="")
+    assert run_in_process(*arguments, "--task", task) == 2
+    assert f"the first: {path} is missing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # -- scores ---------------------------------------------------------------------------------------
@@ -541,6 +689,30 @@ def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resne
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"did not take the backbone.*was not loaded"):
         check_file(path, "voc_faster_rcnn_R50_FPN", resnet)
+
+
+@pytest.mark.long
+def test_detectron2_trains_on_what_torchvision_trains_on(detectron2, tmp_path):
+    """It drops outlines of two points itself, and stops at objects without any."""
+    from detectron2.data import DatasetCatalog, DatasetMapper
+
+    from eval.detection.detectron2_backend import configuration, register
+
+    root, shapes = coco(tmp_path / "coco", 8, 1), [SHAPELESS[case] for case in SHAPELESS]
+    wrong = range(0, 2 * len(shapes), 2)  # one object of each image
+    pairs = [*zip(wrong, shapes, strict=True)]
+    edit(root, "train", lambda content: [content["annotations"][i].update(s) for i, s in pairs])
+    images = loaded(root, "train")
+    check.leave_out_shapeless(images, masks=True)
+    assert images.shapeless == {1 + i for i in wrong}
+    settings = Settings("coco_mask_rcnn_R50_FPN_1x")
+    register(settings, str(root), images.shapeless)
+    mapper = DatasetMapper(configuration(settings, tmp_path, tmp_path, 0), is_train=True)
+    found = DatasetCatalog.get("coco_2017_train")
+    for image in found[:8]:
+        ours = [*filter(data.is_object, images.objects[image["image_id"]])]
+        instances = mapper(image)["instances"]
+        assert len(ours) == len(instances) == len(instances.gt_masks) == 1
 
 
 @pytest.mark.long

@@ -14,12 +14,13 @@ import yaml
 from conftest import run_ranks, run_script, start_ranks
 from paper_views import crop_view
 
-from common.augment import center_view, view_rng
+from common.augment import view_rng
 from common.data import photos
 from common.data.images import subset
 from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
+from common.fast.center import center_view
 from common.knn import knn_accuracy
 from eval.encoders import load_encoder
 from eval.evaluation import correct_in_top, held_out, linear_weights, parse_numbers

@@ -86,6 +86,38 @@ def test_test_images_have_every_size_and_whole_labels(miniature):
     assert labels.shape == (HEIGHT, WIDTH) and set(labels.unique().tolist()) == {-1, 0, 12, 149}
 
 
+def test_what_is_no_pair_is_counted(tmp_path, capsys):
+    folder = ade20k(tmp_path, 2, 1)
+    for name in ("images/training/ADE_1.JPG", "images/training/ADE_2.png"):
+        (folder / name).write_bytes(b"")
+    (folder / "annotations" / "training" / "ADE_3.png").write_bytes(b"")
+    assert len(scenes.load(str(tmp_path), "training")) == 2
+    images, labels = capsys.readouterr().out.splitlines()
+    assert f"{folder}/images/training: left out are 2 files (as 'ADE_1.JPG')" in images
+    assert f"{folder}/annotations/training: left out are 1 files (as 'ADE_3.png')" in labels
+
+
+def test_pairs_that_do_not_fit_are_named_before_training(tmp_path, capsys):
+    folder = ade20k(tmp_path, 3, 1)
+    first, second, _ = sorted((folder / "annotations" / "training").glob("*.png"))
+    Image.new("L", (WIDTH, HEIGHT + 1)).save(first)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(second)
+    assert run_in_process(*QUICK, "--data", tmp_path, "--output", tmp_path / "run") == 2
+    printed = capsys.readouterr().err
+    assert f"2 of 3 pairs of ADE20K are not image and labels, the first: {first} is L" in printed
+    part = scenes.load(str(tmp_path), "training", WIDTH * HEIGHT - 1)
+    with pytest.raises(UserError, match="more than --max-pixels"):
+        part.check()
+
+
+def test_a_label_beyond_the_classes_is_named(tmp_path):
+    folder = ade20k(tmp_path, 1, 1)
+    (path,) = (folder / "annotations" / "training").glob("*.png")
+    Image.new("L", (WIDTH, HEIGHT), 151).save(path)
+    with pytest.raises(UserError, match=f"{path} has label 151: ADE20K's are 0 to 150"):
+        scenes.load(str(tmp_path), "training").load(0)
+
+
 # -- scores ---------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from common.augment import two_views
 from common.data import photos
+from common.data.images import subset
 from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
@@ -88,6 +89,27 @@ def test_lists_that_do_not_fit(folder, tmp_path, text, error):
         read_list(tmp_path / "list.txt", images)
 
 
+def test_images_of_a_list_that_cannot_be_read_are_said_to_be_so(folder, tmp_path, capsys):
+    for name in ("n02102040_3", "n01440764_11"):
+        (folder / "train" / name.split("_")[0] / f"{name}.JPEG").write_bytes(b"")
+    path, out = tmp_path / "list.txt", tmp_path / "out"
+    path.write_text("n02102040_3.JPEG\nn01440764_1.JPEG\nn01440764_11.JPEG\nn02102040_10.JPEG\n")
+    flags = ["--dataset", "imagenet", "--data", folder, "--list", path, "--percent", "1"]
+    flags += ["--protocol", "small", "--epochs", "1", "--batch-size", "2", "--head-lrs", "1"]
+    flags += ["--encoder-lrs", "0.1", "--on-bad-image", "skip"]
+    record = tune(out, *flags)
+    assert record["hyperparameters"]["labelled"]["images"] == 2
+    assert "2 unreadable training images left out" in record["dataset"]["incomplete"]
+    printed = capsys.readouterr()
+    assert f"{path}: left out are 2 of its 4 images, which cannot be read" in printed.out
+    assert "complete the data set" not in printed.err
+    path.write_text("n02102040_3.JPEG\nn02102040_99.JPEG\n")  # on no disk: that is to be completed
+    with pytest.raises(UserError, match=r"1 of the 2 images .*n02102040_99.JPEG: complete"):
+        images, _ = load_dataset("imagenet", str(folder))
+        keep = [i for i in range(len(images)) if "n02102040_3." not in images.path(i)]
+        read_list(path, subset(images, np.array(keep)), {"n02102040/n02102040_3.JPEG"})
+
+
 def test_a_list_needs_files(tmp_path):
     with pytest.raises(UserError, match="needs image files"):
         read_list(tmp_path / "list.txt", load_dataset("photos", "")[0])
@@ -111,6 +133,12 @@ def test_simclrs_list_is_checked_and_downloaded_once(tmp_path, monkeypatch):
     path.write_text("changed")
     with pytest.raises(UserError, match="is not SimCLR's"):
         simclr_list(1)
+
+
+def test_classes_that_nothing_is_drawn_of_are_counted(capsys):
+    labels = np.array([0] * 40 + [1] + [2] * 40 + [3])
+    assert set(labels[balanced_subset(labels, 10, 3)]) == {0, 2}
+    assert "2 of 4 classes have a single image" in capsys.readouterr().out
 
 
 def test_draws_are_balanced_and_keyed():

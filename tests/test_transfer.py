@@ -1,5 +1,6 @@
 """Transfer on miniatures of all 12 datasets: readers, splits, the whole command, its mistakes."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import signal
+import struct
 import tarfile
 import threading
 import zipfile
@@ -526,6 +528,104 @@ def test_a_cut_archive_without_checksum_is_said(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(UserError, match=r"cut\.zip cannot be unpacked"):
         archives.unpack(tmp_path / "cut.zip", tmp_path / "into")
+
+
+def tar_bytes(**files: bytes) -> bytearray:
+    """An uncompressed tar of small files: a header and a block for each, then zeros."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"set/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return bytearray(written.getvalue())
+
+
+def zip_of(path: Path, method: int = zipfile.ZIP_STORED) -> bytearray:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name in "abc":
+            archive.writestr(f"set/{name}", name * 1000)
+    return bytearray(path.read_bytes())
+
+
+def garbage_in_the_middle(path: Path) -> None:
+    content = tar_bytes(a=b"1", b=b"2", c=b"3")
+    content[1024:1536] = b"x" * 512  # the second header
+    path.write_bytes(content)
+
+
+def no_end(path: Path) -> None:
+    path.write_bytes(tar_bytes(a=b"1", b=b"2", c=b"3")[:2048])  # between two files
+
+
+def damaged_gzip(path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(50_000)
+    content = bytearray(gzip.compress(bytes(tar_bytes(a=noise, b=b"2")), 1))
+    content[25_000] ^= 255
+    path.write_bytes(content)
+
+
+def wrong_crc(path: Path) -> None:
+    content = bytearray(gzip.compress(bytes(tar_bytes(a=b"1", b=b"2"))))
+    content[-8] ^= 255
+    path.write_bytes(content)
+
+
+def unknown_method(path: Path) -> None:
+    content = zip_of(path)
+    place = content.rindex(b"PK\x01\x02")  # the last file's entry in the directory
+    content[place + 10 : place + 12] = struct.pack("<H", 77)
+    content[content.rindex(b"PK\x03\x04") + 8] = 77
+    path.write_bytes(content)
+
+
+def encrypted(path: Path) -> None:
+    content = zip_of(path)
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1
+    content[content.rindex(b"PK\x03\x04") + 6] |= 1
+    path.write_bytes(content)
+
+
+def changed_content(path: Path) -> None:
+    content = zip_of(path)
+    content[content.rindex(b"ccc")] = 0
+    path.write_bytes(content)
+
+
+BROKEN = {
+    garbage_in_the_middle: ("x.tar", "at byte 1024: neither a file nor the end"),
+    no_end: ("x.tar", "at byte 2048: neither a file nor the end"),
+    damaged_gzip: ("x.tar.gz", ""),
+    wrong_crc: ("x.tgz", "CRC"),
+    unknown_method: ("x.zip", "method is not supported"),
+    encrypted: ("x.zip", "is encrypted"),
+    changed_content: ("x.zip", "Bad CRC-32 for file 'set/c'"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda f: f.__name__)
+def test_an_archive_is_unpacked_whole_or_not_at_all(tmp_path, damage):
+    name, said = BROKEN[damage]
+    damage(tmp_path / name)
+    into = tmp_path / "into"
+    with pytest.raises(UserError) as error:
+        archives.unpack(tmp_path / name, into)
+    message = str(error.value)
+    assert f"{tmp_path / name} cannot be unpacked" in message and said in message
+    assert "nothing of it was" in message and "\n" not in message
+    assert list(into.iterdir()) == []
+
+
+def test_two_archives_fill_one_folder(tmp_path):
+    """As VOC2007's; what is there is replaced."""
+    into = tmp_path / "into"
+    (tmp_path / "1.tar").write_bytes(tar_bytes(a=b"1", b=b"2"))
+    (tmp_path / "2.tar").write_bytes(tar_bytes(b=b"3", c=b"4"))
+    for number in (1, 2):
+        archives.unpack(tmp_path / f"{number}.tar", into)
+    found = {p.relative_to(into).as_posix(): p.read_text() for p in into.rglob("*") if p.is_file()}
+    assert found == {"set/a": "1", "set/b": "3", "set/c": "4"}
+    assert [p.name for p in into.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil-of-transfer.txt", "a/../../evil.txt"])

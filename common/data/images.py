@@ -4,18 +4,26 @@ import dataclasses
 import hashlib
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from common.config import MAX_PIXELS
 from common.data import shards
 from common.errors import UserError
 from common.fast import pixels
+
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own, which a flag raises
+SKIP_HINT = ", or use --on-bad-image skip"
+# what Pillow raises at files that are damaged, cut short or not what their names say
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error)
 
 
 @dataclass
@@ -52,6 +60,7 @@ class FolderImages:
     labels: np.ndarray | None
     classes: list[str]
     name: str
+    max_pixels: int = field(default=MAX_PIXELS, kw_only=True)
     per_image: ClassVar = ("paths",)
 
     def __len__(self) -> int:
@@ -69,12 +78,11 @@ class FolderImages:
         """The image as RGB; UserError that names the file where it cannot be read."""
         path = self.path(index)
         try:
-            with Image.open(self.source(index)) as image:
+            with open_image(self.source(index), self.max_pixels) as image:
                 return as_rgb(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error)).replace(f" {path!r}", "")
+        except UNREADABLE as error:
             raise UserError(
-                f"{path} cannot be read ({text}): mend or remove it, or use --on-bad-image skip",
+                f"{path} cannot be read ({said(error, path)}): mend or remove it{SKIP_HINT}",
                 this_rank=True,
             ) from None
 
@@ -87,7 +95,7 @@ class FolderImages:
         file, Pillow judges.
         """
         try:
-            array = pixels.decode_jpeg(self.read(index))
+            array = pixels.decode_jpeg(self.read(index), self.max_pixels)
         except OSError:
             array = None
         if array is None:
@@ -97,6 +105,24 @@ class FolderImages:
     def fingerprint(self) -> str:
         """A hash of all file names: a continued run must see the same images."""
         return hashlib.sha256(b"\n".join(self.paths.tolist())).hexdigest()[:12]
+
+
+def open_image(source: str | Path | BytesIO, max_pixels: int) -> Image.Image:
+    """An image whose header alone is read; ValueError if it has more than `max_pixels`, which a few
+    bytes of a file may claim and decoding would take gigabytes for.
+    """
+    image = Image.open(source)
+    if (number := image.width * image.height) > max_pixels:
+        image.close()
+        size = f"{image.width}x{image.height} is {number:,} pixels"
+        raise ValueError(f"{size}, more than --max-pixels {max_pixels}")
+    return image
+
+
+def said(error: Exception, path: str | Path) -> str:
+    """What an error says, without the file, which is named already."""
+    text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error)).replace(f" {str(path)!r}", "")
+    return text or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.augment import Draw, View, center_view, crop_only, draw_row, view_rng
+from common.augment import Draw, View, crop_only, draw_row, view_rng
 from common.data.images import ArrayImages, CenterView, Images, PackedImages
 from common.distributed import variable
 from common.errors import UserError
 from common.fast import pixels
+from common.fast.center import center_view
 
 SKIP_LIMIT = 100  # unreadable images in a row before --on-bad-image skip gives up
 

@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from common.config import MAX_PIXELS
 from common.data import shards
-from common.data.images import FolderImages
+from common.data.images import SKIP_HINT, FolderImages
 from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
 from common.files import replacing, write
@@ -64,7 +65,10 @@ def content(images: FolderImages, number: int, resize: int) -> bytes:
         raise UserError(f"{images.path(number)} cannot be read ({error.strerror})") from None
     if not resize:
         return data
-    image = images.load(number)
+    try:
+        image = images.load(number)
+    except UserError as error:  # whose hint is no flag here
+        raise UserError(str(error).removesuffix(SKIP_HINT)) from None
     if min(image.size) <= resize:
         return data
     scale = resize / min(image.size)
@@ -157,7 +161,8 @@ def pack(arguments: argparse.Namespace) -> None:
     """Packs the folder --data."""
     if shards.is_packed(arguments.data.expanduser()):
         raise UserError(f"--data {arguments.data} is packed already")
-    train, val = load_dataset(arguments.dataset, str(arguments.data))
+    limit = arguments.max_pixels
+    train, val = load_dataset(arguments.dataset, str(arguments.data), max_pixels=limit)
     pack_splits({"train": train} if val is None else {"train": train, "val": val}, arguments)
 
 
@@ -220,6 +225,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-mb", type=int, default=1024, help="size of a shard in MiB (1024)")
     parser.add_argument(
         "--resize", type=int, default=0, help="shorter side of larger images; 0: original files"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, help="--resize refuses a larger image"
     )
     arguments = parser.parse_args(argv)
     if arguments.shard_mb < 1 or arguments.resize < 0:

@@ -1,26 +1,34 @@
 """The data sets by name: from photographs, class folders, packed shards or CIFAR-10's files."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from common.config import MAX_PIXELS
 from common.data import photos, shards
-from common.data.images import ArrayImages, FolderImages, Images, PackedImages
-from common.errors import UserError, is_disk_error, nearest_path
+from common.data.images import SKIP_HINT, ArrayImages, FolderImages, Images, PackedImages
+from common.errors import UserError, is_disk_error, nearest_path, say_once
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+VALPREP = "valprep.sh of github.com/soumith/imagenetloader.torch"  # sorts ImageNet's val/
 
 
-def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, Images | None]:
+def load_dataset(
+    name: str, data: str, download: bool = False, max_pixels: int = MAX_PIXELS
+) -> tuple[Images, Images | None]:
     """Training images and labelled test images (None where there are none).
 
     `photos` needs no folder. `imagenet` is train/ and val/ with class folders, `imagefolder`
     train/ and optional val/, in class folders or flat (no labels). `cifar10` is torchvision's
     python batches or train/ and test/ with class folders. A folder that pack.py wrote stands for
-    the `imagenet` or `imagefolder` it was made of. Raises UserError for a wrong layout.
+    the `imagenet` or `imagefolder` it was made of. Raises UserError for a wrong layout. Larger
+    images than `max_pixels` count as unreadable.
     """
     if name == "photos":
         return photo_patches("train"), photo_patches("test")
@@ -37,23 +45,61 @@ def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, 
         read, splits = packed_split, shards.split_names(root)
     else:
         check_folder(root)
-        read, splits = scan_folder, [s for s in ("train", "val") if (root / s).is_dir()]
-    train = read(root, "train", flat_allowed=name == "imagefolder", name=name)
+        read, splits = scan_folder, [s for s in ("train", "val") if is_folder(root / s)]
+    how = {"flat_allowed": name == "imagefolder", "name": name, "max_pixels": max_pixels}
+    read = functools.partial(read, root, **how)
+    train = read("train")
     if "val" not in splits:
         if name == "imagenet":
             raise UserError(f"{root} has no folder val/: ImageNet is train/ and val/")
         return train, None
-    val = read(root, "val", flat_allowed=name == "imagefolder", name=name)
+    val = read("val")
     if val.labels is None or train.labels is None:
+        flat, hint = ("train", "") if train.labels is None else ("val", how_to_sort(val))
+        say_once(
+            f"{root}: {flat}/ has no class folders{hint}, so the {len(val):,} images of val/ are "
+            "left out: no k-NN, no evaluation"
+        )
         return train, None
     check_same_classes(root, train, val, "val")
     return train, val
 
 
+def how_to_sort(val: FolderImages) -> str:
+    released = os.path.basename(val.paths[0]).startswith(b"ILSVRC2012_val_")
+    return f" (ImageNet's as released: {VALPREP} sorts them)" if released else ""
+
+
 def check_same_classes(root: Path, train: Images, test: Images, split: str) -> None:
-    if test.classes != train.classes:
-        odd = sorted(set(test.classes) ^ set(train.classes))
-        raise UserError(f"{root}: train/ and {split}/ differ in class folders: {odd[:3]}")
+    """UserError that says which class folders are on one side alone."""
+    own = {
+        "train": sorted(set(train.classes) - set(test.classes)),
+        split: sorted(set(test.classes) - set(train.classes)),
+    }
+    if not any(own.values()):
+        return
+    one, two = own.values()
+    if {*map(composed, one)} == {*map(composed, two)}:
+        raise UserError(
+            f"{root}: {len(one)} class folders of train/ and {split}/ differ in Unicode form alone "
+            f"({one[0]!a} and {two[0]!a}): rename those of one side, for example by `convmv -f "
+            f"utf8 -t utf8 --nfc -r --notest {root}`"
+        )
+    said = [f"{len(n)} in {side}/ alone ({some(n)})" for side, n in own.items() if n]
+    raise UserError(
+        f"{root}: train/ and {split}/ differ in class folders, {' and '.join(said)}: both need "
+        "the same ones, since labels are places among them"
+    )
+
+
+def composed(name: str) -> str:
+    """A name in one Unicode form: macOS may have taken accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
 
 
 def photo_patches(split: str) -> ArrayImages:
@@ -63,14 +109,14 @@ def photo_patches(split: str) -> ArrayImages:
 
 def check_folder(root: Path) -> None:
     check_exists(root)
-    if not (root / "train").is_dir():
+    if not is_folder(root / "train"):
         raise UserError(
             f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE",
         )
 
 
 def check_exists(root: Path) -> None:
-    if root.is_dir():
+    if is_folder(root):
         return
     if root.exists():
         raise UserError(f"--data {root} is a file: name the folder of the images")
@@ -81,35 +127,119 @@ def check_exists(root: Path) -> None:
     raise UserError(f"--data {root}: no such folder{near}")
 
 
-def scan_folder(root: Path, split: str, flat_allowed: bool, name: str) -> FolderImages:
-    """The images of root/split: class folders in sorted order, files sorted within each."""
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; UserError for a link that leads nowhere."""
+    if path.is_symlink() and not os.path.exists(path):
+        raise UserError(f"{path} is a link to nothing, or to itself: mend or remove it")
+    return path.is_dir()
+
+
+def scan_folder(
+    root: Path, split: str, flat_allowed: bool, name: str, max_pixels: int = MAX_PIXELS
+) -> FolderImages:
+    """The images of root/split: class folders in sorted order, files sorted within each. What is
+    left out is said with its count.
+    """
     folder = root / split
     found = entries_of(folder)
-    classes = [e.name for e in found if e.is_dir() and not e.name.startswith(".")]
-    broken = [e.path for e in found if e.is_symlink() and not os.path.exists(e.path)]
-    if classes and broken:
-        raise UserError(f"{broken[0]} is a link to nothing: mend or remove it")
-    if not classes:
-        files = [e.name for e in found if is_image(e.name)]
-        if not files:
-            raise UserError(f"{folder} holds neither class folders nor images")
-        if not flat_allowed:
-            raise UserError(
-                f"{folder} has no class folders: use --dataset imagefolder for unlabelled images",
-            )
-        return FolderImages(str(folder), as_bytes(files), None, [], f"{root.name} ({name})")
+    classes = class_folders(folder, found)
+    left_out: dict[str, list[str]] = {}
+    paths = images_among([e for e in found if e.name not in classes], "", left_out)
+    labels, title = None, f"{root.name} ({name})"
+    if not classes and not paths:
+        raise UserError(f"{folder} holds neither class folders nor images")
+    if not classes and not flat_allowed:
+        raise UserError(no_class_folders(folder, split, name, len(paths)))
+    if classes:
+        if paths:
+            left_out["images beside the class folders"] = paths
+        paths, labels = labelled_images(folder, classes, left_out)
+        title = "ImageNet" if name == "imagenet" else title
+    if left_out:
+        counts = [f"{len(names):,} {kind} ({some(names)})" for kind, names in left_out.items()]
+        say_once(f"{folder}: left out are {'; '.join(counts)}")
+    return FolderImages(
+        str(folder), as_bytes(paths), labels, [*classes], title, max_pixels=max_pixels
+    )
+
+
+def class_folders(folder: Path, found: Sequence[os.DirEntry]) -> dict[str, None]:
+    """Names of the class folders, in order; UserError for a link that cannot be one."""
+    names = {}
+    for entry in found:
+        if entry.name.startswith(".") or not is_folder_entry(entry):
+            continue
+        if entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
+            raise UserError(f"{entry.path} is a link to a folder that holds it: remove it")
+        names[entry.name] = None
+    forms = Counter(map(composed, names))
+    if twice := [name for name in names if forms[composed(name)] > 1]:
+        raise UserError(
+            f"{folder} has {len(twice)} class folders whose names differ in Unicode form alone "
+            f"({', '.join(map(ascii, twice[:2]))}): they would be two classes; merge them"
+        )
+    return names
+
+
+def is_folder_entry(entry: os.DirEntry) -> bool:
+    """Whether it is a folder or a link to one; UserError for a link to nothing, unless it is named
+    as an image, whose reader will say so.
+    """
+    if not entry.is_symlink():
+        return entry.is_dir()
+    broken_image = is_image(entry.name) and not os.path.exists(entry.path)
+    return not broken_image and is_folder(Path(entry.path))
+
+
+def labelled_images(
+    folder: Path, classes: Iterable[str], left_out: dict[str, list[str]]
+) -> tuple[list[str], np.ndarray]:
+    """(paths, labels) of the images in class folders; UserError for one without."""
     paths: list[str] = []
     labels: list[int] = []
-    for label, class_name in enumerate(classes):
-        files = [e.name for e in entries_of(folder / class_name) if is_image(e.name)]
+    for label, name in enumerate(classes):
+        files = images_among(entries_of(folder / name), f"{name}/", left_out)
         if not files:
-            raise UserError(
-                f"{folder / class_name} holds no images: remove the folder or fill it",
-            )
-        paths += [f"{class_name}/{file}" for file in files]
+            raise UserError(f"{folder / name} holds no images: remove the folder or fill it")
+        paths += files
         labels += [label] * len(files)
-    title = "ImageNet" if name == "imagenet" else f"{root.name} ({name})"
-    return FolderImages(str(folder), as_bytes(paths), np.array(labels), classes, title)
+    return paths, np.array(labels)
+
+
+def images_among(
+    entries: Sequence[os.DirEntry], prefix: str, left_out: dict[str, list[str]]
+) -> list[str]:
+    """The images of a folder, as paths; what else is there goes to `left_out`, by kind."""
+    files = []
+    for entry in entries:
+        path = prefix + entry.name
+        hidden = entry.name.startswith(".")
+        if entry.is_dir(follow_symlinks=False):  # which needs no look at the file itself
+            kind = None if hidden else "folders inside folders of images"
+        elif is_image(entry.name):
+            files.append(path)
+            continue
+        elif hidden:
+            kind = "hidden images" if is_image(entry.name.lstrip("._")) else None
+        else:
+            kind = "files without an image's ending"
+        if kind:
+            left_out.setdefault(kind, []).append(path)
+    return files
+
+
+def no_class_folders(folder: Path, split: str, name: str, images: int) -> str:
+    """What to do about images that lie side by side where labels are needed."""
+    text = f"{folder} has no class folders, its {images:,} images lie side by side"
+    if name == "imagenet" and split == "val":
+        return (
+            f"{text}, as ImageNet's val/ is released: sort them into {folder}/CLASS/ with the "
+            f"class folders of train/ (in {folder}, {VALPREP} does it)"
+        )
+    text += f": sort them into {folder}/CLASS/"
+    if name == "imagenet":
+        text += " (ImageNet's train/ is released as one tar file for each class)"
+    return text
 
 
 def entries_of(folder: Path) -> list[os.DirEntry]:
@@ -126,13 +256,15 @@ def check_packed(root: Path, name: str) -> None:
         raise UserError(f"{root} holds no packed train/")
 
 
-def packed_split(root: Path, split: str, flat_allowed: bool, name: str) -> PackedImages:
+def packed_split(
+    root: Path, split: str, flat_allowed: bool, name: str, max_pixels: int = MAX_PIXELS
+) -> PackedImages:
     """The images of root/split as they were before they were packed, in the same order."""
     index = shards.read_index(root, split)
     if not index.classes and not flat_allowed:
         raise UserError(
-            f"{root}: its {split}/ has no class folders: use --dataset imagefolder for unlabelled "
-            "images",
+            f"{root}: its {split}/ was packed without class folders: sort its images into "
+            f"{split}/CLASS/ and pack them again",
         )
     title = "ImageNet" if name == "imagenet" else f"{index.source} ({name})"
     return PackedImages(
@@ -147,6 +279,7 @@ def packed_split(root: Path, split: str, flat_allowed: bool, name: str) -> Packe
         index.length,
         index.files,
         index.resized,
+        max_pixels=max_pixels,
     )
 
 
@@ -197,8 +330,7 @@ def cifar10_folder(root: Path, split: str, expected: int) -> ArrayImages:
         try:
             image = files.load(index)
         except UserError as error:  # all ranks read all of CIFAR-10 at the start
-            text = str(error).removesuffix(", or use --on-bad-image skip")
-            raise UserError(text) from None
+            raise UserError(str(error).removesuffix(SKIP_HINT)) from None
         if image.size != (32, 32):
             raise UserError(
                 f"{files.path(index)} is {image.width}x{image.height}: CIFAR-10's images are 32x32",

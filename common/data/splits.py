@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from common.data.images import Images, subset
-from common.errors import UserError
+from common.errors import UserError, say_once
 
 SEED = 0  # not the run's: seeds of one experiment see the same images
 
@@ -18,7 +18,13 @@ def split_classes(
     """
     rng = np.random.default_rng([seed, 1])
     drawn = []
-    for label in np.unique(labels):
+    classes, counts = np.unique(labels, return_counts=True)
+    if alone := int((counts == 1).sum()):
+        say_once(
+            f"{alone} of {len(classes)} classes have a single image: it stays with the rest, and "
+            "none of these classes is among what is drawn (labelled or held out)"
+        )
+    for label in classes:
         own = np.flatnonzero(labels == label)
         number = min(len(own) - 1, max(1, round(wanted(len(own)))))
         drawn.append(rng.permutation(own)[:number])

@@ -21,7 +21,6 @@ import numpy as np
 import simplejpeg
 import torch
 from numba import float32, float64, int32, njit, uint8, uint32
-from PIL import Image
 from torch import Tensor
 
 from common.augment import MEAN, STD, Draw, View
@@ -62,18 +61,18 @@ SQUARE = np.int32(255 * 255)
 # -- decoding -----------------------------------------------------------------------------------
 
 
-def decode_jpeg(data: bytes) -> np.ndarray | None:
+def decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
     """JPEG file -> uint8 (H,W,4), the values that Pillow decodes; None for whatever Pillow should
-    judge: another format, CMYK, damage, a size beyond Pillow's limit.
+    judge: another format, CMYK, damage, more than `max_pixels`.
     """
     if data[:2] != b"\xff\xd8":
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or space in ("CMYK", "YCCK"):
+        if height * width > max_pixels or space in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, "RGBX")
-    except (ValueError, RuntimeError, KeyError):  # KeyError: a subsampling without a name
+    except (ValueError, RuntimeError, KeyError, MemoryError):  # KeyError: a nameless subsampling
         return None
 
 
@@ -88,23 +87,26 @@ def four_channels(pixels: np.ndarray) -> np.ndarray:
 
 
 @kernel
-def weights(length: int, size: int, cubic: bool) -> tuple[np.ndarray, np.ndarray]:
-    """First source pixel (size,) and fixed-point weights (size,taps) of Pillow's antialiased
-    filters along one side; taps is a multiple of 4, with zeros at the end.
+def weights(
+    length: int, size: int, cubic: bool, first: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First source pixel (number,) and fixed-point weights (number,taps) of Pillow's antialiased
+    filters along one side of `length`, resized to `size`, for `number` of its pixels from `first`
+    on; taps is a multiple of 4, with zeros at the end.
     """
     scale = length / size
     stretch = max(scale, 1.0)
     support = (2.0 if cubic else 1.0) * stretch
     inverse = 1.0 / stretch
-    start, count = np.empty(size, np.int32), np.empty(size, np.int32)
-    for x in range(size):
-        centre = (x + 0.5) * scale
+    start, count = np.empty(number, np.int32), np.empty(number, np.int32)
+    for x in range(number):
+        centre = (first + x + 0.5) * scale
         start[x] = max(int(centre - support + 0.5), 0)
         count[x] = min(int(centre + support + 0.5), length) - start[x]
-    fixed = np.zeros((size, (count.max() + 3) // 4 * 4), np.int32)
+    fixed = np.zeros((number, (count.max() + 3) // 4 * 4), np.int32)
     values = np.empty(fixed.shape[1])
-    for x in range(size):
-        centre, total = (x + 0.5) * scale, 0.0
+    for x in range(number):
+        centre, total = (first + x + 0.5) * scale, 0.0
         for k in range(count[x]):
             d = abs((k + start[x] - centre + 0.5) * inverse)
             if not cubic:
@@ -138,13 +140,14 @@ def add_four(total, a, b, c, d, w):
 
 @kernel
 def horizontal(
-    image: np.ndarray, left: int, top: int, width: int, height: int, size: int, cubic: bool
+    image: np.ndarray, box: tuple[int, int, int, int], start: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
-    """Words (H,W) -> (height,size): the box, resized along its rows.
+    """Words (H,W) -> (height,size): the box, resized along its rows by `weights` of it.
 
     16 rows at a time are turned on their side, so that what one output pixel needs is contiguous.
     """
-    start, w = weights(width, size, cubic)
+    left, top, width, height = box
+    size = start.size
     out = np.empty((height, size), np.uint32)
     block = np.zeros((width + w.shape[1]) * ROWS, np.uint32)  # weights of 0 reach beyond the box
     source = block.view(np.uint8)
@@ -173,10 +176,11 @@ def horizontal(
 
 @kernel
 def vertical(
-    image: np.ndarray, left: int, top: int, width: int, height: int, size: int, cubic: bool
+    image: np.ndarray, box: tuple[int, int, int, int], start: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
     """Words (H,W) -> (size,width): the box, resized along its columns."""
-    start, w = weights(height, size, cubic)
+    left, top, width, height = box
+    size = start.size
     out = np.empty((size, width), np.uint32)
     total = np.empty(4 * width, np.int32)
     right, last = left + width, top + height - 1
@@ -207,13 +211,47 @@ def crop(
     and flipped left to right. Pillow rounds between the passes, and takes the vertical one first
     where the height shrinks by more than twice the pixels that the width does.
     """
-    left, top, width, height = box
-    if height > size and height - size > 2 * (width - size):
-        narrow = vertical(image, left, top, width, height, size, cubic)
-        square = horizontal(narrow, 0, 0, width, size, size, cubic)
-    else:
-        low = horizontal(image, left, top, width, height, size, cubic)
-        square = vertical(low, 0, 0, size, height, size, cubic)
+    width, height = box[2:]
+    column, across = weights(width, size, cubic, 0, size)
+    row, down = weights(height, size, cubic, 0, size)
+    tall = height > size and height - size > 2 * (width - size)
+    return to_planes(both_ways(image, box, tall, column, across, row, down), flip)
+
+
+@kernel
+def window(
+    image: np.ndarray, wide: int, high: int, left: int, top: int, size: int, cubic: bool
+) -> np.ndarray:
+    """Words (H,W) -> planes (3,size,size): of the image resized to wide x high the square at left,
+    top. No other pixel is computed.
+    """
+    height, width = image.shape
+    column, across = weights(width, wide, cubic, left, size)
+    row, down = weights(height, high, cubic, top, size)
+    x, y = int(column[0]), int(row[0])
+    right = min(width, column[size - 1] + across.shape[1])
+    bottom = min(height, row[size - 1] + down.shape[1])
+    tall = height > high and height - high > 2 * (width - wide)
+    box = x, y, right - x, bottom - y
+    square = both_ways(image, box, tall, column - x, across, row - y, down)
+    return to_planes(square, False)
+
+
+@kernel
+def both_ways(image, box, tall, column, across, row, down):
+    """Words (H,W) -> (size,size): the box resized along both sides."""
+    width, height, size = box[2], box[3], row.size
+    if tall:
+        narrow = vertical(image, box, row, down)
+        return horizontal(narrow, (0, 0, width, size), column, across)
+    low = horizontal(image, box, column, across)
+    return vertical(low, (0, 0, size, height), row, down)
+
+
+@kernel
+def to_planes(square: np.ndarray, flip: bool) -> np.ndarray:
+    """Words (S,S) -> planes (3,S,S), flipped left to right if asked."""
+    size = len(square)
     planes = np.empty((3, size, size), np.uint8)
     for y in range(size):
         line = square[y]

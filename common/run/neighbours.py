@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.augment import center_view
 from common.data.images import Images
 from common.data.loaders import center_batches
 from common.errors import UserError
+from common.fast.center import center_view
 from common.fast.pixels import to_input
 from common.run import pictures
 from common.support_set import SupportSet

@@ -147,7 +147,7 @@ class Run:
                 error = str(problem)
         if (error := distributed.from_rank_zero(error)) is not None:
             raise UserError(error)
-        images = load_dataset(config.dataset, config.data)
+        images = load_dataset(config.dataset, config.data, max_pixels=config.max_pixels)
         how = config.train_images, config.validation_share, config.subset_seed, config.scored_on
         return parts(*images, *how)
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.augment import to_tensor, view_rng
-from common.errors import UserError
+from common.errors import UserError, say_once
 from eval.dense import load_image, or_error
 from eval.transfer.readers import VOC_CLASSES
 
@@ -33,6 +33,7 @@ IMAGES = {
 }
 # COCOeval ignores what is larger, as it must VOC's difficult objects; its largest area is 1e10
 IGNORED_AREA = 1e12
+LEAST_SIDE = 1e-3  # pixels
 
 
 class Detections:
@@ -45,6 +46,7 @@ class Detections:
         self.images: list[dict[str, Any]] = content["images"]
         self.categories = sorted(c["id"] for c in content["categories"])
         self.objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self.shapeless: set[int] = set()  # ids of objects that are not trained on, see check.py
         for one in content["annotations"]:
             self.objects[one["image_id"]].append(one)
 
@@ -65,8 +67,13 @@ class Detections:
 
 
 def is_object(one: dict[str, Any]) -> bool:
-    """No crowd, and with an area."""
-    return not one.get("iscrowd") and one["bbox"][2] > 0 and one["bbox"][3] > 0
+    """No crowd, and with an area; check.py marks what lacks an outline."""
+    return not one.get("iscrowd") and has_extent(one) and not one.get("shapeless")
+
+
+def has_extent(one: dict[str, Any]) -> bool:
+    """Wider and higher than what float32 rounds away; COCO's boxes are in hundredths of a pixel."""
+    return min(one["bbox"][2:]) > LEAST_SIDE
 
 
 def folder_of(split: str, data: str) -> Path:
@@ -93,6 +100,11 @@ def load(splits: list[str], data: str, name: str) -> Detections:
         whole["annotations"] += part["annotations"]
     for number, one in enumerate(whole["annotations"], 1):
         one.setdefault("id", number)
+    images = Counter(image["id"] for image in whole["images"])
+    if twice := [identity for identity, count in images.items() if count > 1]:
+        raise UserError(f"{name}: {len(twice):,} images are listed twice, the first is {twice[0]}")
+    if stray := sum(one["image_id"] not in images for one in whole["annotations"]):
+        say_once(f"{name}: left out are {stray:,} objects of images that are not listed")
     return Detections(name, whole)
 
 
@@ -102,14 +114,30 @@ def read_coco(folder: Path, year: str, part: str) -> dict[str, Any]:
         content = json.loads(path.read_text())
         needed = ("images", "annotations", "categories")
         content = {name: content[name] for name in needed}
+        check_fields(content)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --data wants {LAYOUTS['coco']}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} is no COCO annotation file (it lacks {error})") from None
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no COCO annotation file ({error})") from None
     images = folder / f"{part}{year}"
     for image in content["images"]:
         image["file_name"] = str(images / image["file_name"])
     return content
+
+
+def check_fields(content: dict[str, Any]) -> None:
+    """KeyError, TypeError or ValueError unless all fields are there that are used later on."""
+    for image in content["images"]:
+        if not (image["file_name"] and image["width"] > 0 and image["height"] > 0):
+            raise ValueError(f"image {image['id']} has no size")
+    classes = {one["id"] for one in content["categories"]}
+    for one in content["annotations"]:
+        box = [float(side) for side in one["bbox"]]
+        if len(box) != 4 or one["category_id"] not in classes:
+            what = f"box {box}, category {one['category_id']}"
+            raise ValueError(f"object {one['id']} of image {one['image_id']}: {what}")
 
 
 def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
@@ -129,9 +157,10 @@ def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
             tree = ElementTree.parse(path)
             found = [voc_object(one, part) for one in tree.findall("object")]
             size = {n: int(tree.findtext(f"size/{n}")) for n in ("width", "height")}
+            # 2007: 6 digits, 2012: 4 + 6
+            identity = int(year) * 10**8 + int(name.replace("_", ""))
         except (OSError, ElementTree.ParseError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read as VOC's annotation ({error})") from None
-        identity = int(year) * 10**8 + int(name.replace("_", ""))  # 2007: 6 digits, 2012: 4 + 6
         file = str(root / "JPEGImages" / f"{name}.jpg")
         images.append({"id": identity, "file_name": file, **size})
         annotations += [{"image_id": identity, **one} for one in found]

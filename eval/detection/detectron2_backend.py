@@ -2,6 +2,7 @@
 is there; README.md says how to install it.
 """
 
+import functools
 import json
 import math
 import multiprocessing
@@ -15,7 +16,11 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+from detectron2.data.datasets import (
+    load_coco_json,
+    register_coco_instances,
+    register_pascal_voc,
+)
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks, launch
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.layers import get_norm
@@ -150,8 +155,10 @@ def check_file(weights: Path, task: str | Settings, encoder: nn.Module) -> None:
     same_features(encoder, lambda x: pooled(model, x), torch.device("cpu"))
 
 
-def register(settings: Settings, folder: str) -> None:
-    """The task's splits under --data, under detectron2's names for them."""
+def register(settings: Settings, folder: str, shapeless: set[int]) -> None:
+    """The task's splits under --data, under detectron2's names for them; COCO's training images
+    without the objects of these ids.
+    """
     for split in (*settings["DATASETS.TRAIN"], *settings["DATASETS.TEST"]):
         if split in DatasetCatalog:
             DatasetCatalog.remove(split)
@@ -162,7 +169,23 @@ def register(settings: Settings, folder: str) -> None:
             register_pascal_voc(split, str(root / f"VOC{year}"), part, int(year), VOC_CLASSES)
         else:
             file = root / "annotations" / f"instances_{part}{year}.json"
-            register_coco_instances(split, {}, str(file), str(root / f"{part}{year}"))
+            images = str(root / f"{part}{year}")
+            register_coco_instances(split, {}, str(file), images)
+            if shapeless and split in settings["DATASETS.TRAIN"]:
+                DatasetCatalog.remove(split)
+                read = functools.partial(with_shape, str(file), images, split, shapeless)
+                DatasetCatalog.register(split, read)
+
+
+def with_shape(file: str, images: str, split: str, shapeless: set[int]) -> list[dict[str, Any]]:
+    """detectron2's reading of an annotation file without these objects: it drops some of them by
+    itself, and stops at the others.
+    """
+    found = load_coco_json(file, images, split, extra_annotation_keys=["id"])
+    for image in found:
+        objects = [one for one in image["annotations"] if one["id"] not in shapeless]
+        image["annotations"] = objects
+    return found
 
 
 def run(job: Job) -> dict[str, dict[str, float]]:
@@ -176,7 +199,8 @@ def run(job: Job) -> dict[str, dict[str, float]]:
     job.say("every tensor of the backbone is in detectron2's model, and gives the same features")
     if gpus > 1:
         forward_to_children(job.requests)
-    arguments = (job.config, job.settings, weights, output, job.requests if gpus < 2 else None)
+    requests = job.requests if gpus < 2 else None
+    arguments = (job.config, job.settings, job.train.shapeless, weights, output, requests)
     try:
         launch(train, gpus, num_machines=1, dist_url="auto", args=arguments)
     except StopTraining:
@@ -221,10 +245,15 @@ def forward_to_children(requests: StopRequests) -> None:
 
 
 def train(
-    config: Any, settings: Settings, weights: Path, output: Path, requests: StopRequests | None
+    config: Any,
+    settings: Settings,
+    shapeless: set[int],
+    weights: Path,
+    output: Path,
+    requests: StopRequests | None,
 ) -> None:
     """One process of the training: detectron2's `launch` calls it."""
-    register(settings, config.data)
+    register(settings, config.data, shapeless)
     # detectron2's sampler starts anew with every process: from another order each time, not from
     # the same first images again and again
     seed = step_seed(config.seed, iterations_done(output), 0) % 2**31

@@ -24,7 +24,7 @@ from common.config import free
 from common.errors import UserError, command
 from common.run.flags import parse
 from eval.dense import DenseConfig
-from eval.detection import data, torchvision_backend
+from eval.detection import check, data, torchvision_backend
 from eval.detection.scores import MEASURES
 from eval.detection.settings import Job, Settings, Task, parse_overrides
 from eval.evaluation import RECORD
@@ -79,6 +79,10 @@ class Detection(Job):
     def load_images(self) -> tuple[data.Detections, data.Detections]:
         splits = self.settings["DATASETS.TRAIN"], self.settings["DATASETS.TEST"]
         train, test = (data.load(part, self.config.data, self.dataset_name()) for part in splits)
+        check.leave_out_shapeless(train, self.settings.mask)
+        check.check_truth(test, self.settings.mask)
+        for images in (train, test):
+            check.check_files(images, self.config.max_pixels)
         wanted, found = self.settings["MODEL.ROI_HEADS.NUM_CLASSES"], len(test.categories)
         if found != wanted:
             raise UserError(f"{self.config.data} has {found} classes, the task {wanted}")
@@ -125,6 +129,8 @@ class Detection(Job):
             if "MODEL.FPN.NORM" in settings.values
             else [settings["MODEL.RESNETS.NORM"]],
         }
+        if self.train.shapeless:
+            hyperparameters["objects_left_out"] = len(self.train.shapeless)
         assumed = settings.task.startswith("coco")  # norms unstated in SNCLR and GSG, see README
         first, rest = rows[0], rows[1:]
         self.write_record(

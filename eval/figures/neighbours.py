@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from common.config import MAX_PIXELS
 from common.data.images import Images
 from common.data.sets import load_dataset
 from common.data.splits import parts
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if min(arguments.queries, arguments.neighbours + 1) < 1:
         raise UserError("--queries and --neighbours must be above 0")
     data = config["data"] if arguments.data is None else arguments.data
-    images = load_dataset(config["dataset"], data)
+    limit = config.get("max_pixels", MAX_PIXELS)
+    images = load_dataset(config["dataset"], data, max_pixels=limit)
     chosen = config.get("train_images", 0), config.get("validation_share", 0.0)
     images, _ = parts(*images, *chosen)  # the queue's ids are numbers of these
     size = config["image_size"]

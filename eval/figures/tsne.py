@@ -18,6 +18,7 @@ import yaml
 from torch.nn import functional as F
 
 from common import cards
+from common.config import MAX_PIXELS
 from common.data.images import Images
 from common.data.sets import load_dataset
 from common.errors import UserError, command
@@ -119,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     if len({config["dataset"] for config in configs}) > 1:
         raise UserError("the runs are of several data sets: panels of one data set only")
     data = configs[0]["data"] if arguments.data is None else arguments.data
-    _, images = load_dataset(configs[0]["dataset"], data)
+    limit = max(config.get("max_pixels", MAX_PIXELS) for config in configs)
+    _, images = load_dataset(configs[0]["dataset"], data, max_pixels=limit)
     if images is None or images.labels is None:
         raise UserError(f"{configs[0]['dataset']} has no labelled test images")
     samples = shown_images(images, arguments.images, arguments.seed)

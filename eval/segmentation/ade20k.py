@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from common.augment import MEAN, STD, to_tensor, view_rng
+from common.config import MAX_PIXELS
+from common.data.images import UNREADABLE, open_image, said
 from common.data.loaders import epoch_order
-from common.errors import UserError
-from eval.dense import load_image, or_error
+from common.errors import UserError, say_once
+from eval.dense import check_each, load_image, or_error
 
 FOLDER = "ADEChallengeData2016"
 CLASSES = 150
@@ -30,6 +32,7 @@ class Scenes:
     name: str
     images: list[Path]
     labels: list[Path]
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,21 +44,46 @@ class Scenes:
 
     def load(self, number: int) -> tuple[Image.Image, Image.Image]:
         """(RGB image, its labels 0 to 150 as an L image); UserError that names a bad file."""
-        image = load_image(self.images[number], upright=False)  # label maps lie as the pixels do
+        # label maps lie as the pixels do
+        image = load_image(self.images[number], upright=False, max_pixels=self.max_pixels)
+        path = self.labels[number]
         try:
-            labels = Image.open(self.labels[number])
+            labels = open_image(path, self.max_pixels)
             labels.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{self.labels[number]} cannot be read ({error})") from None
-        if labels.mode not in ("L", "P") or labels.size != image.size:
-            raise UserError(
-                f"{self.labels[number]} is {labels.mode} {labels.size}, its image {image.size}: "
-                "labels are one byte per pixel"
-            )
+        except UNREADABLE as error:
+            raise UserError(f"{path} cannot be read ({said(error, path)})") from None
+        if text := disagreement(path, labels, image):
+            raise UserError(text)
+        if (largest := labels.getextrema()[1]) > CLASSES:
+            raise UserError(f"{path} has label {largest}: ADE20K's are 0 to {CLASSES}")
         return image, labels
 
+    def check(self) -> None:
+        """UserError for pairs of an image and its labels that do not fit, by their headers."""
+        what = f"pairs of {self.name} are not image and labels"
+        check_each([*zip(self.images, self.labels, strict=True)], self.problem, what)
 
-def load(data: str, part: str) -> Scenes:
+    def problem(self, pair: tuple[Path, Path]) -> str | None:
+        sizes = []
+        for path in pair:
+            try:
+                with open_image(path, self.max_pixels) as file:
+                    sizes.append(file)
+            except UNREADABLE as error:
+                return f"{path} cannot be read ({said(error, path)})"
+        return disagreement(pair[1], sizes[1], sizes[0])
+
+
+def disagreement(path: Path, labels: Image.Image, image: Image.Image) -> str | None:
+    if labels.mode in ("L", "P") and labels.size == image.size:
+        return None
+    return (
+        f"{path} is {labels.mode} {labels.size}, its image {image.size}: labels are one byte per "
+        "pixel"
+    )
+
+
+def load(data: str, part: str, max_pixels: int = MAX_PIXELS) -> Scenes:
     """One part below --data, the folder itself or the one that holds it; names in order."""
     root = Path(data).expanduser()
     folders = [f for f in (root, root / FOLDER) if data and (f / "images" / part).is_dir()]
@@ -70,7 +98,13 @@ def load(data: str, part: str) -> Scenes:
     if missing or not images:
         what = f"{missing[0]} is missing" if missing else f"{folders[0]}/images/{part} is empty"
         raise UserError(f"{what}: --data wants every .jpg of images/ as a .png of annotations/")
-    return Scenes("ADE20K", images, labels)
+    for kind, taken in (("images", images), ("annotations", labels)):
+        names = {path.name for path in taken}
+        folder = folders[0] / kind / part
+        others = [p.name for p in folder.iterdir() if p.name not in names and p.name[0] != "."]
+        if others:
+            say_once(f"{folder}: left out are {len(others):,} files (as {min(others)!r})")
+    return Scenes("ADE20K", images, labels, max_pixels)
 
 
 def resized(width: int, height: int, side: int, longest: int) -> tuple[int, int]:

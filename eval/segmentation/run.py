@@ -77,7 +77,11 @@ class Segmentation(DenseEvaluation):
             )
 
     def load_images(self) -> tuple[ade20k.Scenes, ade20k.Scenes]:
-        return tuple(ade20k.load(self.config.data, part) for part in ade20k.IMAGES)
+        config = self.config
+        train, test = (ade20k.load(config.data, part, config.max_pixels) for part in ade20k.IMAGES)
+        train.check()
+        test.check()
+        return train, test
 
     def dataset_fields(self) -> dict[str, Any]:
         found = {"training": len(self.train), "validation": len(self.test)}

@@ -4,13 +4,14 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from common.data.images import FolderImages, Images
 from common.data.splits import split_classes
-from common.errors import UserError
+from common.errors import UserError, say_once
 from common.files import write
 
 # google-research/simclr, imagenet_subsets/: 12 811 and 128 116 files
@@ -51,8 +52,9 @@ def check(content: bytes, name: str, where: str) -> None:
         )
 
 
-def read_list(path: Path, images: Images) -> np.ndarray:
-    """Numbers of the images that a list names, in its order.
+def read_list(path: Path, images: Images, unreadable: Iterable[str] = ()) -> np.ndarray:
+    """Numbers of the images that a list names, in its order, but for those that `unreadable` names,
+    which --on-bad-image skip has taken out of the images: said with their count.
 
     One image per line: `n01440764_10026.JPEG`, whose class folder is what stands before the
     underscore, or `folder/file`. Raises UserError for a line that names no image on disk.
@@ -67,7 +69,9 @@ def read_list(path: Path, images: Images) -> np.ndarray:
     if not wanted:
         raise UserError(f"--list {path} names no image")
     places = {os.fsdecode(p): i for i, p in enumerate(images.paths.tolist())}
-    missing = [name for name in wanted if name not in places]
+    unreadable = {*unreadable}
+    bad = [name for name in wanted if name not in places and name in unreadable]
+    missing = [name for name in wanted if name not in places and name not in unreadable]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(wanted)} images in {path} are not in {images.root}, "
@@ -76,7 +80,14 @@ def read_list(path: Path, images: Images) -> np.ndarray:
     if len(set(wanted)) < len(wanted):
         twice = next(name for i, name in enumerate(wanted) if name in wanted[:i])
         raise UserError(f"--list {path} names {twice} twice")
-    return np.array([places[name] for name in wanted])
+    if bad:
+        say_once(
+            f"{path}: left out are {len(bad)} of its {len(wanted)} images, which cannot be read "
+            f"(--on-bad-image skip); the first is {bad[0]}"
+        )
+    if len(bad) == len(wanted):
+        raise UserError(f"none of the {len(wanted)} images in {path} can be read")
+    return np.array([places[name] for name in wanted if name in places])
 
 
 def balanced_subset(labels: np.ndarray, percent: int, seed: int) -> np.ndarray:

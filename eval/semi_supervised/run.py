@@ -161,7 +161,7 @@ class FineTuning:
             samples = balanced_subset(job.train.labels, config.percent, seed)
             return samples, {"images": len(samples), "list": "class-balanced, drawn from the seed"}
         path = Path(config.list).expanduser() if config.list else self.downloaded()
-        samples = read_list(path, job.train)
+        samples = read_list(path, job.train, job.unreadable_names)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         known = {value: f"simclr {name}" for name, value in SHA256.items()}
         return samples, {

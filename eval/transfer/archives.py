@@ -1,8 +1,13 @@
 """Fetching and unpacking archives: whole or not at all, and never outside their folder."""
 
 import http.client
+import lzma
+import os
+import shutil
+import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
@@ -12,6 +17,9 @@ from common.errors import UserError, is_disk_error
 from common.files import replacing
 
 REFUSED = getattr(tarfile, "FilterError", ())  # of Python 3.11.4 and newer
+# what reading a damaged archive raises; RuntimeError: an encrypted one, or an unknown method
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
+DAMAGED += (RuntimeError, ValueError, KeyError, struct.error)
 ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
 
 
@@ -38,31 +46,70 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpacks a tar or zip archive into `folder`; UserError for one that is damaged or that holds
-    a path leaving the folder (nothing of that path is written).
+    """Unpacks a tar or zip archive into `folder`, whole or not at all: beside it first, and in its
+    place once all of it was read. UserError for one that is damaged, encrypted, or that holds a
+    path leaving the folder.
     """
+    beside = folder / f"{path.name}.{os.getpid()}.partial"
     try:
-        if path.name.endswith(".zip"):
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    check_inside(name, path)
-                archive.extractall(folder)
-            return
-        with tarfile.open(path) as archive:
-            # Python 3.11.4 and newer bring this check themselves, with links, modes and devices
-            archive.extraction_filter = getattr(tarfile, "data_filter", only_plain)
-            for member in archive:
-                check_inside(member.name, path)
-                archive.extract(member, folder)
+        beside.mkdir(parents=True)
+        (unpack_zip if path.name.endswith(".zip") else unpack_tar)(path, beside)
+        move_into(beside, folder)
     except REFUSED as error:
         raise UserError(f"{path} is refused: {error}") from None
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except DAMAGED as error:
         if is_disk_error(error):
             raise
         raise UserError(
-            f"{path} cannot be unpacked ({error}): cut short, or not an archive; remove it and "
-            "start again"
+            f"{path} cannot be unpacked ({error or type(error).__name__}), and nothing of it was: "
+            "cut short, damaged or not an archive; remove it and start again"
         ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def unpack_zip(path: Path, folder: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            check_inside(member.filename, path)
+        archive.extractall(folder)  # checks each file's CRC
+
+
+class Member(tarfile.TarInfo):
+    """A header of a tar file. tarfile takes anything that is none for the archive's end; here only
+    the block of zeros is that ends every tar file.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "Member":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            text = f"{error} at byte {archive.offset}: neither a file nor the end"
+            raise tarfile.ReadError(text) from None
+
+
+def unpack_tar(path: Path, folder: Path) -> None:
+    with tarfile.open(path, tarinfo=Member) as archive:
+        # Python 3.11.4 and newer bring this check themselves, with links, modes and devices
+        archive.extraction_filter = getattr(tarfile, "data_filter", only_plain)
+        for member in archive:
+            check_inside(member.name, path)
+            archive.extract(member, folder)
+        while archive.fileobj.read(1 << 20):  # a compressed file's checksum stands at its end
+            pass
+
+
+def move_into(source: Path, folder: Path) -> None:
+    """Moves what a folder holds into another, over what is there; folders of both become one."""
+    for entry in sorted(source.iterdir()):
+        target = folder / entry.name
+        if entry.is_dir() and not entry.is_symlink() and target.is_dir():
+            move_into(entry, target)
+        else:
+            os.replace(entry, target)
 
 
 def only_plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

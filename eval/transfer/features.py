@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common.augment import to_tensor
 from common.data.images import ArrayImages, Images
 from common.errors import UserError
+from common.fast.center import central_square
 from common.files import replacing
 from common.knn import extract_features
 
@@ -24,10 +23,7 @@ IMAGE_SIZE = 224  # GSG App. D.1
 
 def view(image: Image.Image, size: int) -> Tensor:
     """Shorter side to `size` by bicubic, the central square, uint8 (3,size,size)."""
-    if image.size != (size, size):
-        image = F.resize(image, size, F.InterpolationMode.BICUBIC)
-        image = F.center_crop(image, [size, size])
-    return to_tensor(image)
+    return central_square(image, size, size, "bicubic")
 
 
 def cached(

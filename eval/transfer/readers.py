@@ -15,7 +15,7 @@ import numpy as np
 from torchvision import datasets
 
 from common.data.images import ArrayImages, FolderImages, Images
-from common.data.sets import as_bytes, load_cifar10
+from common.data.sets import as_bytes, load_cifar10, scan_folder
 from common.errors import UserError, is_disk_error
 from eval.transfer.manifest import Manifest
 
@@ -169,11 +169,13 @@ def sun397(root: Path) -> Pool:
 
 def caltech101(root: Path) -> Pool:
     """All class folders, the background among them; torchvision's own reader leaves that out."""
-    folder = root / "caltech101" / "101_ObjectCategories"
-    dataset = datasets.ImageFolder(folder)
-    paths = [path for path, _ in dataset.samples]
-    pool = pool_of(root, {"all": Part(paths, np.array(dataset.targets))})
-    pool.images.classes = dataset.classes
+    folder = root / "caltech101"
+    if not (folder / "101_ObjectCategories").is_dir():
+        raise FileNotFoundError(f"no folder {folder / '101_ObjectCategories'}")
+    found = scan_folder(folder, "101_ObjectCategories", flat_allowed=False, name="caltech101")
+    paths = [found.path(number) for number in range(len(found))]
+    pool = pool_of(root, {"all": Part(paths, found.labels)})
+    pool.images.classes = found.classes
     return pool
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common.augment import two_views
 from common.config import PositiveInt, Seed, free
-from common.data.images import subset
+from common.data.images import SKIP_HINT, subset
 from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
 from common.files import write
@@ -138,8 +138,8 @@ class Transfer:
                     done[key], paths = self.dataset(manifest.load(key))
                     written += paths
                 except UserError as error:
-                    failed[key] = str(error)
-                    print(f"  not evaluated: {error}", flush=True)
+                    failed[key] = str(error).removesuffix(SKIP_HINT)  # no flag of this script
+                    print(f"  not evaluated: {failed[key]}", flush=True)
         written += self.write_averages(done)
         table = self.table(done, failed)
         name = f"table-{self.variant()}.md"
@@ -168,6 +168,8 @@ class Transfer:
             print(f"  finished before: {before['value']:.2f}")
             return before, [path]
         pool = readers.read(about, self.root)
+        if hasattr(pool.images, "max_pixels"):  # files
+            pool.images.max_pixels = config.max_pixels
         lists = Path(config.caltech_lists).expanduser() if config.caltech_lists else None
         parts = splits.make(about, pool, config.splits, config.seed, lists, config.allow_incomplete)
         if before and before["dataset"]["incomplete"] == parts.incomplete and shots_there:
@@ -298,7 +300,9 @@ class Transfer:
             path = self.shots_path(about, shots)
             self.write(path, found)
             paths.append(path)
-            print(f"  {shots}-shot {found['value']:.2f} ± {half:.2f} ({classes} classes)")
+            every = len(set(pool.labels.tolist()))
+            left_out = f", {every - classes} have fewer than {need} images" * (classes < every)
+            print(f"  {shots}-shot {found['value']:.2f} ± {half:.2f} ({classes} classes{left_out})")
         return paths
 
     # -- records ----------------------------------------------------------------------------------
