@@ -8,8 +8,8 @@ import pytest
 from conftest import SMALL, run_script
 from wandb.proto import wandb_internal_pb2
 
-from common.config import config_hash
 from common.run import metrics
+from common.run.flags import config_hash
 from recipes import snclr
 
 BLOCK = 1 << 15
