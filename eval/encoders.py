@@ -7,6 +7,7 @@ MoCo-v3's ViT-S has 12 heads under the very names and shapes of timm's 6.
 import datetime
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,14 @@ from torch import Tensor, nn
 from common import cards
 from common.errors import UserError, nearest_name
 from common.models import EMBED_DIMS, build_encoder
-from common.run import backbone
+from common.run import backbone, checkpoint, environment, results
+from common.run.folder import read_config
+from eval import weights
+from eval.layouts import CIFAR, adapt_stem, unwrap
 from results import record
 
 IMAGE_SIZE = 224  # of checkpoints that do not say their own
 PIXELS, RANDOM = "pixels", "random"  # controls: no encoder at all, and an untrained one
-
-# Where each project keeps its encoder: (prefix of the encoder, prefixes of what else is in it).
-# moco-v3 moco/builder.py: the linear evaluation takes the base encoder, not the momentum one.
-# simsiam/builder.py, and gsg/builder.py, whose BYOL adds `encoder_momentum`.
-LAYOUTS = {
-    "moco-v3": ("base_encoder.", ("momentum_encoder.", "predictor.")),
-    "moco-v3, momentum encoder only": ("momentum_encoder.", ("predictor.",)),
-    "simsiam": ("encoder.", ("predictor.", "encoder_momentum.", "predictor_momentum.")),
-}
 # classifiers and projectors sit in the place of the last layer: torchvision's fc, timm's head
 HEADS = {"resnet": ("fc.",), "vit": ("head.",), "tiny": ()}
 
@@ -40,14 +35,16 @@ def load_encoder(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """(encoder in eval mode on CPU, facts) of `source`.
 
-    `source` is a run folder, a `backbone.safetensors`, a checkpoint of torchvision, timm, moco-v3
-    or simsiam layout, or a control: "pixels" (the image itself, of `image_size`) or "random"
-    (`arch` with the weights of seed 0). `arch` is needed where the file does not name it, and must
-    agree where it does. The encoder maps (N,3,S,S) to (N,embed_dim).
+    `source` is a run folder, a `backbone.safetensors` or a checkpoint of a run, a checkpoint of
+    another project in one of the LAYOUTS, or a control: "pixels" (the image itself, of
+    `image_size`) or "random" (`arch` with the weights of seed 0). `arch` is needed where the file
+    does not name it, and must agree where it does. The encoder maps (N,3,S,S) to (N,embed_dim); a
+    ViT of another S than `image_size` gets its positions interpolated.
 
-    facts: arch, recipe (None for others), image_size, sha256 of the file, run (its folder, or
-    None), layout, epoch (or None), and `metadata` of our own files. Raises UserError for anything
-    that does not match exactly, with every missing and unexpected key.
+    facts: arch, recipe (None for others), image_size, sha256 of the file, run (the folder of a
+    finished one, or None), config (the run's, or {}), layout, epoch (or None), `metadata` of our
+    own files, `record`, the fields of a record that only the file knows, and perhaps `note`. Raises
+    UserError for anything that does not match exactly, with some of what is missing and unexpected.
     """
     if arch is not None and arch not in EMBED_DIMS:
         near = nearest_name(arch, EMBED_DIMS)
@@ -56,106 +53,202 @@ def load_encoder(
         return control(str(source), arch, image_size or IMAGE_SIZE)
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / backbone.NAME).exists():
-            raise UserError(
-                f"{path} has no {backbone.NAME}: not a run folder, or the run is not finished"
-            )
-        path = path / backbone.NAME
+        path = newest_of(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file or run folder")
     if path.suffix == ".safetensors" and "feature_check" in safetensors_metadata(path):
-        return own_backbone(path, arch)
-    return foreign(path, arch, image_size)
+        encoder, facts = own_backbone(path, arch)
+    else:
+        content, sha256 = weights.read(path)
+        if checkpoint.is_ours(content):
+            encoder, facts = own_checkpoint(path, content, arch)
+        else:
+            encoder, facts = foreign(path, content, arch, image_size)
+        facts["sha256"] = sha256
+    return at_size(encoder, facts, image_size)
+
+
+def newest_of(folder: Path) -> Path:
+    """What a run's folder has of its encoder: the backbone if the run has ended, else the newest
+    checkpoint. UserError if it has neither.
+    """
+    exported, saved = folder / backbone.NAME, checkpoint.find(folder)
+    if saved is not None and not (exported.exists() and results.is_finished(folder)):
+        return saved
+    if not exported.exists():
+        raise UserError(
+            f"{folder} has no {backbone.NAME} and no {checkpoint.NAME}: not a run folder"
+        )
+    return exported
 
 
 def own_backbone(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """An encoder that one of our runs exported; its features are checked on load."""
     encoder, metadata = backbone.load_backbone(path)
-    if arch not in (None, metadata["arch"]):
-        raise UserError(f"{path} holds {metadata['arch']}, not --arch {arch}")
+    refuse_other(path, metadata["arch"], arch)
     run = path.absolute().parent
+    run = run if (run / results.NAME).exists() else None
     return encoder, {
         "arch": metadata["arch"],
         "recipe": metadata.get("recipe"),
         "image_size": int(metadata["image_size"]),
         "sha256": sha256_of(path),
-        "run": run if (run / "results.json").exists() else None,
+        "run": run,
+        "config": (read_config(run) or {}) if run else {},
         "layout": "ours",
         "epoch": float(metadata["epoch"]) if "epoch" in metadata else None,
         "metadata": metadata,
+        "record": {},
     }
+
+
+def own_checkpoint(
+    path: Path, saved: dict[str, Any], arch: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder of a run's checkpoint, of before its end or of a snapshot."""
+    if "recipe" not in saved:
+        raise UserError(f"{path} is the checkpoint of an evaluation: give a run's, or its backbone")
+    state = checkpoint.in_format_2(saved)["state"]["model"]
+    config, starts = config_of(path, saved)
+    refuse_other(path, config["arch"], arch)
+    encoder = build(config["arch"], config["image_size"])
+    prefix = "encoder."
+    tensors = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    backbone.load_exactly(encoder, tensors, str(path))
+    return encoder.eval(), {
+        "arch": config["arch"],
+        "recipe": saved["recipe"],
+        "image_size": config["image_size"],
+        "run": None,
+        "config": config,
+        "layout": "ours",
+        "epoch": float(saved["epoch"]),
+        "metadata": {},
+        "record": record.of_checkpoint(config, saved, starts),
+    }
+
+
+def config_of(path: Path, saved: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(config.yaml, the starts in environment.json) of the run that a checkpoint is of; of one that
+    lies elsewhere the flags that it holds, and no starts.
+    """
+    folder = path.parent.parent if path.parent.name == "snapshots" else path.parent
+    flags = {"recipe": saved["recipe"], **saved.get("config", {})}
+    config = read_config(folder) or {}
+    if all(config.get(n, v) == v for n, v in flags.items() if n not in record.PLACES):
+        flags = config | flags
+        try:
+            first = json.loads((folder / environment.NAME).read_text())
+            starts = [first, *first.get("restarts", [])]
+        except (OSError, ValueError, AttributeError):
+            starts = []
+    else:
+        starts = []
+    if not {"arch", "image_size"} <= set(flags):
+        raise UserError(f"{path} does not say its run's flags: leave it beside the config.yaml")
+    own = {"method": cards.method_of(saved["recipe"], flags), "plan": None, "settings": {}}
+    return own | flags, starts
 
 
 def foreign(
-    path: Path, arch: str | None, image_size: int | None
+    path: Path, content: Any, arch: str | None, image_size: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """An encoder of another project's checkpoint, its keys matched exactly."""
-    content = read_tensors(path)
-    layout, tensors = unwrap(content["tensors"], str(path))
-    arch = arch_of(path, content["arch"], layout, arch)
-    image_size = image_size or IMAGE_SIZE
-    encoder = build_encoder(arch, image_size)
+    found = weights.weights_of(content, str(path))
+    layout, tensors = unwrap(found["tensors"], str(path))
+    arch = arch_of(path, found["arch"], layout.name, arch)
+    size = size_of(path, arch, tensors, image_size)
+    encoder = build(arch, size)
+    said = adapt_stem(encoder, layout, arch, str(path))
     heads = HEADS[re.split(r"[0-9_]", arch)[0]]
     tensors = {name: t for name, t in tensors.items() if not name.startswith(heads)}
-    backbone.load_exactly(encoder, tensors, f"{path} ({layout} layout, {arch})")
+    tensors = with_counters(tensors, encoder)
+    backbone.load_exactly(encoder, tensors, f"{path} ({layout.name} layout, {arch})")
     return encoder.eval(), {
         "arch": arch,
         "recipe": None,
-        "image_size": image_size,
-        "sha256": sha256_of(path),
+        "image_size": size,
         "run": None,
-        "layout": layout,
-        "epoch": content["epoch"],
+        "config": {},
+        "layout": said,
+        "epoch": found["epoch"],
         "metadata": {},
+        "record": {"layout": said},
     }
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """`tensors`, and the `arch` and `epoch` that the file names (None where it does not)."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return {"tensors": load_file(path), "arch": None, "epoch": None}
-        except Exception as error:
-            raise UserError(f"{path} is no safetensors file: {error}") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and stream errors of many types
-        raise UserError(
-            f"{path} cannot be read as a checkpoint of weights ({type(error).__name__})"
-        ) from None
-    found = {"arch": None, "epoch": None}
-    if isinstance(state, dict):
-        if isinstance(state.get("arch"), str):
-            found["arch"] = state["arch"]
-        if isinstance(state.get("epoch"), int | float):
-            found["epoch"] = float(state["epoch"])
-        for name in ("state_dict", "model"):
-            if isinstance(state.get(name), dict):
-                state = state[name]
-                break
-    tensors = state if isinstance(state, dict) else {}
-    if not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{path} holds no state_dict of tensors")
-    return found | {"tensors": dict(tensors)}
-
-
-def unwrap(tensors: dict[str, Tensor], where: str) -> tuple[str, dict[str, Tensor]]:
-    """(layout, the encoder's tensors): prefixes removed, what is known not to be of the encoder
-    dropped by name. Anything else stays, for the exact match to name.
+def with_counters(tensors: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """The tensors with batch norms' counters of steps, which no feature depends on, if they have
+    none at all: files of before PyTorch 0.4.1, and detectron2's.
     """
-    if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
-        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
-    for layout, (prefix, others) in LAYOUTS.items():
-        if any(name.startswith(prefix) for name in tensors):
-            kept = {n: t for n, t in tensors.items() if not n.startswith(others)}
-            return layout, {name.removeprefix(prefix): t for name, t in kept.items()}
-    return "torchvision or timm", tensors
+    counter = "num_batches_tracked"
+    if any(name.endswith(counter) for name in tensors):
+        return tensors
+    fresh = encoder.state_dict()
+    return tensors | {name: t for name, t in fresh.items() if name.endswith(counter)}
+
+
+def size_of(path: Path, arch: str, tensors: dict[str, Tensor], image_size: int | None) -> int:
+    """The image size to build another project's encoder for: a ViT's own, by its positions.
+    UserError if it is not the one that images have without --image-size, and none is given.
+    """
+    positions = tensors.get("pos_embed")
+    patch = tensors.get("patch_embed.proj.weight")
+    if not arch.startswith("vit") or positions is None or patch is None or patch.shape[-1] != 16:
+        return image_size or IMAGE_SIZE
+    side = math.isqrt(max(positions.shape[1] - 1, 0)) if positions.ndim == 3 else 0
+    own = 16 * side
+    if not side or side**2 + 1 != positions.shape[1]:
+        return image_size or IMAGE_SIZE
+    if image_size is None and own != IMAGE_SIZE:
+        raise UserError(
+            f"{path} has positions for images of {own} pixels, not {IMAGE_SIZE}: give --image-size "
+            f"{own}, or another multiple of 16 to interpolate them"
+        )
+    return own
+
+
+def at_size(
+    encoder: nn.Module, facts: dict[str, Any], image_size: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder and its facts at the size asked for: a ViT's positions are interpolated."""
+    own = facts["image_size"]
+    if image_size in (None, own) or not facts["arch"].startswith("vit"):
+        return encoder, facts
+    if image_size % 16:
+        raise UserError(f"--image-size {image_size}: {facts['arch']} takes multiples of 16")
+    encoder.set_input_size(image_size)
+    note = f"positions interpolated from {own} to {image_size} pixels"
+    return encoder, facts | {"image_size": image_size, "note": note}
+
+
+def build(arch: str, image_size: int) -> nn.Module:
+    """`build_encoder`; UserError for a size that the arch cannot take."""
+    try:
+        return build_encoder(arch, image_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def refuse_other(path: Path, named: str, arch: str | None) -> None:
+    """UserError if --arch is another than the file's."""
+    if arch not in (None, named):
+        raise UserError(f"{path} holds {named}, not --arch {arch}")
 
 
 def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str:
     """Our name of the encoder: of what the file names, else of --arch."""
+    if named == "vit_small" and layout.startswith("moco-v3"):
+        named = "vit_small_mocov3"  # moco-v3 vits.py: 12 heads, fixed positions
+    elif named == "vit_small" and layout != "dino":
+        if arch not in ("vit_small", "vit_small_mocov3"):
+            raise UserError(
+                f"{path} holds a vit_small, which has 6 heads in timm and DINO and 12 in MoCo-v3, "
+                "also after its linear evaluation: give --arch vit_small or vit_small_mocov3"
+            )
+        named = arch
+    elif named == "resnet18" and arch == CIFAR:
+        named = arch  # their first convolutions have other shapes: no mistake can load
     if named is None:
         if arch is None:
             raise UserError(
@@ -163,12 +256,10 @@ def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str
                 f"({', '.join(EMBED_DIMS)})",
             )
         return arch
-    if named == "vit_small" and layout.startswith("moco-v3"):
-        named = "vit_small_mocov3"  # moco-v3 vits.py: 12 heads, fixed positions
+    named = weights.ARCHS.get(named, named)
     if named not in EMBED_DIMS:
         raise UserError(f"{path} holds {named}, which is none of {', '.join(EMBED_DIMS)}")
-    if arch not in (None, named):
-        raise UserError(f"{path} ({layout} layout) holds {named}, not --arch {arch}")
+    refuse_other(f"{path} ({layout} layout)", named, arch)
     return named
 
 
@@ -179,7 +270,22 @@ def record_fields(facts: dict[str, Any], config: Any, described: dict[str, Any])
     the evaluation.
     """
     if facts["run"] is not None:
-        return record.of_runs([facts["run"]])
+        found = record.of_runs([facts["run"]])
+    else:
+        found = fields_of_file(facts, config, described) | facts["record"]
+    return record.noted(found, facts.get("note", ""))
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """What sets this encoder apart from a finished run's at its own image size, "" if nothing."""
+    fields = facts["record"]
+    epoch = fields.get("epoch", "last")
+    words = [fields.get("layout"), "" if epoch == "last" else f"epoch {epoch}", facts.get("note")]
+    return ", ".join(word for word in words if word)
+
+
+def fields_of_file(facts: dict[str, Any], config: Any, described: dict[str, Any]) -> dict[str, Any]:
+    """A record's fields about the encoder of a file that lies in no finished run."""
     metadata, devices = facts["metadata"], described["devices"]
     method = config.method or f"{Path(config.backbone).name} ({facts['layout']})"
     if facts["recipe"] is not None:
@@ -250,7 +356,7 @@ def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, di
         raise UserError("--backbone pixels has no --arch")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = Pixels(image_size) if name == PIXELS else build_encoder(arch, image_size)
+        encoder = Pixels(image_size) if name == PIXELS else build(arch, image_size)
     digest = hashlib.sha256(b"calibrated" if name == RANDOM else b"")  # by the evaluations
     for key, tensor in encoder.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
@@ -260,7 +366,9 @@ def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, di
         "image_size": image_size,
         "sha256": digest.hexdigest(),
         "run": None,
+        "config": {},
         "layout": "control",
         "epoch": None,
         "metadata": {},
+        "record": {},
     }

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,7 +45,7 @@ from common.run.ranks import start
 from common.run.readable import readable
 from common.run.results import duration
 from common.run.signals import StopRequests
-from eval.encoders import RANDOM, load_encoder, record_fields
+from eval.encoders import RANDOM, in_words, load_encoder, record_fields
 from results import record
 
 RECORD = "record.json"
@@ -60,8 +59,8 @@ IMAGENET_IMAGES = {"training": 1_281_167, "validation": 50_000}
 class EncoderConfig:
     """The flags that every evaluation has: which encoder, and where the results go."""
 
-    # run folder, backbone.safetensors, a checkpoint of torchvision, timm, moco-v3 or simsiam
-    # layout, or a control: `random` (needs --arch) or `pixels`
+    # run folder, its backbone.safetensors or a checkpoint of it, a checkpoint of another project
+    # (linear_probe/README.md lists which), or a control: `random` (needs --arch) or `pixels`
     backbone: str = free("")
     arch: str = ""  # encoder, where the file does not say it; never guessed
     seed: Seed = 0  # keys the heads' initialisation, data order, crops and held-out images
@@ -90,9 +89,8 @@ class EvaluationConfig(TrainingConfig):
 
     dataset: DATASETS | None = None  # images to evaluate on; default: the run's own, else imagenet
     data: str = free("")  # folder of the images, as for the recipes; default: the run's own
-    image_size: PositiveInt | None = (
-        None  # side of a view in pixels; default: the run's own, else 224
-    )
+    # side of a view in pixels; default: the run's own, else 224. A ViT's positions are interpolated
+    image_size: PositiveInt | None = None
     seeds: PositiveInt = (
         1  # how often to repeat, with seeds from --seed on; mean and spread are reported
     )
@@ -115,6 +113,9 @@ class Evaluation:
         self.encoder, self.facts = load_encoder(
             config.backbone, config.arch or None, getattr(config, "image_size", None)
         )
+        sha256 = self.facts["sha256"]
+        if distributed.any_rank([distributed.from_rank_zero(sha256) != sha256])[0]:
+            raise UserError(f"{config.backbone} changed while the ranks read it: start again")
         if self.facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
             raise UserError("--method and --pretrained-on are for checkpoints of others")
         self.config = config = self.with_defaults(config)
@@ -145,9 +146,7 @@ class Evaluation:
 
     def with_defaults(self, config: Any) -> Any:
         """The configuration with what the run says where the flags do not."""
-        ours = {}
-        if self.facts["run"] is not None:
-            ours = yaml.safe_load((self.facts["run"] / "config.yaml").read_text())
+        ours = self.facts["config"]
         values: dict[str, Any] = {"arch": self.facts["arch"]}
         if config.dataset is None:
             values["dataset"] = ours.get("dataset", "imagenet")
@@ -155,10 +154,6 @@ class Evaluation:
             values["data"] = ours.get("data", "")
         if config.image_size is None:
             values["image_size"] = self.facts["image_size"]
-        elif config.image_size != self.facts["image_size"] and "vit" in self.facts["arch"]:
-            raise UserError(
-                f"--image-size {config.image_size}: this ViT takes {self.facts['image_size']}"
-            )
         return dataclasses.replace(config, **values)
 
     def load_images(self) -> tuple[Images, Images]:
@@ -289,6 +284,8 @@ class Evaluation:
             f"and {len(self.test):,} test images · {self.environment['devices']['name']} x "
             f"{self.ranks}"
         )
+        if words := in_words(self.facts):
+            self.say(f"backbone: {words}")
         self.say(f"folder: {self.folder}")
         if why := environment.untraceable(self.store.commit, self.store.dirty):
             self.warn(why)
@@ -432,9 +429,7 @@ class Evaluation:
             "command": [*found["command"], self.command],
             "evaluation_hours": round(self.seconds() / 3600, 4),
         }
-        if note:
-            found["note"] = note
-        found = record.with_values(found, values)
+        found = record.with_values(record.noted(found, note), values)
         if scores:
             found["scores"] = [record.with_values(score, score["values"]) for score in scores]
         path = self.folder / file

@@ -173,6 +173,35 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def of_checkpoint(
+    config: dict[str, Any], saved: dict[str, Any], starts: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The fields of a record that come from what a run `saved` before its end: `config` is its
+    config.yaml, `starts` are those of its environment.json, if it is there.
+    """
+    epoch, scheduled = round(saved["epoch"], 4), config["epochs"]
+    what, seconds = what_ran(config), saved["seconds"]
+    what["pretraining"] |= {"epochs": epoch}
+    found = {
+        **what,
+        "seeds": [config["seed"]],
+        "seeds_of": "pretraining",
+        "epoch": "last" if epoch >= scheduled else f"{epoch:g} of {scheduled:g} scheduled epochs",
+        "commit": saved["commit"],
+        "hours": round(seconds / 3600, 4),
+        "images_per_second": round(config["batch_size"] * saved["step"] / max(seconds, 1e-9), 1),
+    }
+    if starts:
+        devices, versions = starts[0]["devices"], starts[0]["versions"]
+        found |= {
+            "dirty": any(start["dirty"] is not False for start in starts),
+            "command": [starts[0]["command"]],
+            "versions": {n: v for n, v in versions.items() if v is not None},
+            "hardware": f"{devices['name']} x {devices['ranks']}",
+        }
+    return found
+
+
 def what_ran(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record that a run's config.yaml decides; `epochs` are the scheduled ones."""
     what = {
@@ -196,6 +225,12 @@ def note_of(scheduled: float, done: float) -> dict[str, str]:
     if done >= scheduled:
         return {}
     return {"note": f"stopped after {done:g} of {scheduled:g} scheduled epochs"}
+
+
+def noted(record: dict[str, Any], *texts: str) -> dict[str, Any]:
+    """The record with these texts, of which some may be empty, beside the note that it has."""
+    note = "; ".join(text for text in (record.get("note"), *texts) if text)
+    return record | ({"note": note} if note else {})
 
 
 def is_of(record: dict[str, Any], run: Any, seed: int) -> bool:

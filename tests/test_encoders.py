@@ -1,25 +1,32 @@
-"""Encoders to evaluate: every layout, the exact-keys guard, and features instead of names."""
+"""Encoders to evaluate: ours, the exact-keys guard, and features instead of names."""
+
+import json
+import lzma
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import BY_FAMILY
 from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.models import build_encoder
+from common.run import checkpoint, environment
 from common.run.backbone import export_backbone
-from eval.encoders import load_encoder
+from eval.encoders import in_words, load_encoder, record_fields
+from results import record
 
 
 @pytest.fixture(scope="module")
 def resnet():
-    """A torchvision ResNet-18 with its classifier, norms not at their initial values."""
+    """A torchvision ResNet-18 with its classifier, norms with the statistics of some images."""
     import torchvision
 
     torch.manual_seed(1)
     model = torchvision.models.resnet18()
-    for name, tensor in model.state_dict().items():
-        if "running" in name:
-            tensor.uniform_(0.5, 1.5)
+    model.train()(torch.randn(8, 3, 64, 64))
     return model.eval()
 
 
@@ -159,7 +166,7 @@ def test_controls():
 def test_mistakes_get_one_line(tmp_path):
     for source, arch, text in (
         (tmp_path / "nothing.pth", None, "no such file"),
-        (tmp_path, None, "has no backbone.safetensors"),
+        (tmp_path, None, "has no backbone.safetensors and no checkpoint.pt"),
         ("random", None, "needs --arch"),
         ("random", "resnet51", "did you mean resnet5"),
     ):
@@ -175,3 +182,92 @@ def test_mistakes_get_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=text):
             load_encoder(tmp_path / name, "resnet18")
+
+
+# -- runs that have not ended ---------------------------------------------------------------------
+
+
+def unfinished(run, folder):
+    """The run's folder as it was before its backbone was exported."""
+    done = {"backbone.safetensors", "results.json"}
+    shutil.copytree(run, folder, ignore=lambda _, names: done & {*names})
+    return folder
+
+
+def fields_of(facts, path):
+    config = SimpleNamespace(backbone=str(path), method="", pretrained_on="other", seed=0)
+    return record_fields(facts, config, environment.describe(torch.device("cpu"), 1))
+
+
+@pytest.mark.parametrize("method", BY_FAMILY)
+def test_a_run_can_be_evaluated_before_its_end(method, run_of, tmp_path):
+    run = run_of(method)
+    finished, exported = load_encoder(run)
+    folder = unfinished(run, tmp_path / "run")
+    alone = tmp_path / "copy.pt"  # of a snapshot, without its run
+    shutil.copy(run / checkpoint.NAME, alone)
+    (folder / "snapshots").mkdir()
+    snapshot = shutil.copy(alone, folder / "snapshots" / "epoch-0001.pt")
+    x = torch.randn(2, 3, exported["image_size"], exported["image_size"])
+    for path in (folder, folder / checkpoint.NAME, snapshot, alone):
+        encoder, facts = load_encoder(path)
+        assert torch.equal(encoder(x), finished(x)) and not encoder.training
+        for name in ("arch", "recipe", "image_size", "layout"):
+            assert facts[name] == exported[name]
+        assert facts["epoch"] == pytest.approx(exported["epoch"])
+        assert facts["run"] is None and facts["config"]["dataset"] == "photos"
+        found = fields_of(facts, path)
+        scheduled = facts["config"]["epochs"]
+        says = f"{round(facts['epoch'], 4):g} of {scheduled:g} scheduled epochs"
+        assert found["epoch"] == says and in_words(facts) == f"epoch {says}"
+        assert found["method"] == method and found["pretraining"]["batch"] == 36
+        assert found["backbone_sha256"] == [facts["sha256"]] and found["seeds_of"] == "pretraining"
+        assert bool(found["command"]) == (path is not alone)
+        found |= {"dataset": found["pretraining"] | {}, "protocol": "linear", "metric": "top1"}
+        found["dataset"] = {"name": "photos", "copy": None, "incomplete": None}
+        found = record.with_values(found, [50.0]) | {"command": ["a command"]}
+        assert record.problems(found) == [] or found["commit"] == "unknown"
+    with pytest.raises(UserError, match=r"holds \S+, not --arch resnet50"):
+        load_encoder(snapshot, "resnet50")
+
+
+def test_a_run_that_goes_on_after_its_results_gives_its_checkpoint(run_of, tmp_path):
+    run = run_of("NNCLR")
+    assert load_encoder(run)[1]["run"] == run  # it has ended
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    starts = json.loads((folder / environment.NAME).read_text())
+    last = starts["steps"] | {"last": starts["steps"]["last"] + 1}
+    starts["restarts"] = [{**starts, "steps": last}]
+    (folder / environment.NAME).write_text(json.dumps(starts))
+    assert load_encoder(folder)[1]["record"]["epoch"].endswith("scheduled epochs")
+
+
+def test_a_checkpoint_without_an_encoder_is_named(tmp_path):
+    """An evaluation's, and one of the first format in which flags were not saved."""
+    for state, text in (
+        ({"evaluation": "linear_probe"}, "is the checkpoint of an evaluation"),
+        ({"recipe": "nnclr", "state": {"model": {}}}, "leave it beside the config.yaml"),
+    ):
+        torch.save({"format": checkpoint.FORMAT, **state}, tmp_path / "c.pt")
+        with pytest.raises(UserError, match=text):
+            load_encoder(tmp_path / "c.pt")
+
+
+def test_a_checkpoint_of_format_1_is_read_under_the_new_names(tmp_path):
+    """tests/test_old_checkpoint.py says where the file is from; nothing lies beside it here."""
+    stored = Path(__file__).resolve().parent / "data" / "checkpoint-format-1.pt.xz"
+    (tmp_path / checkpoint.NAME).write_bytes(lzma.decompress(stored.read_bytes()))
+    encoder, facts = load_encoder(tmp_path)
+    assert facts["record"]["epoch"] == "0.0133 of 10 scheduled epochs"
+    model = torch.load(tmp_path / checkpoint.NAME, weights_only=True)["state"]["model"]
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(model[f"branch.0.{name}"], tensor), name
+
+
+def test_a_note_of_the_encoder_stays_beside_that_of_the_evaluation():
+    stopped = {"note": "stopped after 1 of 10 scheduled epochs"}
+    assert record.noted({}) == {} and record.noted(stopped, "") == stopped
+    both = record.noted(stopped, "stored features")
+    assert both["note"] == "stopped after 1 of 10 scheduled epochs; stored features"
+    assert record.is_stopped(both)

@@ -389,6 +389,25 @@ def test_without_an_output_it_lies_in_the_run(shortest):
 
 
 @pytest.mark.long
+def test_an_unfinished_run_is_evaluated_and_the_record_says_its_epoch(shortest, tmp_path, capsys):
+    done = {"backbone.safetensors", "results.json"}
+    folder = tmp_path / "run"
+    shutil.copytree(shortest, folder, ignore=lambda _, names: done & {*names})
+    command_line = ["--backbone", folder, "--workers", "0", "--output", tmp_path / "out"]
+    assert in_process([*command_line, "--measure", "knn"]) == 0
+    found = record_of(tmp_path / "out", "record-knn.json")
+    assert found["epoch"] == f"{found['pretraining']['epochs']:g} of 10 scheduled epochs"
+    assert found["recipe"] == "nnclr" and found["pretraining"]["dataset"] == "photos"
+    assert f"backbone: epoch {found['epoch']}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_changes_between_ranks_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("common.distributed.from_rank_zero", lambda value: "another")
+    assert in_process([*FLAGS, *RANDOM, "--output", tmp_path]) == 2
+    assert "random changed while the ranks read it: start again" in capsys.readouterr().err
+
+
+@pytest.mark.long
 def test_two_ranks_are_one(tmp_path):
     """401 test and 1 499 training images: 2 ranks do not divide them, one has an image more."""
     flags = [*FLAGS, *RANDOM, "--protocol", "byol", "--epochs", "1", "--precision", "fp64"]

@@ -7,7 +7,9 @@ the same names and shapes.
 """
 
 import copy
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from common.models import build_encoder, timm_arguments
 from common.run import results
 
 NAME = results.BACKBONE
+LISTED = 10  # names in an error's line, which may be of hundreds
 CHECK_FEATURES = 16  # how many features of the fixed input are stored
 TOLERANCE = 1e-3  # of their largest: other machines round differently, other networks differ by far
 
@@ -118,15 +121,23 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_exactly(encoder: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Loads weights whose names and shapes match exactly; UserError that lists what does not."""
+    """Loads weights whose names and shapes match exactly; UserError that says what does not."""
     expected = encoder.state_dict()
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    problems += [
+    missing = [f"missing {name}" for name in expected if name not in tensors]
+    unexpected = [f"unexpected {name}" for name in tensors if name not in expected]
+    other = [
         f"{name} is {(*tensors[name].shape,)}, not {(*expected[name].shape,)}"
         for name in expected
         if name in tensors and tensors[name].shape != expected[name].shape
     ]
-    if problems:
-        raise UserError(f"{where} does not fit the encoder: {', '.join(problems)}")
+    if missing or unexpected or other:
+        kinds = itertools.zip_longest(missing, unexpected, other)  # some of each are said
+        problems = listed([text for row in kinds for text in row if text])
+        raise UserError(f"{where} does not fit the encoder: {problems}")
     encoder.load_state_dict(tensors)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names in one line; of more than LISTED the first ones, and how many there are more."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -107,8 +107,18 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # zip, pickle and stream errors of many types
         kind = type(error).__name__
         raise UserError(f"{path} is truncated or no checkpoint ({kind}): {hint}") from None
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT, FORMAT_1):
+    if not is_ours(state):
         raise UserError(f"{path} is not a checkpoint of these recipes: {hint}")
+    return in_format_2(state)
+
+
+def is_ours(state: Any) -> bool:
+    """Whether a file that holds this is a checkpoint of these recipes, or of an evaluation."""
+    return isinstance(state, dict) and state.get("format") in (FORMAT, FORMAT_1)
+
+
+def in_format_2(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state, under the names of format 2 if it is a run's of format 1."""
     if state["format"] == FORMAT_1 and "model" in state.get("state", {}):
         state["state"] = renamed(state["state"])
     return state

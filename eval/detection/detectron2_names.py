@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common import files
 from common.errors import UserError, make_folder
+from common.run.backbone import listed
 
 KEYS = Path(__file__).resolve().parent / "resnet50_keys.txt"
 # where the backbone sits in detectron2's models: res5 is in the head of a C4 one
@@ -28,6 +29,13 @@ def detectron2_name(name: str) -> str:
     return name if name.startswith("res") else f"stem.{name}"
 
 
+def torchvision_name(name: str) -> str:
+    """res2.0.conv2.norm.weight -> layer1.0.bn2.weight, stem.conv1.weight -> conv1.weight."""
+    name = re.sub(r"^res(\d)", lambda found: f"layer{int(found[1]) - 1}", name)
+    name = re.sub(r"conv(\d)\.norm", r"bn\1", name.removeprefix("stem."))
+    return name.replace("shortcut.norm", "downsample.1").replace("shortcut", "downsample.0")
+
+
 def convert(tensors: dict[str, Tensor], where: str = "the backbone") -> dict[str, Tensor]:
     """torchvision's ResNet-50 under detectron2's names, float32 on CPU; UserError with the list of
     names where they are not just those of detectron2's ResNet-50.
@@ -39,7 +47,10 @@ def convert(tensors: dict[str, Tensor], where: str = "the backbone") -> dict[str
     }
     problems = differences({n: tuple(t.shape) for n, t in found.items()}, expected_shapes())
     if problems:
-        raise UserError(f"{where} is no ResNet-50 of torchvision's: {listed(problems)}")
+        raise UserError(
+            f"{where} is no ResNet-50 of torchvision's: {len(problems)} mismatches: "
+            f"{listed(problems)}"
+        )
     return found
 
 
@@ -59,10 +70,6 @@ def differences(found: dict[str, tuple], expected: dict[str, tuple]) -> list[str
     ]
 
 
-def listed(problems: list[str]) -> str:
-    return f"{len(problems)} mismatches: {', '.join(problems)}"
-
-
 def check_loaded(state: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
     """UserError unless every converted tensor is in a detectron2 model's state, equal, and all else
     in it is new: FPN, RPN, heads.
@@ -80,7 +87,10 @@ def check_loaded(state: dict[str, Tensor], converted: dict[str, Tensor]) -> None
             problems.append(f"{name} was not loaded")
     problems += [f"{name} was not in the backbone" for name in own if name not in converted]
     if problems:
-        raise UserError(f"the detector did not take the backbone: {listed(problems)}")
+        raise UserError(
+            f"the detector did not take the backbone: {len(problems)} mismatches: "
+            f"{listed(problems)}"
+        )
 
 
 def write(path: Path, converted: dict[str, Tensor], facts: dict[str, Any]) -> None:

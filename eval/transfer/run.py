@@ -32,7 +32,7 @@ from common.run.flags import parse
 from common.run.folder import finished_record
 from common.run.output import outlast_readers
 from common.run.signals import StopRequests
-from eval.encoders import RANDOM, load_encoder, record_fields
+from eval.encoders import RANDOM, in_words, load_encoder, record_fields
 from eval.evaluation import EncoderConfig
 from eval.transfer import classifier, few_shot, manifest, readers, scores, splits
 from eval.transfer.features import IMAGE_SIZE, cached
@@ -69,7 +69,8 @@ class TransferConfig(EncoderConfig):
     voc_decay: Literal["softmax", "binary"] = "softmax"
     caltech_lists: str = ""  # folder of ssl-transfer's train.txt and test.txt for Caltech-101
     allow_incomplete: bool = False  # datasets of other sizes too; the record has the counts
-    image_size: PositiveInt = IMAGE_SIZE  # pixels (224: GSG App. D.1)
+    # pixels; default: 224 (GSG App. D.1). A ViT's positions are interpolated
+    image_size: PositiveInt | None = None
     few_shot: bool = False  # also 5-way 5-shot and 20-shot episodes
     seed: Seed = 0  # of random splits and episodes
     device: Literal["cuda", "cpu"] | None = free(None)  # default: cuda where there is one
@@ -89,7 +90,7 @@ class Transfer:
         if not self.root.is_dir():
             raise UserError(f"--root {self.root}: no such folder; prepare.py makes and fills it")
         self.keys = manifest.chosen(config.datasets)
-        self.size = config.image_size
+        self.size = config.image_size or IMAGE_SIZE
         self.device = chosen_device(config.device)
         self.encoder, self.facts = self.load()
         where = self.facts["run"]
@@ -109,11 +110,15 @@ class Transfer:
     def load(self) -> tuple[nn.Module, dict[str, Any]]:
         """The encoder on its device; UserError for a size that it cannot take."""
         config = self.config
-        encoder, facts = load_encoder(config.backbone, config.arch or None, self.size)
+        encoder, facts = load_encoder(config.backbone, config.arch or None, config.image_size)
         if "vit" in facts["arch"] and facts["image_size"] != self.size:
+            own = facts["image_size"]
             raise UserError(
-                f"--image-size {self.size}: this {facts['arch']} takes {facts['image_size']}"
+                f"{config.backbone} has positions for images of {own} pixels, not {self.size}: "
+                f"give --image-size {own}, or --image-size {self.size} to interpolate them"
             )
+        if words := in_words(facts):
+            print(f"backbone: {words}")
         if facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
             raise UserError("--method and --pretrained-on are for checkpoints of others")
         torch.backends.cudnn.allow_tf32 = False  # features are float32 on a GPU too
@@ -261,7 +266,7 @@ class Transfer:
         }
         if about.metric == "11pt mAP":
             choice["weight_decay_is"] = VOC_DECAYS[config.voc_decay]
-            found["note"] = REPORTED_DIFFICULT
+            found = record.noted(found, REPORTED_DIFFICULT)
         found |= {
             "protocol": self.protocol(),
             "metric": about.metric,
@@ -387,11 +392,11 @@ class Transfer:
                 },
                 "protocol": self.protocol(),
                 "metric": "top1",
-                "note": "mean of each dataset's own metric",
                 "hyperparameters": {"splits": self.config.splits},
                 "others": {m["dataset"]["name"]: m["value"] for m in members},
             }
             path = self.output / f"{name.replace(' ', '-')}-{self.variant()}.json"
+            found = record.noted(found, "mean of each dataset's own metric")
             self.write(path, record.with_values(found, [value]))
             paths.append(path)
         return paths
