@@ -248,7 +248,7 @@ def test_flat_imagefolder_is_packed_without_labels(tmp_path):
     train, val = load_dataset("imagefolder", str(output))
     assert val is None and train.labels is None and train.name == "flat (imagefolder)"
     assert train.load(2).getpixel((0, 0)) == (2, 2, 2)
-    with pytest.raises(UserError, match="--dataset imagefolder"):
+    with pytest.raises(UserError, match="its train/ was packed without class folders: sort"):
         load_dataset("imagenet", str(output))
 
 
