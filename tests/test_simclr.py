@@ -142,7 +142,7 @@ def test_contrastive_accuracy_is_a_plain_count():
 
 # -- runs -----------------------------------------------------------------------------------------
 
-EPOCHS, STEPS_PER_EPOCH, BATCH = replay.EPOCHS, replay.STEPS_PER_EPOCH, replay.BATCH
+STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 32  # of 160 images
 FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
 FLAGS += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
 FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS_PER_EPOCH + 3)]
@@ -245,10 +245,21 @@ README = dict(  # of the code, for CIFAR-10
     weight_decay=1e-6,
     temperature=0.5,
 )
+PHOTOS = README | dict(
+    arch="tiny",
+    epochs=10,
+    batch_size=64,
+    lr=0.06,
+    lr_batch=64,
+    optimizer="sgd",
+    weight_decay=5e-4,
+    warmup_epochs=1,
+)
 CASES = {
     "imagenet": ([], IMAGENET),
     "official": (["--follow", "official"], IMAGENET | {"loss": "official"}),
     "cifar10": (["--dataset", "cifar10"], IMAGENET | README),
+    "photos": (["--dataset", "photos"], IMAGENET | PHOTOS),
 }
 
 
@@ -258,12 +269,14 @@ def test_presets(case):
     config = simclr.parse_arguments(flags)
     assert {n: getattr(config, n) for n in expected} == expected
     assert config.settings == {}
-    strength = 0.5 if case == "cifar10" else 1.0  # and no blur there
+    small = config.views == "cifar"
+    assert small == (case in ("cifar10", "photos"))
+    strength = 0.5 if small else 1.0  # and no blur there
     first, second = simclr.views_of(config)
     assert first == second
     assert first.jitter == tuple(strength * s for s in (0.8, 0.8, 0.8, 0.2))
     assert (first.jitter_p, first.grey_p, first.flip_p, first.solarize_p) == (0.8, 0.2, 0.5, 0)
-    assert first.blur_p == (0 if case == "cifar10" else 0.5)
+    assert first.blur_p == (0 if small else 0.5)
     assert (first.scale, first.interpolation) == ((0.08, 1.0), "bicubic")
 
 
@@ -277,6 +290,7 @@ def test_presets(case):
         ("--lr-scaling sqrt --lr 0.1", 6.4),
         ("--lr 0.5 --lr-batch 0", 0.5),
         ("--dataset cifar10", 2.0),
+        ("--dataset photos", 0.06),
         ("--dataset cifar10 --lr 0.05 --lr-scaling sqrt --batch-size 1024", 1.6),
         ("--dataset imagefolder --lr-scaling sqrt --batch-size 1024", 2.4),
     ],
