@@ -508,9 +508,12 @@ def linear_weights(classes: int, dim: int, init: str, seed: int) -> Tensor:
 
     "normal 0.01": the code of MoCo-v3, SimSiam, Barlow Twins, VICReg and SimCLR. "haiku": BYOL's
     code, a normal distribution of standard deviation 1/sqrt(dim) cut off at two of them. "torch":
-    PyTorch's default, which SwAV's code leaves, uniform within 1/sqrt(dim).
+    PyTorch's default, which SwAV's code leaves, uniform within 1/sqrt(dim). "zeros": SimCLR's
+    command for linear evaluation.
     """
-    weight = torch.empty(classes, dim)
+    weight = torch.zeros(classes, dim)
+    if init == "zeros":
+        return weight
     generator = torch.Generator().manual_seed(seed)
     if init == "haiku":
         std = dim**-0.5

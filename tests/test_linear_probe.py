@@ -190,6 +190,14 @@ def test_learning_rates_follow_the_papers():
     assert PROTOCOLS["snclr"].rates("resnet50") == (0.1,)
     assert sorted(PROTOCOLS["nnclr"].lrs) == [0.05, 0.1, 0.2, 0.3, 0.4]
     assert PROTOCOLS["nnclr"].assumed and not PROTOCOLS["byol"].assumed
+    simclr = PROTOCOLS["simclr"]  # App. B.6: 1.6 at batch 4096
+    assert (simclr.optimizer, simclr.lrs, simclr.batch, simclr.epochs) == (
+        "nesterov",
+        (0.1,),
+        4096,
+        90,
+    )
+    assert (simclr.schedule, simclr.weight_decay, simclr.assumed) == ("step", 0.0, False)
     assert len(GRID) == 10 and 1.0 in GRID
 
 
@@ -200,6 +208,8 @@ def test_first_weights():
     haiku = linear_weights(1000, 200, "haiku", 3)  # cut off at 2: 0.8796 of the deviation is left
     assert haiku.std() == pytest.approx(0.8796 / math.sqrt(200), rel=0.02)
     assert haiku.abs().max() <= 2 / math.sqrt(200)
+    zeros = linear_weights(10, 20, PROTOCOLS["simclr"].init, 3)
+    assert zeros.shape == (10, 20) and not zeros.any()
     uniform = linear_weights(1000, 200, "torch", 3)
     layer = torch.nn.Linear(200, 1000)
     assert uniform.std() == pytest.approx(layer.weight.std().item(), rel=0.02)

@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT, SMALL, environment, interruptible, only_error
 from slurm_repo import call, command, commit_all, git, last_step, make_repository, wait_until
 
+from common import cards
 from common.errors import UserError
 from common.run.ranks import ranks_from_slurm
 from recipes import snclr
@@ -498,7 +499,8 @@ def test_the_examples(example, tmp_path, monkeypatch):
         finished_run(tmp_path / "runs" / "seeds" / name)
     finished_run(tmp_path / "runs" / "seeds" / "unfinished", step=10)
     jobs = sweep.jobs_of(sweep.read_spec(ROOT / "slurm" / "examples" / example))
-    counts = {"seeds": 15, "snclr_neighbours": 21, "snclr_queue": 15, "snclr_positiveness": 21}
+    seeds = 3 * len(cards.load())
+    counts = {"seeds": seeds, "snclr_neighbours": 21, "snclr_queue": 15, "snclr_positiveness": 21}
     assert len(jobs) == {**counts, "evaluate": 2 * 15, "photos": 4}[Path(example).stem]
     if example == "evaluate.yaml":
         scripts = {"linear_probe", "semi_supervised", "transfer"}

@@ -45,6 +45,18 @@ PROTOCOLS = {
     "gsg": Protocol("larc", (0.1,), batch=4096, epochs=90),  # gsg main_lincls.py --lars
     "mocov3": MOCOV3,
     "byol": BYOL,
+    # SimCLR App. B.6, as its B.5 but for rate and epochs: Nesterov, 0.1 * batch / 256, batch 4096,
+    # 90 epochs, no warm-up, no weight decay; cosine per step, bicubic and a head of zeros as in its
+    # code and the command of its README
+    "simclr": Protocol(
+        "nesterov",
+        (0.1,),
+        batch=4096,
+        epochs=90,
+        schedule="step",
+        interpolation="bicubic",
+        init="zeros",
+    ),
     # no source at hand states NNCLR's; BYOL's stands for it
     "nnclr": replace(BYOL, assumed=True),
 }

@@ -1,0 +1,240 @@
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations, Chen, Kornblith,
+Norouzi and Hinton, ICML 2020.
+
+Two views of every image pass through one encoder and a small projector; each of the 2N embeddings
+of a batch must find the other view of its image among the 2N - 1 others (NT-Xent, Eq. 1 and
+Algorithm 1). There is no queue, no predictor and no momentum copy: negatives are the batch.
+
+    python recipes/simclr.py --data /path/to/imagenet                # 1000 epochs, ResNet-50
+    torchrun --nproc_per_node 8 recipes/simclr.py --epochs 100 --data /path/to/imagenet
+
+Aims at 69.3 % linear top-1 on ImageNet (Table 6), and at 64.5 % in 100 epochs. The paper's 100
+epochs took 1.5 hours of 128 TPU v3 cores (Sec. 2.2). Paper and code (google-research/simclr at
+be133b3, the code of the ICML paper, not of SimCLR v2) differ: `--follow paper` (default) or
+`--follow official`; see recipes/simclr.md.
+"""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.augment import View, ViewName, two_views
+from common.config import (
+    CIFAR10,
+    PHOTOS,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveInt,
+    RunConfig,
+    Share,
+)
+from common.distributed import average_gradients, gather, gather_with_grad, rank
+from common.errors import UserError, command
+from common.fast.micro_batch import Pieces
+from common.models import build_encoder, in_full_precision, mlp
+from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
+from common.run.flags import parse
+from common.run.run import Run
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """SimCLR: each view finds the other one of its image in the batch (Chen et al. 2020).
+
+    Each flag says where its value comes from: "Sec.", "App." and "Table" are the paper's, "code"
+    the authors' at be133b3, its first commit.
+    """
+
+    follow: Literal["paper", "official"] = "paper"  # official: --loss official, as the code
+    # Algorithm 1: the mean over all 2N embeddings; code: both views' means added, twice as much
+    loss: Literal["paper", "official"] = "paper"
+
+    epochs: PositiveInt = 1000  # Sec. 6; 100 in the ablations, Sec. 2.3
+    batch_size: PositiveInt = 4096  # global batch; Sec. 2.3
+    # base rate; Sec. 2.3 and code: 0.3, times batch/lr-batch; App. B.1: 0.075, times sqrt(batch)
+    lr: NotNegative | None = None
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # what --lr is times; Sec. 2.3; sqrt: App. B.1
+    lr_batch: Count = 256  # linear: the batch that --lr is given for, 0: not scaled; Sec. 2.3
+    # classic_lars: the rate is inside the momentum; unstated; code (lars_optimizer.py)
+    optimizer: Literal["classic_lars", "lars", "sgd", "adamw"] = "classic_lars"
+    sgd_momentum: Share = 0.9  # momentum of LARS or SGD; unstated; code
+    weight_decay: NotNegative = 1e-6  # Sec. 2.3; code; LARS leaves out biases and norms (code)
+    warmup_epochs: NotNegative = 10  # Sec. 2.3; from 0 (code)
+    temperature: Positive = 0.1  # Table 5; code
+    l2_norm: bool = True  # Eq. 1: cosines; --no-l2-norm: plain products, Table 5
+    projector: Literal["none", "linear", "mlp"] = "mlp"  # Sec. 2.1; none, linear: Sec. 4.2, code
+    # batch norm after each FC; the equation of Sec. 2.1 shows none; code: yes, no offset at the end
+    projector_norm: bool = True
+    output_dim: PositiveInt = 128  # Sec. 2.3; not with --projector none
+    zero_init_residual: bool = True  # last batch norm of each block; unstated; code
+    views: ViewName = "simclr"  # App. A; cifar: App. B.9, half the strength and no blur
+    jitter_strength: NotNegative = 1.0  # factor of --views' colours; App. A: s
+    crop_min: Share = 0.08  # smallest share of the area; App. A; code
+    crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
+
+
+# base rates where --lr is not given, by --lr-scaling; other sets as ImageNet
+RATES = {
+    "imagenet": {"linear": 0.3, "sqrt": 0.075},  # Sec. 2.3, App. B.1: 4.8 at batch 4096, both
+    "cifar10": {"linear": 1.0},  # code's README
+    "photos": {"linear": 0.06},  # ours
+}
+PRESETS = {
+    "official": {"loss": "official"},
+    # the README of the code: ResNet-18, batch 512; App. B.9 has ResNet-50 and several batches
+    "cifar10": CIFAR10 | {"lr": None, "weight_decay": 1e-6, "epochs": 1000, "temperature": 0.5},
+    # ours, chosen on held-out patches: simclr.md
+    "photos": PHOTOS
+    | {
+        "lr": None,
+        "lr_batch": 64,
+        "optimizer": "sgd",
+        "warmup_epochs": 1,
+        "temperature": 0.5,
+    },
+}
+
+
+class SimCLR(nn.Module):
+    """Embeddings z = g(h) of h = f(x). The projector g is as wide inside as the encoder's output
+    and starts at N(0, 0.01) (code); `none` is the identity, `linear` one layer.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
+        width, out = self.encoder.embed_dim, config.output_dim
+        sizes = {"none": [width], "linear": [width, out], "mlp": [width, width, out]}
+        self.projector = mlp(sizes[config.projector], output_norm=True)
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.01)
+        self.dim = sizes[config.projector][-1]
+        if config.projector != "none":
+            self.projector[-1].bias.requires_grad = False  # scale without offset
+        if not config.projector_norm:
+            self.projector = nn.Sequential(
+                *(layer for layer in self.projector if not isinstance(layer, nn.BatchNorm1d))
+            )
+
+
+@in_full_precision
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1, l2_norm: bool = True) -> Tensor:
+    """Eq. 1 and Algorithm 1: both views (N,D), any scale -> scalar, the mean over all anchors.
+
+    Each of the 2N embeddings of this rank is an anchor, its positive the other view of its image;
+    the sum is over the other 2M - 1 embeddings of the global batch of M images, gathered with
+    gradient. `l2_norm` False takes plain products for the cosines.
+    """
+    z = torch.cat([z1, z2])
+    if l2_norm:
+        z = F.normalize(z, dim=1)
+    logits = z @ gather_with_grad(z).T / temperature  # columns: rank by rank both its views
+    own = rank() * len(z) + torch.arange(len(z), device=z.device)
+    logits = logits.scatter(1, own[:, None], -math.inf)  # k != i
+    return F.cross_entropy(logits, own.roll(len(z1)))
+
+
+def simclr_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float = 0.1,
+    l2_norm: bool = True,
+    form: Literal["paper", "official"] = "paper",
+) -> Tensor:
+    """ "paper": NT-Xent. "official": the mean over view 1's anchors plus that over view 2's, twice
+    as much (objective.py). Shapes as in nt_xent.
+    """
+    if form not in ("paper", "official"):
+        raise ValueError(f"unknown form {form} of SimCLR's loss: paper or official")
+    return nt_xent(z1, z2, temperature, l2_norm) * (2 if form == "official" else 1)
+
+
+@torch.no_grad()
+@in_full_precision
+def contrastive_accuracy(z1: Tensor, z2: Tensor, l2_norm: bool = True) -> Tensor:
+    """The share of view 1's embeddings that are nearest, among view 2's of the global batch, to
+    their own image's (code, model.py; "contrastive acc." of Table 5). (N,D),(N,D) -> scalar.
+    """
+    if l2_norm:
+        z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    found = (z1 @ gather(z2).T).argmax(dim=1)
+    own = rank() * len(z1) + torch.arange(len(z1), device=z1.device)
+    return (found == own).double().mean()
+
+
+def base_rate(config: Config) -> float:
+    """The rate after the warm-up: --lr times batch/lr-batch, or times sqrt(batch) (App. B.1)."""
+    if config.lr_scaling == "sqrt":
+        return config.lr * math.sqrt(config.batch_size)
+    return scaled_lr(config.lr, config.batch_size, config.lr_batch)
+
+
+def views_of(config: Config) -> list[View]:
+    size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
+    return [*two_views(config.views, size, crop_min, mode, config.jitter_strength)]
+
+
+def resolve(config: Config) -> Config:
+    """With the base rate of --dataset and --lr-scaling where --lr is not given; UserError if no
+    source has one.
+    """
+    if config.lr is not None:
+        return config
+    rates = RATES.get(config.dataset, RATES["imagenet"])
+    if config.lr_scaling not in rates:
+        raise UserError(
+            f"--lr-scaling {config.lr_scaling}: no source has such a rate for --dataset "
+            f"{config.dataset}, give --lr",
+        )
+    return dataclasses.replace(config, lr=rates[config.lr_scaling])
+
+
+def parse_arguments(argv: list[str] | None = None) -> Config:
+    return parse(Config, PRESETS, argv, resolve)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(argv)
+    run = Run("simclr", config)
+    model = run.place(SimCLR(config))
+    encode = Pieces(model.encoder, config)
+
+    lr = base_rate(config)
+    optimizer = build_optimizer(
+        config.optimizer, model.parameters(), lr, config.sgd_momentum, config.weight_decay
+    )
+    warmup_steps = config.warmup_epochs * run.steps_per_epoch
+    run.begin(model.encoder, model=model, optimizer=optimizer)
+
+    for step, (x1, x2), _ in run.batches(views_of(config)):
+        rate = warmup_cosine(step, run.total_steps, warmup_steps, lr)
+        set_lr(optimizer, rate)
+
+        with run.autocast():  # both views in one forward: their batch statistics are joint (code)
+            (h,) = encode(torch.cat([x1, x2]))  # representations, 2n-by-d
+            z1, z2 = model.projector(h).chunk(2)  # projections, n-by-d each
+
+        loss = simclr_loss(z1, z2, config.temperature, config.l2_norm, config.loss)
+
+        optimizer.zero_grad()
+        loss.backward()
+        encode.replay()
+        average_gradients(model)
+        optimizer.step()
+
+        accuracy = contrastive_accuracy(z1, z2, config.l2_norm)
+        run.log(loss=loss, lr=rate, z=z1, contrastive_accuracy=accuracy)
+
+    run.finish(model.dim)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
