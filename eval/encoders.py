@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common import cards
 from common.errors import UserError, nearest_name
 from common.models import EMBED_DIMS, build_encoder
-from common.run import backbone
+from common.run import backbone, documents
 from results import record
 
 IMAGE_SIZE = 224  # of checkpoints that do not say their own
@@ -54,7 +54,7 @@ def load_encoder(
         raise UserError(f"--arch {arch}: none of {', '.join(EMBED_DIMS)}{near}")
     if str(source) in (PIXELS, RANDOM):
         return control(str(source), arch, image_size or IMAGE_SIZE)
-    path = Path(source).expanduser()
+    path = documents.expanded(source)
     if path.is_dir():
         if not (path / backbone.NAME).exists():
             raise UserError(

@@ -26,6 +26,7 @@ from typing import Any
 
 from common.config import gpu_is_there
 from common.errors import EXIT_STOPPED, Stopped, UserError, command
+from common.run import documents
 from common.run.results import is_finished
 from results import record, tables
 from slurm import plan
@@ -223,7 +224,7 @@ def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
 
 def shown(path: Path | str) -> str:
     """A path as a record shows it: from the repository's root where it is below."""
-    path = Path(path).expanduser().absolute()
+    path = documents.expanded(path).absolute()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 

@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common import cards
 from common.errors import UserError
+from common.run import documents
 from results.record import is_stopped, with_values
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.yaml"
 BUDGET = ("epochs", "batch")  # a source may leave them out; our command still has them
-GRADES = ("source", "ocr", "secondary", "not at hand")
 LIBRARIES = ("lightly", "solo-learn")  # whose own benchmarks published.yaml has too
 PROTOCOLS = ("linear", "semi-sup 1%", "semi-sup 10%", "kNN (k200,t.1)", "kNN", "linear (L-BFGS)")
 
@@ -39,15 +37,11 @@ class Row:
 
 def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
     """The rows of published.yaml; UserError for one that lacks a field or has no known grade."""
-    rows = yaml.safe_load(path.read_text())
-    needed = {"method", "arch", "pretraining", "epochs", "batch", "dataset", "protocol", "metric"}
-    needed |= {"value", "source", "grade"}
+    rows = documents.read_yaml(path, "published")
     for number, row in enumerate(rows, 1):
-        if missing := needed - set(row):
-            raise UserError(f"{path}: row {number} has no {', '.join(sorted(missing))}")
-        if row["grade"] not in GRADES or (row["value"] is None) != (row["grade"] == GRADES[-1]):
+        if (row["value"] is None) != (row["grade"] == "not at hand"):
             raise UserError(f"{path}: row {number} ({row['method']}): grade and value do not fit")
-        if wrong := [n for n in row.get("assumed", []) if n not in BUDGET or row[n] is None]:
+        if wrong := [n for n in row.get("assumed", []) if row[n] is None]:
             raise UserError(f"{path}: row {number} assumes {', '.join(wrong)}, has none")
         if wrong := {*row.get("unstated", [])} & {*(row.get("settings") or {})}:
             raise UserError(

@@ -48,9 +48,12 @@ def test_a_budget_that_the_source_does_not_state_is_marked(tmp_path):
     row = next(r for r in PUBLISHED if r["method"] == "NNSiam")
     assert tables.budget_cells(row) == ["800 (assumed)", "4096"]
     assert tables.budget_cells(row | {"assumed": [], "batch": None}) == ["800", "unstated"]
-    for wrong in ({"assumed": ["lr"]}, {"assumed": ["batch"], "batch": None}):
+    for wrong, said in (
+        ({"assumed": ["lr"]}, "entry 1.assumed.entry 1: 'lr' is none of epochs, batch"),
+        ({"assumed": ["batch"], "batch": None}, "row 1 assumes"),
+    ):
         (tmp_path / "published.yaml").write_text(yaml.safe_dump([row | wrong]))
-        with pytest.raises(UserError, match="row 1 assumes"):
+        with pytest.raises(UserError, match=said):
             tables.load_published(tmp_path / "published.yaml")
 
 
@@ -587,7 +590,7 @@ def two_runs(tmp_path):
         folder.mkdir()
         config = {"recipe": "nnclr", "lr": lr, "seed": 0, "data": name, "queue_size": 64}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        lines = [{"kind": "epoch", "epoch": 0, "step": 0, "knn": 0.2}]
+        lines = [{"kind": "epoch", "epoch": 0, "step": 0, "knn": 0.2, "calibrated": True}]
         lines += [
             {"kind": "epoch", "epoch": e, "step": 10 * e, "loss": 1 / e, "knn": 0.2 + lr * e}
             for e in (1, 2)

@@ -351,7 +351,7 @@ def test_a_grid_times_a_list_with_names_folders_and_flags(tmp_path, monkeypatch)
         ("script: recipes/snclr.py\nruns: [{seed: 0}, {seed: 0}]", "several runs are called seed0"),
         ("grid: {seed: [0]}", "no script"),
         ("script: recipes/snclr.py\nrun: 3", "run is unknown"),
-        ("script: recipes/snclr.py\nruns: 3", "runs must be a list"),
+        ("script: recipes/snclr.py\nruns: 3", "runs: 3 is not a list"),
         ("name: a b\nscript: recipes/snclr.py", "is no name for a folder"),
         ("script: recipes/snlcr.py", "no such script"),
         ("script: eval/linear_probe/none.py", "no such script"),
@@ -738,7 +738,8 @@ def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
     (run / "config.yaml").write_text("batch_size: 64\n")
     with open(run / "metrics.jsonl", "w") as file:
         for step in range(1, 401):
-            line = {"kind": "step", "step": step, "images_per_second": 32.0 if step > 300 else 1.0}
+            line = {"kind": "step", "step": step, "loss": 1.0, "data_wait": 0.1}
+            line["images_per_second"] = 32.0 if step > 300 else 1.0
             print(json.dumps(line), file=file)
             if step in (100, 300):
                 line = {"kind": "epoch", "epoch": step // 10, "step": step, "knn": step / 1000}

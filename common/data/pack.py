@@ -29,6 +29,7 @@ from common.data.images import FolderImages
 from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
 from common.files import replacing, write
+from common.run import documents
 
 BLOCK = 512  # tar's
 
@@ -155,7 +156,7 @@ def check_space(output: Path, needed: int) -> None:
 
 def pack(arguments: argparse.Namespace) -> None:
     """Packs the folder --data."""
-    if shards.is_packed(arguments.data.expanduser()):
+    if shards.is_packed(documents.expanded(arguments.data)):
         raise UserError(f"--data {arguments.data} is packed already")
     train, val = load_dataset(arguments.dataset, str(arguments.data))
     pack_splits({"train": train} if val is None else {"train": train, "val": val}, arguments)
@@ -167,7 +168,7 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
     make_folder(output)
     about = {
         "version": shards.VERSION,
-        "source": arguments.data.expanduser().name,
+        "source": documents.expanded(arguments.data).name,
         "resized": arguments.resize,
         "shard_mb": arguments.shard_mb,
         "images": {split: images.fingerprint() for split, images in splits.items()},
@@ -198,8 +199,8 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
 def begun(settings: Path) -> dict:
     """What an interrupted start wrote of itself."""
     try:
-        return json.loads(settings.read_text())
-    except ValueError:
+        return documents.read_json(settings, "block")
+    except UserError:
         raise UserError(f"{settings} is damaged: remove it, or use another --output") from None
 
 
@@ -224,7 +225,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.shard_mb < 1 or arguments.resize < 0:
         parser.error("--shard-mb must be above 0 and --resize not negative")
-    arguments.output = arguments.output.expanduser()
+    arguments.output = documents.expanded(arguments.output)
     return arguments
 
 

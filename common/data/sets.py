@@ -10,6 +10,7 @@ import numpy as np
 from common.data import photos, shards
 from common.data.images import ArrayImages, FolderImages, Images, PackedImages
 from common.errors import UserError, is_disk_error, nearest_path
+from common.run import documents
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -29,7 +30,7 @@ def load_dataset(name: str, data: str, download: bool = False) -> tuple[Images, 
         raise UserError(
             f"--dataset {name} needs --data FOLDER{hint}; --dataset photos needs no data",
         )
-    root = Path(data).expanduser()
+    root = documents.expanded(data)
     if name == "cifar10":
         return load_cifar10(root, download)
     if shards.is_packed(root):

@@ -13,6 +13,7 @@ from torch import Tensor
 from common.augment import MEAN, STD, to_tensor, view_rng
 from common.data.loaders import epoch_order
 from common.errors import UserError
+from common.run import documents
 from eval.dense import load_image, or_error
 
 FOLDER = "ADEChallengeData2016"
@@ -57,7 +58,7 @@ class Scenes:
 
 def load(data: str, part: str) -> Scenes:
     """One part below --data, the folder itself or the one that holds it; names in order."""
-    root = Path(data).expanduser()
+    root = documents.expanded(data)
     folders = [f for f in (root, root / FOLDER) if data and (f / "images" / part).is_dir()]
     if not folders:
         raise UserError(
