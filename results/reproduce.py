@@ -87,10 +87,10 @@ class Work:
 def is_locked(folder: Path) -> bool:
     """Whether another process is at work on this run: its lock names a living process."""
     try:
-        pid = int((folder / LOCK).read_text())
+        pid = int(documents.read_text(folder / LOCK))
         os.kill(pid, 0)
-        return pid != os.getpid()
-    except (OSError, ValueError):
+        return pid > 0 and pid != os.getpid()
+    except (OSError, ValueError, OverflowError, UserError):
         return False
 
 

@@ -8,18 +8,21 @@ import json
 import os
 
 import golden_set
+import numpy as np
 import pytest
 import yaml
 
 from common import cards
 from common.config import parse
 from common.data import shards
+from common.data.images import FolderImages
 from common.errors import UserError, command
-from common.run import documents, environment, folder, metrics, results
+from common.run import backbone, checkpoint, documents, environment, folder, metrics, results
 from common.run.run import check_memory
+from eval.semi_supervised.lists import read_list
 from recipes import snclr
-from results import claims, curves, joined, record, tables
-from slurm import ledger, plan, resources, submission, sweep, task
+from results import claims, curves, joined, record, reproduce, tables
+from slurm import ledger, plan, resources, status, submission, sweep, task
 
 NOTE = {"time": 1.5, "event": "end", "attempt": 0, "code": 1, "rank": 0, "host": "n"}
 STEP = {"kind": "step", "epoch": 1, "step": 1, "loss": 0.5, "lr": 0.1}
@@ -42,6 +45,10 @@ CARD = {"methods": {"Mine": {}, "Mine, pulled": {"pull": 1}}, "family": "contras
 CARD |= {"paper": "x", "chooses": [], "linear": None, "finetune": "gsg", "metrics": {}}
 CARD |= {"smallest": ["--dim", 3]}
 FIGURES = [{"file": "a.png", "caption": "A.", "command": "draw", "page": "cifar10.md"}]
+
+
+def read_image_list(path):
+    return read_list(path, FolderImages("", np.array([b"a"]), None, [], "x"))
 
 
 def golden(name):
@@ -159,6 +166,24 @@ def test_content_that_is_none_is_one_line(name, content, tmp_path):
 def test_a_folder_or_a_pipe_in_its_place_is_one_line(name, make, tmp_path):
     make(tmp_path / name)
     assert f"is a {'folder' if make is os.mkdir else 'named pipe'}" in refused(tmp_path / name)
+
+
+@pytest.mark.timeout(60)  # a pipe was waited for
+@pytest.mark.parametrize(
+    "read", [checkpoint.load, backbone.load_backbone, results.checksum, read_image_list]
+)
+def test_a_pipe_in_the_place_of_weights_or_a_list_is_one_line(read, tmp_path):
+    os.mkfifo(tmp_path / "a.file")
+    with pytest.raises(UserError, match=r"a\.file(:| is a named pipe)"):
+        read(tmp_path / "a.file")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_no_lock_and_has_no_progress(tmp_path):
+    for name in (reproduce.LOCK, metrics.NAME, environment.NAME, results.NAME):
+        os.mkfifo(tmp_path / name)
+    assert not reproduce.is_locked(tmp_path)
+    assert status.progress(str(tmp_path)) == {} and not results.is_finished(tmp_path)
 
 
 def test_a_device_is_no_file():

@@ -768,7 +768,7 @@ def test_status_of_what_is_not_there(code, tmp_path):
     assert "no launch or sweep t" in error and "there are s" in error
     assert "at least 1 second" in only_error(call(code, tmp_path, "status.py", "--every", "0"))
     (tmp_path / "runs" / "slurm" / "s" / "runs.json").write_text("{")
-    assert "cannot be read" in only_error(call(code, tmp_path, "status.py"))
+    assert "runs.json is not JSON" in only_error(call(code, tmp_path, "status.py"))
 
 
 @pytest.mark.long

@@ -121,9 +121,9 @@ def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
     root = folder / f"VOC{year}"
     lists = root / "ImageSets" / "Main" / f"{part}.txt"
     try:
-        names = lists.read_text().split()
-    except OSError:
-        raise UserError(f"{lists}: no such file; --data wants {LAYOUTS['voc']}") from None
+        names = documents.read_text(lists).split()
+    except UserError as error:
+        raise UserError(f"{error}; --data wants {LAYOUTS['voc']}") from None
     images, annotations = [], []
     for name in names:
         path = root / "Annotations" / f"{name}.xml"
