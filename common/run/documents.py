@@ -211,8 +211,8 @@ def no_number(text: str) -> NoReturn:
 
 
 def check_bounds(value: Any) -> None:
-    """ValueError for what no file of ours holds: depth without end, giant or infinite numbers, sets
-    and bytes.
+    """ValueError for what no file of ours holds: depth without end, giant or infinite numbers, half
+    characters, sets and bytes.
     """
     parts, left = 0, [((), value)]
     while left:
@@ -222,14 +222,17 @@ def check_bounds(value: Any) -> None:
             raise ValueError("it is nested too deep" if parts <= MOST_PARTS else "it is too long")
         if isinstance(part, dict):
             left += [((*place, name), inner) for name, inner in part.items()]
-            left += [((*place, KEY), name) for name in part if not isinstance(name, str)]
+            left += [((*place, KEY), name) for name in part]
+        elif isinstance(part, str):
+            if not part.isascii() and any("\ud800" <= letter <= "\udfff" for letter in part):
+                raise ValueError(f"{named(place, value)}: half a character")
         elif isinstance(part, list):
             left += [((*place, number), inner) for number, inner in enumerate(part)]
         elif isinstance(part, int) and abs(part) >= LARGEST:
             raise ValueError(f"{named(place, value)}: too large a number")
         elif isinstance(part, float) and not math.isfinite(part):
             raise ValueError(f"{named(place, value)}: {part} is no number")
-        elif not isinstance(part, str | int | float | None):
+        elif not isinstance(part, int | float | None):
             raise ValueError(f"{named(place, value)}: {type(part).__name__} is of no use here")
 
 
