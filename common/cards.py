@@ -2,13 +2,12 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
+from common.run import documents
 
 CARDS = Path(__file__).resolve().parents[1] / "recipes" / "recipes.yaml"
 FAMILIES = ("contrastive", "non-contrastive", "clustering")
@@ -32,17 +31,10 @@ class Card:
 def load(path: Path = CARDS) -> dict[str, Card]:
     """Every recipe's card by the name of its script, in the order of the tables.
 
-    Raises UserError for a card that lacks a field, has one too many, is of no known family, or
-    names another card's method.
+    Raises UserError for a card that is not as schemas/cards.yaml has it, or names another's method.
     """
     cards, methods = {}, {}
-    for recipe, card in (yaml.safe_load(path.read_text()) or {}).items():
-        wrong = {f.name for f in fields(Card)} ^ set(card)
-        if wrong:
-            raise UserError(f"{path}: {recipe}: {', '.join(sorted(wrong))} missing or unknown")
-        if card["family"] not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise UserError(f"{path}: {recipe}: family {card['family']} is none of {known}")
+    for recipe, card in (documents.read_yaml(path, "cards") or {}).items():
         cards[recipe] = Card(**card)
         twice = [m for m in card["methods"] if m in methods]
         if twice:

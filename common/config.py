@@ -26,7 +26,8 @@ Count = Annotated[int, NOT_NEGATIVE]  # 0 or more
 Share = Annotated[float, Bound("lie between 0 and 1", lambda value: 0 <= value <= 1)]
 PartialShare = Annotated[float, Bound("be 0 or more and below 1", lambda value: 0 <= value < 1)]
 Seed = Annotated[int, NOT_NEGATIVE, Bound("be below 2**63", lambda value: value < 2**63)]
-Workers = Annotated[int, Bound("be -1 or more", lambda value: value >= -1)]
+Workers = Annotated[int, Bound("be -1 to 1024", lambda value: -1 <= value <= 1024)]
+LARGEST_IMAGE = 4096  # pixels, a side: a batch of larger views fits no machine
 
 ARCHS = Literal[
     "resnet50",

@@ -15,6 +15,9 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, start the same command aga
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 DISK_ERRORS = {*FULL, errno.EROFS}
+ODD_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
+# what PyTorch says of more bytes than there are, or than can be counted
+NO_MEMORY = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")
 
 
 class UserError(Exception):
@@ -52,6 +55,12 @@ def nearest_path(name: str, choices) -> str:
     return nearest_name(name, choices, cutoff=0.8)
 
 
+def brief(what: object, most: int = 100) -> str:
+    """As text of about `most` characters, its middle left out if it is longer."""
+    text = str(what)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}"
+
+
 def make_folder(folder: Path, flag: str = "--output") -> None:
     """Makes a folder and those above it; UserError naming the flag where it cannot be one."""
     try:
@@ -78,7 +87,7 @@ def is_first_rank() -> bool:
 
 
 def say_error(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {brief(' '.join(message.split()), 2000)}", file=sys.stderr, flush=True)
 
 
 @functools.cache
@@ -108,7 +117,9 @@ def lost_worker(error: RuntimeError) -> str | None:
 
 def disk_advice(error: OSError) -> str:
     """One line for what the file system refused: where, why, and what helps."""
-    where = f" ({error.filename})" if error.filename else ""
+    where = f" ({brief(error.filename)})" if error.filename else ""
+    if error.errno in ODD_PATH:
+        return f"{brief(error.filename)}: {error.strerror}"
     if error.errno in FORBIDDEN:
         return (
             f"no access{where}: {error.strerror}; change its rights, or choose another folder "
@@ -139,7 +150,10 @@ def command(main: Callable[[], None]) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
+            say_error(f"{error or 'memory ran out'}: ask for less, a smaller batch or size")
+            return EXIT_USER_ERROR
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is dear to import for this
             text = str(error).split(". ")[0]
             say_error(f"{text}: use a smaller --batch-size, more ranks or --precision bf16")
@@ -152,7 +166,7 @@ def command(main: Callable[[], None]) -> int:
         say_error(f"another rank ended, see its error: {error}")
         return EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in FULL and not (error.errno in FORBIDDEN and error.filename):
+        if error.errno not in FULL and not (error.errno in FORBIDDEN | ODD_PATH and error.filename):
             raise
         say_error(disk_advice(error))
         return EXIT_USER_ERROR

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from common.augment import two_views
 from common.data import photos
@@ -21,6 +20,7 @@ from common.data.sets import photo_patches
 from common.errors import UserError, command
 from common.knn import extract_features, knn_accuracy
 from common.models import build_encoder
+from common.run import documents
 from common.run.backbone import load_backbone
 from common.run.calibrate import calibrated
 
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)  # the run's own random weights: its encoder is drawn first
     random_encoder = build_encoder(metadata["arch"], int(metadata["image_size"]))
     train, test = photo_patches("train"), photo_patches("test")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
     names = ("views", "image_size", "crop_min", "crop_interpolation")
+    config = documents.read_yaml(folder / "config.yaml", "config", names)
     views = two_views(*(config[name] for name in names))
     random_encoder = calibrated(random_encoder, train, views, arguments.seed)
     rows = [

@@ -6,7 +6,6 @@ MoCo-v3's ViT-S has 12 heads under the very names and shapes of timm's 6.
 
 import datetime
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from common import cards
 from common.errors import UserError, nearest_name
 from common.models import EMBED_DIMS, build_encoder
-from common.run import backbone, checkpoint, environment, results
+from common.run import backbone, checkpoint, documents, environment, results
 from common.run.folder import read_config
 from eval import weights
 from eval.layouts import CIFAR, adapt_stem, unwrap
@@ -51,7 +50,7 @@ def load_encoder(
         raise UserError(f"--arch {arch}: none of {', '.join(EMBED_DIMS)}{near}")
     if str(source) in (PIXELS, RANDOM):
         return control(str(source), arch, image_size or IMAGE_SIZE)
-    path = Path(source).expanduser()
+    path = documents.expanded(source)
     if path.is_dir():
         path = newest_of(path)
     if not path.is_file():
@@ -138,9 +137,9 @@ def config_of(path: Path, saved: dict[str, Any]) -> tuple[dict[str, Any], list[d
     if all(config.get(n, v) == v for n, v in flags.items() if n not in record.PLACES):
         flags = config | flags
         try:
-            first = json.loads((folder / environment.NAME).read_text())
+            first = documents.read_json(folder / environment.NAME, "environment")
             starts = [first, *first.get("restarts", [])]
-        except (OSError, ValueError, AttributeError):
+        except UserError:
             starts = []
     else:
         starts = []
@@ -320,10 +319,11 @@ def fields_of_file(facts: dict[str, Any], config: Any, described: dict[str, Any]
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """The header's metadata; empty where there is none or the file is damaged."""
     try:
-        with open(path, "rb") as file:
+        with documents.opened(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(min(length, 100_000_000))).get("__metadata__", {})
-    except (OSError, ValueError, AttributeError):
+            header = file.read(min(length, 100_000_000)).decode()
+        return documents.parsed_json(header, strict=False).get("__metadata__", {})
+    except (OSError, UserError, ValueError, AttributeError):
         return {}
 
 

@@ -38,7 +38,7 @@ from common.errors import Stopped, UserError
 from common.fast.center import center_view
 from common.files import write
 from common.knn import extract_features, rank_share
-from common.run import checkpoint, environment, metrics
+from common.run import checkpoint, documents, environment, metrics
 from common.run.calibrate import calibrated
 from common.run.folder import Folder, changes, choose, finished_record
 from common.run.ranks import start
@@ -300,7 +300,7 @@ class Evaluation:
         if self.facts["run"] is None or saved.get("backbone_sha256") == self.facts["sha256"]:
             return False
         run = self.facts["run"].resolve()
-        source = Path(saved.get("backbone", "")).expanduser().resolve()
+        source = documents.expanded(str(saved.get("backbone", ""))).resolve()
         same = run in (source, source.parent) or self.folder.resolve().is_relative_to(run)
         return same and len(changes(self.store.holds, self.config, saved)) == 1
 
@@ -372,7 +372,7 @@ class Evaluation:
     def cut_log(self, step: int) -> None:
         """Drops what was logged after `step`, so that a continued evaluation logs it once."""
         if self.rank == 0:
-            metrics.cut(self.folder / metrics.NAME, step)
+            metrics.cut(self.folder / metrics.NAME, step, "log")
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -449,7 +449,7 @@ class Evaluation:
         """What it was evaluated on, and what is missing of it."""
         name, copy = record.dataset_of(self.config.dataset, self.train.name)
         if name == "other":
-            name, copy = Path(self.config.data).expanduser().resolve().name, None
+            name, copy = documents.expanded(self.config.data).resolve().name, None
         missing = []
         if self.config.dataset == "imagenet":
             found = {"training": len(self.train), "validation": len(self.test)}

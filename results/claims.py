@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
+from common.run import documents
 from results import record
 from slurm.plan import PROTOCOLS, Planned
 
@@ -29,13 +28,15 @@ Runs = dict[str, dict[str, dict[int, tuple[str, dict[str, Any]]]]]
 
 def load(path: Path, planned: dict[str, Planned]) -> dict[str, Any]:
     """claims.yaml; UserError if it names a run that is not planned."""
-    what = yaml.safe_load(path.read_text())
+    what = documents.read_yaml(path, "claims")
     prefixes = [tier["prefix"] for tier in what["tiers"]]
     unknown = [n for n in what["runs"] if not any(p + n in planned for p in prefixes)]
     unknown += [n for s in what["scans"] for n in s["runs"].values() if n not in planned]
     unknown += [c[n] for c in what["claims"] for n in SIDES if c[n] not in what["runs"]]
     if unknown:
         raise UserError(f"{path} names {unknown[0]}, which is no run of plan.yaml")
+    if len({*prefixes}) < len(prefixes):
+        raise UserError(f"{path}: two tiers have the same prefix")
     return what
 
 

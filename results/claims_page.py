@@ -24,14 +24,15 @@ from slurm.plan import PROTOCOLS, Planned
 
 def markdown(joined: Joined) -> str:
     what, runs = joined.claims, joined.runs
-    said = [sentence(claim, what, runs, joined.plan) for claim in what["claims"]]
+    said = [tables.prose(sentence(c, what, runs, joined.plan)) for c in what["claims"]]
     tiers = []
     for tier in what["tiers"]:
-        text = [f"## {tier['title']}", tier["note"].strip(), *tier_table(tier, joined)]
+        text = [f"## {tables.prose(tier['title'])}", tables.prose(tier["note"])]
+        text += tier_table(tier, joined)
         tiers.append("\n\n".join(text))
     return fill(
         "cifar10.md",
-        in_short=in_short(what, runs),
+        in_short=tables.prose(in_short(what, runs)),
         claims="\n".join(f"{n}. {text}" for n, text in enumerate(said, 1)),
         tiers="\n\n".join(tiers),
         scans="\n\n".join(scan_table(scan, runs) for scan in what["scans"]),
@@ -94,14 +95,14 @@ def cost(runs: Runs, run: str) -> str:
     return f"{time}, {one['hardware']}"
 
 
-def links(runs: Runs, run: str) -> str:
+def links(runs: Runs, run: str) -> tables.Markup:
     files = dict.fromkeys(runs[run][p][s][0] for p in runs[run] for s in sorted(runs[run][p]))
-    return ", ".join(f"[{n}](records/{name})" for n, name in enumerate(files, 1))
+    return tables.Markup(", ".join(f"[{n}](records/{name})" for n, name in enumerate(files, 1)))
 
 
 def scan_table(scan: dict[str, Any], runs: Runs) -> str:
     """A row for each value that was tried, and whether one is better than ours."""
-    title = f"{scan['what']}{' (' + scan['unit'] + ')' if scan['unit'] else ''}:"
+    title = tables.prose(f"{scan['what']}{' (' + scan['unit'] + ')' if scan['unit'] else ''}:")
     scores = {value: values(runs, name) for value, name in scan["runs"].items()}
     scores = {value: numbers for value, numbers in scores.items() if numbers}
     if not scores:
@@ -148,7 +149,7 @@ def purity_tables(joined: Joined) -> list[str]:
             rows.append([method, *(percent(v) for v in at), percent(own)])
         if rows:
             head = ("method", *(f"epoch {e}" for e in columns), "own image, last epoch")
-            text += [f"{tier['title']}:", tables.table(head, rows)]
+            text += [f"{tables.prose(tier['title'])}:", tables.table(head, rows)]
     return text
 
 

@@ -4,11 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
-from common.run import metrics
-from results.record import PLACES, read
+from common.run import documents, metrics, results
+from results.record import PLACES
 
 CURVES = (
     ("loss", "loss"),
@@ -41,9 +39,9 @@ def load(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
     finished = folder / "results.json"
     return {
-        "config": yaml.safe_load((folder / "config.yaml").read_text()),
+        "config": documents.read_yaml(folder / "config.yaml", "config"),
         "metrics": metrics.read(folder / metrics.NAME),
-        "results": read(finished) if finished.exists() else None,
+        "results": results.read(folder, ("hours", "epoch", "knn")) if finished.exists() else None,
     }
 
 
@@ -95,10 +93,10 @@ def last_of(run: dict[str, Any]) -> dict[str, Any]:
     trained = [r["knn"] for r in with_knn if r["epoch"] > 0]
     values["knn"] = f"{trained[-1]:.1%}" if trained else "–"
     values["epochs done"] = max((r["epoch"] for r in epochs), default=0)
-    if results := run["results"]:  # of the last step, which may be within an epoch (--max-steps)
-        values |= {"hours": results["hours"], "epochs done": results["epoch"]}
-        if results["knn"] is not None:
-            values["knn"] = f"{results['knn']:.1%}"
+    if found := run["results"]:  # of the last step, which may be within an epoch (--max-steps)
+        values |= {"hours": found["hours"], "epochs done": found["epoch"]}
+        if found["knn"] is not None:
+            values["knn"] = f"{found['knn']:.1%}"
     return values
 
 

@@ -9,7 +9,6 @@ say when the records have others, and draw it anew.
 import argparse
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 
 from common import cards
 from common.errors import UserError, command
-from common.run import pictures
+from common.run import documents, pictures
 from results import claims
 from results.joined import Joined, load
 
@@ -115,14 +114,25 @@ def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
     """
     found = {}
     for figure in joined.figures:
-        words = shlex.split(figure["command"])
+        words = figure["command"].split()
         if SCRIPT not in words:
             continue
-        numbers = numbers_of(tiers(joined)[words[words.index(SCRIPT) + 1]], joined)
-        with Image.open(folder / figure["file"]) as picture:
-            if picture.info.get(DIGEST) != digest(numbers):
-                found[folder / figure["file"]] = numbers
+        name = " ".join(words[words.index(SCRIPT) + 1 :][:1])
+        if name not in tiers(joined):
+            raise UserError(f"figures.yaml: {figure['file']}: {name} is no tier of claims.yaml")
+        numbers = numbers_of(tiers(joined)[name], joined)
+        if shown_by(folder / figure["file"]) != digest(numbers):
+            found[folder / figure["file"]] = numbers
     return found
+
+
+def shown_by(path: Path) -> str | None:
+    """The digest of the numbers that a picture shows; None if it is none of this script's."""
+    try:
+        with documents.opened(path) as file, Image.open(file) as picture:
+            return picture.info.get(DIGEST)
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def tiers(joined: Joined) -> dict[str, dict[str, str]]:

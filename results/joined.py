@@ -7,9 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
+from common.run import documents
 from results import claims, record, tables
 from slurm import plan
 
@@ -62,9 +61,9 @@ def load_figures(folder: Path) -> list[dict[str, str]]:
     listed = folder / "figures.yaml"
     if not listed.exists():
         return []
-    figures = yaml.safe_load(listed.read_text()) or []
+    figures = documents.read_yaml(listed, "figures") or []
     for figure in figures:
-        if not (folder / figure["file"]).exists():
+        if not (folder / figure["file"]).is_file():
             raise UserError(f"{listed} names {figure['file']}, which is not there")
     return figures
 

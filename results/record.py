@@ -25,12 +25,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config import RunConfig
-from common.errors import UserError, command
+from common.errors import UserError, brief, command
 from common.files import write
-from common.run import environment, metrics, results
+from common.run import documents, environment, metrics, results
 from common.run.flags import is_free
 
 HERE = Path(__file__).resolve().parent
@@ -40,6 +38,7 @@ DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"
 PLACES = {field.name for field in dataclasses.fields(RunConfig) if is_free(RunConfig, field.name)}
 HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
 HISTORY += ("images_per_second",)
+STARTS = ("command", "versions", "devices")  # what a record takes from environment.json
 
 
 # -- what makes a record whole --------------------------------------------------------------------
@@ -53,7 +52,7 @@ def problems(record: Any) -> list[str]:
     found = []
     for error in sorted(validator.iter_errors(record), key=lambda e: [*map(str, e.path)]):
         where = ".".join(map(str, error.path)) or "the record"
-        found.append(f"{where}: {error.message}")
+        found.append(f"{where}: {brief(error.message, 200)}")
     found += [f"{where}: {value} is no number" for where, value in not_finite(record)]
     if found:
         return found
@@ -63,6 +62,9 @@ def problems(record: Any) -> list[str]:
     for number, part in enumerate([record, *record.get("scores", [])]):
         where = f"scores.{number - 1}." if number else ""
         found += [where + text for text in wrong_numbers(part, len(seeds))]
+    for number, curves in enumerate(record.get("history", [])):
+        if len({len(values) for values in curves.values()}) > 1:
+            found.append(f"history.{number}: its lists are not of one length")
     return found
 
 
@@ -255,7 +257,8 @@ def facts_of(run: Path) -> dict[str, Any]:
     """config, environment, results and metrics of one finished run."""
     run = Path(run)
     found = results.read(run)
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    needs = ("recipe", "dataset", "arch", "epochs", "batch_size", "seed")
+    config = documents.read_yaml(run / "config.yaml", "config", needs)
     if not {"method", "plan", "settings"} <= set(config):
         raise UserError(
             f"{run / 'config.yaml'} does not say the run's method and settings: start the run's "
@@ -267,7 +270,7 @@ def facts_of(run: Path) -> dict[str, Any]:
         raise UserError(f"{run} goes on after its results: start its command again, and let it end")
     return {
         "config": config,
-        "environment": read(run / environment.NAME),
+        "environment": documents.read_json(run / environment.NAME, "environment", STARTS),
         "results": found,
         "metrics": metrics.read(run / metrics.NAME),
     }
@@ -347,7 +350,8 @@ def name_of(record: dict[str, Any]) -> str:
     identity = [record[n] for n in ("config_hash", "seeds", "backbone_sha256", "metric")]
     identity += [*parts, record["dataset"], record["commit"], record.get("hyperparameters")]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    return re.sub(r"[^a-z0-9.]+", "-", "-".join([*parts, digest]).lower()) + ".json"
+    words = "-".join(parts)[:200]  # a file's name has 255 bytes at most
+    return re.sub(r"[^a-z0-9.]+", "-", f"{words}-{digest}".lower()) + ".json"
 
 
 def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORDS) -> Path:
@@ -381,6 +385,8 @@ def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
     """Every stored record with its file's name, in their order; UserError for a broken one."""
     records = []
     for path in sorted(folder.glob("*.json")):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
+            raise UserError(f"{path}: rename it, to letters, digits, . _ and - (pages link to it)")
         record = read(path)
         if found := problems(record):
             raise UserError(f"{path}: {found[0]}")
@@ -388,14 +394,9 @@ def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
     return records
 
 
-def read(path: Path) -> Any:
-    """A JSON file; UserError if there is none."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+def read(path: Path) -> dict[str, Any]:
+    """A file with a record in it, which `problems` looks at; UserError if there is none."""
+    return documents.read_json(path, "block")
 
 
 # -- the command ----------------------------------------------------------------------------------

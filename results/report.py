@@ -67,7 +67,7 @@ def build(
 
 
 def as_list(said: Iterable[str]) -> str:
-    return "\n".join(f"- {text}" for text in said)
+    return "\n".join(f"- {tables.prose(text)}" for text in said)
 
 
 # -- markdown -------------------------------------------------------------------------------------
@@ -107,7 +107,8 @@ def beside(rows: Iterable[tables.Row]) -> list[str]:
         ]
         of.sort(key=lambda row: tables.published_order(row.published))
         notes = tables.notes_of(row.published for row in of)
-        text += [f"### {protocol}, {dataset}\n", tables.table(COMPARED, compared_cells(of, notes))]
+        text += [f"### {tables.plain(protocol)}, {tables.plain(dataset)}\n"]
+        text += [tables.table(COMPARED, compared_cells(of, notes))]
         text += ["", *footnotes(notes)]
     return text
 
@@ -119,7 +120,7 @@ def under_other_settings(apart, published) -> list[str]:
         of = [(n, r) for n, r in apart if r["protocol"] == protocol]
         of.sort(key=lambda item: apart_order(item[1]))
         cells = (apart_cells(n, r, published) for n, r in of)
-        text += [f"### {protocol}\n", tables.table(APART, cells), ""]
+        text += [f"### {tables.plain(protocol)}\n", tables.table(APART, cells), ""]
     return text
 
 
@@ -132,17 +133,18 @@ def not_run(rows: Iterable[tables.Row]) -> list[str]:
     for p in (row.published for row in of):
         data = p["dataset"] + metric_cell(p)
         left = [tables.method_cell(p), p["arch"], p["protocol"], data, *tables.budget_cells(p)]
-        cells.append([*left, tables.published_cell(p), p["source"] + note_mark(p, notes)])
+        cells.append([*left, tables.published_cell(p), source_cell(p, notes)])
     return [tables.table(NOT_RUN, cells), "", *footnotes(notes)]
 
 
-def note_mark(row: dict[str, Any], notes: Sequence[str]) -> str:
-    """The number of a published number's note, as <sup>2</sup>."""
-    return f" <sup>{notes.index(row['note']) + 1}</sup>" if row.get("note") in notes else ""
+def source_cell(row: dict[str, Any], notes: Sequence[str]) -> tables.Markup:
+    """A published number's source, with the number of its note, as <sup>2</sup>."""
+    mark = f" <sup>{notes.index(row['note']) + 1}</sup>" if row.get("note") in notes else ""
+    return tables.Markup(tables.plain(row["source"]) + mark)
 
 
 def footnotes(notes: Sequence[str]) -> list[str]:
-    text = [f"<sup>{number}</sup> {note}  " for number, note in enumerate(notes, 1)]
+    text = [f"<sup>{number}</sup> {tables.prose(note)}  " for number, note in enumerate(notes, 1)]
     return [*text, ""] if text else []
 
 
@@ -164,7 +166,7 @@ def compared_cells(rows: Iterable[tables.Row], notes: Sequence[str]) -> Iterable
                 p["arch"],
                 *tables.budget_cells(p),
                 tables.published_cell(p) + metric_cell(p),
-                p["source"] + note_mark(p, notes),
+                source_cell(p, notes),
                 tables.percent(r["value"]),
                 "" if off is None else f"{off:+.2f}",
                 tables.spread_cell(r),
@@ -197,12 +199,12 @@ def apart_cells(name: str, r: tables.Record, published) -> list[str]:
     ]
 
 
-def links(names: str) -> str:
+def links(names: str) -> tables.Markup:
     """A link to each of a row's records."""
     each = names.split()
-    return ", ".join(
-        f"[{'record' if len(each) == 1 else i + 1}](records/{name})" for i, name in enumerate(each)
-    )
+    words = ["record"] if len(each) == 1 else range(1, len(each) + 1)
+    both = zip(words, each, strict=True)
+    return tables.Markup(", ".join(f"[{word}](records/{name})" for word, name in both))
 
 
 # -- the root README ------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def root_part(joined: Joined, said: Sequence[str]) -> str:
         p = row.published
         ours = ", ".join(summary_cell(r, p) for _, r in row.records) or "not run yet"
         left = [tables.method_cell(p), p["arch"], *tables.budget_cells(p)]
-        cells.append([*left, tables.published_cell(p), p["source"] + note_mark(p, notes), ours])
+        cells.append([*left, tables.published_cell(p), source_cell(p, notes), ours])
     return fill(
         "root.md",
         summary=as_list(said),
@@ -298,7 +300,7 @@ def in_readme(readme: str, text: str) -> str:
     if BEGIN not in readme or END not in readme:
         raise UserError(f"README.md has no place for the results: put '{BEGIN}' and '{END}' in it")
     before, rest = readme.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
+    after = rest.rsplit(END, 1)[1]
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 

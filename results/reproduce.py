@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, Stopped, UserError, command
+from common.run import documents
 from common.run.flags import gpu_is_there
 from common.run.results import is_finished
 from results import record, tables
@@ -87,10 +88,10 @@ class Work:
 def is_locked(folder: Path) -> bool:
     """Whether another process is at work on this run: its lock names a living process."""
     try:
-        pid = int((folder / LOCK).read_text())
+        pid = int(documents.read_text(folder / LOCK))
         os.kill(pid, 0)
-        return pid != os.getpid()
-    except (OSError, ValueError):
+        return pid > 0 and pid != os.getpid()
+    except (OSError, ValueError, OverflowError, UserError):
         return False
 
 
@@ -224,7 +225,7 @@ def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
 
 def shown(path: Path | str) -> str:
     """A path as a record shows it: from the repository's root where it is below."""
-    path = Path(path).expanduser().absolute()
+    path = documents.expanded(path).absolute()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 

@@ -7,22 +7,22 @@ what sets it apart, and without a difference.
 """
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common import cards
 from common.errors import UserError
+from common.run import documents
 from results.record import is_stopped, with_values
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.yaml"
 BUDGET = ("epochs", "batch")  # a source may leave them out; our command still has them
-GRADES = ("source", "ocr", "secondary", "not at hand")
 LIBRARIES = ("lightly", "solo-learn")  # whose own benchmarks published.yaml has too
 PROTOCOLS = ("linear", "semi-sup 1%", "semi-sup 10%", "kNN (k200,t.1)", "kNN (k200,t.2)")
 PROTOCOLS += ("linear (L-BFGS)",)
@@ -40,15 +40,11 @@ class Row:
 
 def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
     """The rows of published.yaml; UserError for one that lacks a field or has no known grade."""
-    rows = yaml.safe_load(path.read_text())
-    needed = {"method", "arch", "pretraining", "epochs", "batch", "dataset", "protocol", "metric"}
-    needed |= {"value", "source", "grade"}
+    rows = documents.read_yaml(path, "published")
     for number, row in enumerate(rows, 1):
-        if missing := needed - set(row):
-            raise UserError(f"{path}: row {number} has no {', '.join(sorted(missing))}")
-        if row["grade"] not in GRADES or (row["value"] is None) != (row["grade"] == GRADES[-1]):
+        if (row["value"] is None) != (row["grade"] == "not at hand"):
             raise UserError(f"{path}: row {number} ({row['method']}): grade and value do not fit")
-        if wrong := [n for n in row.get("assumed", []) if n not in BUDGET or row[n] is None]:
+        if wrong := [n for n in row.get("assumed", []) if row[n] is None]:
             raise UserError(f"{path}: row {number} assumes {', '.join(wrong)}, has none")
         if wrong := {*row.get("unstated", [])} & {*(row.get("settings") or {})}:
             raise UserError(
@@ -227,18 +223,38 @@ def is_aim(row: dict[str, Any]) -> bool:
     return is_recipe(row["method"]) and not any(name in row["method"] for name in LIBRARIES)
 
 
+class Markup(str):
+    """Markdown that this project has written itself: `table` escapes every other cell."""
+
+
+def plain(text: str) -> str:
+    """The text of a record or of a YAML file as Markdown that shows it as it stands."""
+    text = escape(re.sub(r"\s+", " ", text), quote=False)
+    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+
+
+def prose(text: str) -> str:
+    """The same for whole sentences, which may have **bold** words and `code`."""
+    kept = re.split(r"(`[^`]+`|\*\*)", " ".join(text.split()))
+    text = "".join(piece if n % 2 else plain(piece) for n, piece in enumerate(kept))
+    return re.sub(r"^(\d*)([-+#=.)]+(\s|$))", r"\1\\\2", text)  # no list, no heading
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    lines = [[cell if isinstance(cell, Markup) else plain(cell) for cell in row] for row in rows]
+    texts = [f"| {' | '.join(line)} |" for line in ([*map(plain, head)], *lines)]
+    return "\n".join([texts[0], f"|{'---|' * len(head)}", *texts[1:]])
 
 
 def pictures(figures: Iterable[dict[str, str]]) -> str:
     """Each picture with its caption and command, in Markdown."""
     text = []
     for figure in figures:
-        text += [f"![{figure['caption'].replace('`', '')}](figures/{figure['file']})"]
-        text += [f"{figure['caption']} `{figure['command']}`"]
+        text += [f"![{plain(figure['caption'].replace('`', ''))}](figures/{figure['file']})"]
+        command = " ".join(figure["command"].replace("`", "'").split())
+        text += [f"{prose(figure['caption'])} `{command}`"]
     return "\n\n".join(text) or "None so far."
 
 

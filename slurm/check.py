@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, command
+from common.run import documents
 from common.run.folder import changes, facts_of_run, read_config
 from common.run.run import check_batch, default_folder
 
@@ -117,7 +118,7 @@ def absent_folders(config: Any) -> list[str]:
 
 def there(path: str) -> bool:
     try:
-        return Path(path).expanduser().exists()
+        return documents.expanded(path).exists()
     except OSError:  # it may not be looked at from here
         return True
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write
+from common.run import documents
 
 NAME = "runs.json"
 
@@ -36,12 +37,9 @@ def check_name(name: str) -> str:
 
 def read_ledger(folder: Path) -> dict[str, Any]:
     path = folder / NAME
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return {"name": folder.name, "runs": [], "submissions": []}
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    return documents.read_json(path, "ledger")
 
 
 def ledgers_in(scratch: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, UserError
+from common.run import documents
 from common.run.output import outlast_readers
 from slurm.ledger import log_path, write_ledger
 from slurm.resources import Resources
@@ -122,7 +123,7 @@ def show_log(path: Path, shown: list[int], prefix: str) -> None:
     """Prints the whole lines that a log has got since; submitit's own are left out."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with documents.opened(path) as file:
         file.seek(shown[0])
         new = file.read()
     whole = new[: new.rfind(b"\n") + 1]

@@ -18,7 +18,7 @@ from typing import Any
 
 from common import cards
 from common.errors import UserError, nearest_name
-from slurm.resources import read_yaml
+from common.run import documents
 from slurm.submission import ask, flags_of
 
 # the evaluations that a plan may ask for, with the protocols of their records
@@ -31,8 +31,6 @@ PROTOCOLS = {
 }
 DATA = {"imagenet": "its train/ and val/", "cifar10": "as the recipes' --data"}  # a flag for each
 EITHER = ("seeds", "evaluations", "device", "basis")  # of the run, else of its tier
-OF_TIER = ("dataset", "arch", "batch", "flags", "families", "optional", "runs", *EITHER)
-OF_RUN = ("recipe", "flags", "hours", *EITHER)
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,8 @@ def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
 def load(path: Path) -> dict[str, Planned]:
     """The runs of a plan by name; UserError for one that lacks a field or asks for the unknown."""
     found: dict[str, dict[str, Any]] = {}
-    tiers = read_yaml(path).get("tiers") or {}
+    tiers = documents.read_yaml(path, "plan")["tiers"]
     for tier, of_tier in tiers.items():
-        check_keys(f"{path}: {tier}", of_tier, OF_TIER, {"dataset", "runs"})
         for name, run in of_tier["runs"].items():
             if name in found or name in tiers:
                 raise UserError(f"{path}: the name {name} appears twice")
@@ -100,21 +97,10 @@ def load(path: Path) -> dict[str, Planned]:
     }
 
 
-def check_keys(where: str, block: Any, known: Sequence[str], needed: set[str]) -> None:
-    if not isinstance(block, dict):
-        raise UserError(f"{where}: must hold 'key: value' lines")
-    for key in block:
-        if key not in known:
-            raise UserError(f"{where}: {key} is unknown{nearest_name(str(key), known)}")
-    if missing := needed - set(block):
-        raise UserError(f"{where}: {', '.join(sorted(missing))} missing")
-
-
 def merged(
     where: str, name: str, tier: str, of_tier: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
     """The fields of a run with its tier's, and under `asked` what slurm/check.py is to resolve."""
-    check_keys(where, run, OF_RUN, {"recipe", "hours"})
     fields = {key: run.get(key, of_tier.get(key)) for key in EITHER}
     if missing := [key for key, value in fields.items() if not value]:
         raise UserError(f"{where}: {', '.join(missing)} missing, in the run and in its tier")

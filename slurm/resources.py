@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.errors import UserError, nearest_name
+from common.errors import UserError, brief, nearest_name
+from common.run import documents
 
 CLUSTER_FILE = Path(__file__).resolve().parent / "cluster.yaml"
 EARLY = 60  # seconds by which Slurm may send its signal too early (man sbatch, --signal)
 DEFAULT_TIME = "24h"
+MOST = 10**6  # of anything
 LEAST = 30  # seconds that a job should at least have for its work
 
 
@@ -148,10 +148,12 @@ def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
     check_options(resources)
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "mem_gb", "signal_delay"):
         value = getattr(resources, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if resources.max_timeouts < 0:
-        raise UserError("--max-timeouts: must not be negative")
+        if value is not None and not 0 < value < MOST:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0 and below {MOST}")
+    counts = {"gpus-per-node": resources.gpus, "max-timeouts": resources.max_timeouts}
+    for name, value in counts.items():
+        if not 0 <= value < MOST:
+            raise UserError(f"--{name}: must not be negative, and below {MOST}")
     if resources.gpus and resources.tasks != resources.gpus:
         raise UserError(
             f"--tasks-per-node {resources.tasks} with --gpus-per-node {resources.gpus_per_node}: "
@@ -214,8 +216,6 @@ def check_kind(where: str, name: str, value: Any) -> None:
     fits = isinstance(value, wanted) and not isinstance(value, bool)
     if name == "environment" and fits:
         fits = all(isinstance(line, str) for line in value)
-    if name == "gpus_per_node" and fits and value < 0:
-        raise UserError("--gpus-per-node: must not be negative")
     if value is None or fits:
         return
     if name == "time":
@@ -225,28 +225,15 @@ def check_kind(where: str, name: str, value: Any) -> None:
         )
     said = {int: "a whole number", str: "text", list: "a list of shell lines"}
     said |= {dict: "a block of 'option: value' lines"}
-    raise UserError(f"{where}: {name} {value!r} is not {said.get(wanted, 'a number')}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of `key: value`; UserError for anything else."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold 'key: value' lines")
-    return values
+    raise UserError(f"{where}: {name} {brief(repr(value))} is not {said.get(wanted, 'a number')}")
 
 
 def cluster_layer(path: str) -> tuple[str, dict[str, Any]]:
     """The cluster file as a layer of resources: the one named, else slurm/cluster.yaml."""
     if path:
-        return path, read_yaml(Path(path).expanduser())
+        return path, documents.read_yaml(documents.expanded(path))
     if CLUSTER_FILE.exists():
-        return str(CLUSTER_FILE), read_yaml(CLUSTER_FILE)
+        return str(CLUSTER_FILE), documents.read_yaml(CLUSTER_FILE)
     return "defaults", {}
 
 
@@ -256,8 +243,9 @@ def flags_layer(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def minutes(text: str) -> int:
     """72h, 90m, 2d, 1d12h, 90 (minutes) or Slurm's [D-]HH[:MM[:SS]] in whole minutes, up."""
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
-    clock = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    n = r"(\d{1,9})"
+    units = re.fullmatch(rf"(?:{n}d)?(?:{n}h)?(?:{n}m)?(?:{n}s)?", text.strip())
+    clock = re.fullmatch(rf"(?:{n}-)?{n}(?::{n})?(?::{n})?", text.strip())
     if text.strip() and units:
         days, hours, mins, seconds = (int(part or 0) for part in units.groups())
     elif clock and (clock[1] or clock[3]):
@@ -293,4 +281,4 @@ def check_time(resources: Resources) -> None:
 
 
 def scratch_folder(resources: Resources) -> Path:
-    return Path(resources.scratch).expanduser().absolute()
+    return documents.expanded(resources.scratch).absolute()

@@ -9,7 +9,6 @@ what the tasks noted afterwards.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, UserError, command, nearest_name
+from common.run import documents, environment, metrics, results
 from slurm.ledger import ledgers_in, log_path
 from slurm.resources import OneLineParser, cluster_layer, resources_of, scratch_folder
 from slurm.task import first_failure, read_notes
@@ -174,11 +174,11 @@ def progress(folder: str | None) -> dict[str, Any]:
     if folder is None or not Path(folder).is_dir():
         return facts
     path = Path(folder)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        starts = json.loads((path / "environment.json").read_text())
-        facts["steps"] = [starts, *starts.get("restarts", [])][-1]["steps"]
+    with contextlib.suppress(UserError):
+        steps = environment.last_start(path)["steps"]
+        facts |= {"steps": steps} if "per_epoch" in steps else {}
     steps = []
-    for line in backwards(path / "metrics.jsonl"):
+    for line in backwards(path / metrics.NAME):
         if line["kind"] == "step" and len(steps) < RECENT:
             steps.append(line)
         if "knn" in line and line.get("epoch") != 0:  # that of epoch 0 is the random encoder's
@@ -187,41 +187,40 @@ def progress(folder: str | None) -> dict[str, Any]:
     if not steps:
         return facts
     facts["step"] = steps[0]["step"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        results = json.loads((path / "results.json").read_text())
-        if results["step"] == facts["step"] and results["knn"] is not None:
-            facts["knn"] = results["knn"]
+    with contextlib.suppress(UserError):
+        found = results.read(path, ("step", "knn"))
+        if found["step"] == facts["step"] and found["knn"] is not None:
+            facts["knn"] = found["knn"]
     if "steps" in facts:
-        rates = [s["images_per_second"] for s in steps if s.get("images_per_second")]
+        rates = [s["images_per_second"] for s in steps if s.get("images_per_second", 0) > 0]
         left = facts["steps"]["last"] - facts["step"]
-        if rates and left > 0:
-            seconds = sum(1 / rate for rate in rates) / len(rates) * batch_size(path)
-            facts["seconds_left"] = left * seconds
+        with contextlib.suppress(UserError):
+            config = documents.read_yaml(path / "config.yaml", "config", ["batch_size"])
+            if rates and left > 0:
+                seconds = sum(1 / rate for rate in rates) / len(rates) * config["batch_size"]
+                facts["seconds_left"] = left * seconds
     return facts
 
 
-def batch_size(folder: Path) -> int:
-    import yaml
-
-    return yaml.safe_load((folder / "config.yaml").read_text())["batch_size"]
-
-
 def backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file from its end, which a run may just be writing."""
+    """The whole lines of a metrics file from its end, which a run may just be writing."""
     try:
-        size = path.stat().st_size
-    except OSError:
+        file = documents.opened(path)
+    except UserError:
         return
-    with open(path, "rb") as file:
-        end, rest = size, b""
+    with file:
+        size = end = os.fstat(file.fileno()).st_size
+        rest, known = b"", set()
         while end > max(0, size - MOST):
             start = max(0, end - TAIL)
             file.seek(start)
             lines = (file.read(end - start) + rest).split(b"\n")
             rest, end = (lines.pop(0), start) if start else (b"", 0)
             for line in reversed(lines):
-                with contextlib.suppress(json.JSONDecodeError):
-                    yield json.loads(line)
+                with contextlib.suppress(ValueError, UserError):
+                    found = documents.parsed_json(line.decode(), strict=False)
+                    documents.check_shape(found, "metrics", str(path), known)
+                    yield found
 
 
 def last_line(folder: Path, ledger: dict[str, Any], run: dict[str, Any], state: State) -> str:
@@ -241,10 +240,10 @@ def last_line(folder: Path, ledger: dict[str, Any], run: dict[str, Any], state: 
 def log_lines(path: Path) -> list[str]:
     """The script's own lines at the end of a log, without submitit's and Slurm's."""
     try:
-        with open(path, "rb") as file:
+        with documents.opened(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
             lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
+    except (OSError, UserError):
         return []
     lines = [SCHEDULERS.sub("", line).strip() for line in lines]
     return [line for line in lines if line]
@@ -255,8 +254,8 @@ def scores(lines: list[str]) -> str:
     found = []
     for line in lines:
         if named := RECORD.match(line):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                record = json.loads(Path(named[1]).read_text())
+            with contextlib.suppress(UserError):
+                record = documents.read_json(named[1], "record")
                 found.append(f"{record['protocol']} {record['value']:.2f}")
     return ", ".join(dict.fromkeys(found))
 

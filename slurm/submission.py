@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 from common.errors import UserError, nearest_path
+from common.run import documents
 from slurm import local, snapshot
 from slurm.ledger import Job, ledgers_in, log_path, read_ledger, write_ledger
 from slurm.resources import Resources, scratch_folder
@@ -30,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def script_path(text: str) -> str:
     """A script of this repository as a path relative to its root; UserError if it is none."""
-    for path in (REPOSITORY / text, Path(text).absolute()):
+    for path in (REPOSITORY / documents.expanded(text), Path(text).absolute()):
         path = path.resolve()
         if path.is_file() and path.suffix == ".py" and path.is_relative_to(REPOSITORY):
             return path.relative_to(REPOSITORY).as_posix()

@@ -31,7 +31,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, command, nearest_name
+from common.errors import UserError, brief, command
+from common.run import documents
 from common.run.results import is_finished
 from slurm import plan
 from slurm.ledger import Job, check_name, read_ledger
@@ -42,7 +43,6 @@ from slurm.resources import (
     check_time,
     cluster_layer,
     flags_layer,
-    read_yaml,
     resources_of,
     scratch_folder,
 )
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     add_resource_flags(parser)
     arguments = parser.parse_args(argv)
     path = Path(arguments.file)
-    planned = "tiers" in read_yaml(path)
+    planned = "tiers" in documents.read_yaml(path)
     spec = {"name": path.stem, "slurm": {}, "max_parallel": None} if planned else read_spec(path)
     resources = resources_of(
         cluster_layer(arguments.cluster),
@@ -100,25 +100,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def read_spec(path: Path) -> dict[str, Any]:
     """The file's values with defaults; UserError for what cannot be meant."""
-    spec = read_yaml(path)
-    for key in spec:
-        if key not in KEYS:
-            raise UserError(f"{path}: {key} is unknown{nearest_name(str(key), KEYS)}")
+    spec = documents.read_yaml(path, "sweep")
     spec = {key: spec.get(key) for key in KEYS}
     spec["name"] = check_name(str(spec["name"] or path.stem))
     spec["output"] = str(spec["output"] or f"runs/{spec['name']}")
     for key in ("slurm", "flags", "grid"):
-        spec[key] = {} if spec[key] is None else spec[key]
-        if not isinstance(spec[key], dict):
-            raise UserError(f"{path}: {key} must hold 'flag: value' lines")
+        spec[key] = spec[key] or {}
     spec["runs"] = spec["runs"] or [{}]
-    if not isinstance(spec["runs"], list) or not all(isinstance(r, dict) for r in spec["runs"]):
-        raise UserError(f"{path}: runs must be a list of 'flag: value' blocks")
     for key, values in spec["grid"].items():
         if isinstance(values, dict):
             spec["grid"][key] = finished(path, key, values)
         elif not isinstance(values, list) or not values:
             raise UserError(f"{path}: grid: {key} must be a list of values")
+    count = math.prod(map(len, spec["grid"].values())) * len(spec["runs"])
+    if count > MOST:
+        raise UserError(
+            f"{path}: {count:,} runs, more than the {MOST:,} that a Slurm array holds by default: "
+            "shorten its grid, or make several files of it"
+        )
     return spec
 
 
@@ -142,18 +141,15 @@ def finished(path: Path, key: str, values: dict[str, Any]) -> list[str]:
 
 
 def glob(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser().absolute()
-    return [*Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
+    path = documents.expanded(pattern).absolute()
+    try:
+        return [*Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
+    except ValueError as error:
+        raise UserError(f"{brief(repr(pattern))} is no pattern of folders: {error}") from None
 
 
 def jobs_of(spec: dict[str, Any]) -> list[Job]:
     """One job for each combination of the grid with each entry of `runs`."""
-    count = math.prod(map(len, spec["grid"].values())) * len(spec["runs"])
-    if count > MOST:
-        raise UserError(
-            f"{spec['name']}: {count:,} runs, more than the {MOST:,} that a Slurm array holds "
-            "by default: shorten its grid, or make several files of it"
-        )
     jobs = []
     axes = [[(key, value) for value in values] for key, values in spec["grid"].items()]
     for combination in itertools.product(*axes):
@@ -171,7 +167,7 @@ def jobs_of(spec: dict[str, Any]) -> list[Job]:
             values = {**spec["flags"], **chosen, **own}
             path = script_path(str(script))
             if path.startswith("recipes/") and "output" not in values:
-                values["output"] = str(Path(spec["output"]).expanduser().absolute() / name)
+                values["output"] = str(documents.expanded(spec["output"]).absolute() / name)
             jobs.append(Job(name, path, flags_of(values, name), values.get("output")))
     names = [job.name for job in jobs]
     if twice := [name for name in names if names.count(name) > 1]:

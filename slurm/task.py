@@ -24,7 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from common.errors import EXIT_STOPPED, say_error
+from common.errors import EXIT_STOPPED, UserError, say_error
+from common.run import documents
 
 STOP = signal.SIGUSR2  # what the script is asked to stop with
 CHILD_POLL, PEER_POLL = 0.2, 5.0  # seconds between looks at the child, at the other ranks' notes
@@ -254,7 +255,10 @@ class Task:
 
     def failure_elsewhere(self) -> str | None:
         """The error of the rank that failed first in this attempt, not counting this one."""
-        lines = read_notes(Path(self.notes), self.name)
+        try:
+            lines = read_notes(Path(self.notes), self.name)
+        except UserError:  # the run matters more than what is noted of it
+            return None
         return first_failure([e for e in lines if e["rank"] != self.rank], self.attempt)
 
 
@@ -270,10 +274,11 @@ def read_notes(folder: Path, name: str) -> list[dict[str, Any]]:
     for path in folder.glob(f"{name}.*.jsonl"):
         if not path.name[len(name) + 1 : -len(".jsonl")].isdigit():
             continue  # of a run whose name goes on
-        with contextlib.suppress(OSError):
-            for text in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # just being written
-                    lines.append(json.loads(text))
+        for number, text in enumerate(documents.read_text(path).splitlines(), 1):
+            with contextlib.suppress(ValueError):  # just being written, or cut off by a full disk
+                line = documents.parsed_json(text)
+                documents.check(line, "note", f"{path}: line {number}")
+                lines.append(line)
     return sorted(lines, key=lambda line: line["time"])
 
 

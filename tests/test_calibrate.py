@@ -111,7 +111,7 @@ def test_a_line_from_before_is_no_yardstick(tmp_path):
     metrics.write(tmp_path / metrics.NAME, lines)
     (tmp_path / results.BACKBONE).write_bytes(b"")
     results.write(tmp_path, {})
-    assert results.read(tmp_path)["knn_before"] is None
+    assert results.read(tmp_path, ["knn_before"])["knn_before"] is None
     # nor does it come back when the run goes on, or in a record's history
     (line,) = metrics.cut(tmp_path / metrics.NAME, 0)
     assert line == {"kind": "epoch", "epoch": 0, "step": 0, "knn_as_initialised": 0.2}

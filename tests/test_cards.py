@@ -150,9 +150,13 @@ def named(path: Path, word: re.Pattern) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("family: non-contrastive", "family: unknown", "throwaway: family unknown is none of"),
-        ("  paper: nobody\n", "", "throwaway: paper missing or unknown"),
-        ("  paper: nobody\n", "  paper: nobody\n  papers: 2\n", "papers missing or unknown"),
+        ("family: non-contrastive", "family: unknown", "throwaway.family: 'unknown' is none of"),
+        ("  paper: nobody\n", "", "throwaway: paper missing"),
+        (
+            "  paper: nobody\n",
+            "  paper: nobody\n  papers: 2\n",
+            "papers is unknown; did you mean paper",
+        ),
     ],
 )
 def test_a_card_with_a_mistake_is_one_line(old, new, said, tmp_path):

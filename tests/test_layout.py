@@ -12,7 +12,7 @@ FOLDERS = ("benchmarks", "common", "eval", "recipes", "results", "slurm")
 
 # from the bottom up: a module imports from its own floor and from those below
 FLOORS = [
-    {"common.errors"},
+    {"common.errors", "common.run.documents"},
     {
         "common.augment",
         "common.cards",

@@ -89,7 +89,7 @@ def run_of(tier):
         (lambda tier: tier.update(families={"negative": {}}), "of no known family negative"),
         (lambda tier: tier["runs"].update(simsiam=run_of(tier)), "the name simsiam appears twice"),
         (lambda tier: tier["runs"].update(scan=run_of(tier)), "the name scan appears twice"),
-        (lambda tier: tier["runs"].update(a=3), "a: must hold 'key: value' lines"),
+        (lambda tier: tier["runs"].update(a=3), "a: 3 is not a block of 'key: value' lines"),
     ],
 )
 def test_a_broken_plan_is_a_mistake(change, expected, tmp_path):

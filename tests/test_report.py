@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -59,9 +60,12 @@ def test_a_budget_that_the_source_does_not_state_is_marked(tmp_path):
     row = next(r for r in PUBLISHED if r["method"] == "NNSiam")
     assert tables.budget_cells(row) == ["800 (assumed)", "4096"]
     assert tables.budget_cells(row | {"assumed": [], "batch": None}) == ["800", "unstated"]
-    for wrong in ({"assumed": ["lr"]}, {"assumed": ["batch"], "batch": None}):
+    for wrong, said in (
+        ({"assumed": ["lr"]}, "entry 1.assumed.entry 1: 'lr' is none of epochs, batch"),
+        ({"assumed": ["batch"], "batch": None}, "row 1 assumes"),
+    ):
         (tmp_path / "published.yaml").write_text(yaml.safe_dump([row | wrong]))
-        with pytest.raises(UserError, match="row 1 assumes"):
+        with pytest.raises(UserError, match=said):
             tables.load_published(tmp_path / "published.yaml")
 
 
@@ -294,6 +298,82 @@ def test_a_readme_without_its_place_and_a_missing_figure_are_mistakes(tmp_path):
         build(tmp_path)
     with pytest.raises(UserError, match="no place for the results"):
         report.in_readme("# Title", "text")
+
+
+# -- text that looks like markup -------------------------------------------------------------------
+
+EVIL = "x <img src=//e onerror=a> | [l](http://e) ![i](http://e) <!-- end of results --> _e_ $m$ y"
+
+
+def evil_folder(folder):
+    """A results folder whose records and YAML files have markup in each of their texts."""
+    golden(folder)
+    on = {"name": EVIL, "copy": EVIL, "incomplete": EVIL}
+    what = good()["pretraining"] | {"copy": EVIL, "incomplete": EVIL}
+    texts = {name: EVIL for name in ("method", "arch", "protocol", "hardware", "note", "epoch")}
+    record.add(good(dataset=on, pretraining=what, settings={"a": EVIL}, **texts), folder=folder)
+    of_it = [p for p in folder.glob("*.json")]
+    of_it[0].rename(folder / "records" / of_it[0].name)
+    for seed in (0, 1):
+        name, one = of_run("photos-snclr", seed, 50.0 + seed, hardware=EVIL)
+        (folder / "records" / name.replace(" ", "").replace("(", "")).write_text(json.dumps(one))
+    row = yaml.safe_load((folder / "published.yaml").read_text())[0]
+    row |= {name: EVIL for name in ("protocol", "dataset", "source", "note", "arch")}
+    more = [row, row | {"method": EVIL, "pretraining": "CIFAR-10", "dataset": "CIFAR-10"}]
+    with open(folder / "published.yaml", "a") as file:
+        file.write("\n" + yaml.safe_dump(more))
+    asked = yaml.safe_load((folder / "claims.yaml").read_text())
+    for tier in asked["tiers"]:
+        tier |= {name: EVIL for name in ("title", "short", "note")}
+    asked["runs"] = {name: f"{EVIL} {name}" for name in asked["runs"]}
+    for claim in asked["claims"]:
+        claim |= {name: EVIL for name in ("claim", "source", "differs", "tried")}
+    for scan in asked["scans"]:
+        scan |= {"what": EVIL, "unit": EVIL}
+    (folder / "claims.yaml").write_text(yaml.safe_dump(asked))
+    (folder / "figures" / "a.png").touch()
+    figures = [{"file": "a.png", "caption": f"# {EVIL}", "command": f"`{EVIL}`"}]
+    (folder / "figures" / "figures.yaml").write_text(yaml.safe_dump(figures))
+    return folder
+
+
+def test_text_of_records_and_yaml_files_is_no_markup(tmp_path):
+    pages = build(evil_folder(tmp_path))
+    assert len(pages) == 4
+    for path, text in pages.items():
+        assert text.count("&lt;img src=//e") >= 3, path
+        if path.suffix == ".html":
+            assert "<img src=//e" not in text
+            continue
+        without_code = re.sub(r"`[^`\n]*`", "", text)
+        assert "<img src=//e" not in without_code
+        assert "[l](" not in without_code and "![i](" not in without_code
+        assert not re.search(r"(?<!\\)\$m|(?<![\\\w])_e", without_code)
+        assert "\n# x" not in text
+        columns = None
+        for line in text.splitlines():
+            cells = len(re.findall(r"(?<!\\)\|", line))
+            columns = None if not line.startswith("|") else columns or cells
+            assert not columns or cells == columns, line
+    assert pages[tmp_path / "ROOT.md"].count(report.END) == 1
+    (tmp_path / "ROOT.md").write_text(pages[tmp_path / "ROOT.md"])
+    assert build(tmp_path) == pages
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("SNCLR, K = 0 (vit_small)", "SNCLR, K = 0 (vit_small)"),
+        ("a|b\nc", r"a\|b c"),
+        ("**bold** and `a_b|*`", "**bold** and `a_b|*`"),
+        ("# a", r"\# a"),
+        ("1. a", r"1\. a"),
+        ("- a *b* [c](d)", r"\- a \*b\* \[c\](d)"),
+        ("a < b & c", "a &lt; b &amp; c"),
+    ],
+)
+def test_prose_keeps_bold_words_and_code_alone(text, shown):
+    assert tables.prose(text) == shown
 
 
 # -- words and notes ------------------------------------------------------------------------------

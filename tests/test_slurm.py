@@ -455,7 +455,7 @@ def test_a_grid_times_a_list_with_names_folders_and_flags(tmp_path, monkeypatch)
         ("script: recipes/snclr.py\nruns: [{seed: 0}, {seed: 0}]", "several runs are called seed0"),
         ("grid: {seed: [0]}", "no script"),
         ("script: recipes/snclr.py\nrun: 3", "run is unknown"),
-        ("script: recipes/snclr.py\nruns: 3", "runs must be a list"),
+        ("script: recipes/snclr.py\nruns: 3", "runs: 3 is not a list"),
         ("name: a b\nscript: recipes/snclr.py", "is no name for a folder"),
         ("script: recipes/snlcr.py", "no such script"),
         ("script: eval/linear_probe/none.py", "no such script"),
@@ -876,7 +876,8 @@ def test_the_row_of_an_evaluation_shows_its_scores(tmp_path):
     folder, ledger = recorded(tmp_path / "scratch", ["linear"], cluster="local")
     written = tmp_path / "record.json", tmp_path / "record-knn.json"
     for path, (protocol, value) in zip(written, [("linear", 68.2), ("kNN", 61.049)], strict=True):
-        path.write_text(json.dumps({"protocol": protocol, "value": value}))
+        found = {"protocol": protocol, "value": value, "spread": None}
+        path.write_text(json.dumps(found | {"others": {}, "hyperparameters": {}}))
     log = folder / "1" / "jobs" / "50_0_0_log.out"
     log.parent.mkdir(parents=True)
     lines = [f"record: {written[0]} (python results/record.py add stores it)"]
@@ -902,7 +903,8 @@ def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
     (run / "config.yaml").write_text("batch_size: 64\n")
     with open(run / "metrics.jsonl", "w") as file:
         for step in range(1, 401):
-            line = {"kind": "step", "step": step, "images_per_second": 32.0 if step > 300 else 1.0}
+            line = {"kind": "step", "step": step, "loss": 1.0, "data_wait": 0.1}
+            line["images_per_second"] = 32.0 if step > 300 else 1.0
             print(json.dumps(line), file=file)
             if step in (100, 300):
                 line = {"kind": "epoch", "epoch": step // 10, "step": step, "knn": step / 1000}
@@ -931,7 +933,7 @@ def test_status_of_what_is_not_there(code, tmp_path):
     assert "no launch or sweep t" in error and "there are s" in error
     assert "at least 1 second" in only_error(call(code, tmp_path, "status.py", "--every", "0"))
     (tmp_path / "runs" / "slurm" / "s" / "runs.json").write_text("{")
-    assert "cannot be read" in only_error(call(code, tmp_path, "status.py"))
+    assert "runs.json is not JSON" in only_error(call(code, tmp_path, "status.py"))
 
 
 @pytest.mark.long

@@ -30,6 +30,7 @@ from common.data.images import SKIP_HINT, FolderImages
 from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
 from common.files import replacing, write
+from common.run import documents
 
 BLOCK = 512  # tar's
 
@@ -159,7 +160,7 @@ def check_space(output: Path, needed: int) -> None:
 
 def pack(arguments: argparse.Namespace) -> None:
     """Packs the folder --data."""
-    if shards.is_packed(arguments.data.expanduser()):
+    if shards.is_packed(documents.expanded(arguments.data)):
         raise UserError(f"--data {arguments.data} is packed already")
     limit = arguments.max_pixels
     train, val = load_dataset(arguments.dataset, str(arguments.data), max_pixels=limit)
@@ -172,7 +173,7 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
     make_folder(output)
     about = {
         "version": shards.VERSION,
-        "source": arguments.data.expanduser().name,
+        "source": documents.expanded(arguments.data).name,
         "resized": arguments.resize,
         "shard_mb": arguments.shard_mb,
         "images": {split: images.fingerprint() for split, images in splits.items()},
@@ -203,8 +204,8 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
 def begun(settings: Path) -> dict:
     """What an interrupted start wrote of itself."""
     try:
-        return json.loads(settings.read_text())
-    except ValueError:
+        return documents.read_json(settings, "block")
+    except UserError:
         raise UserError(f"{settings} is damaged: remove it, or use another --output") from None
 
 
@@ -232,7 +233,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.shard_mb < 1 or arguments.resize < 0:
         parser.error("--shard-mb must be above 0 and --resize not negative")
-    arguments.output = arguments.output.expanduser()
+    arguments.output = documents.expanded(arguments.output)
     return arguments
 
 

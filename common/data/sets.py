@@ -14,6 +14,7 @@ from common.config import MAX_PIXELS
 from common.data import photos, shards
 from common.data.images import SKIP_HINT, ArrayImages, FolderImages, Images, PackedImages
 from common.errors import UserError, is_disk_error, nearest_path, say_once
+from common.run import documents
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 VALPREP = "valprep.sh of github.com/soumith/imagenetloader.torch"  # sorts ImageNet's val/
@@ -37,7 +38,7 @@ def load_dataset(
         raise UserError(
             f"--dataset {name} needs --data FOLDER{hint}; --dataset photos needs no data",
         )
-    root = Path(data).expanduser()
+    root = documents.expanded(data)
     if name == "cifar10":
         return load_cifar10(root, download)
     if shards.is_packed(root):

@@ -5,7 +5,6 @@ every image in the order of the folder it came from, name, label, shard, offset 
 is a plain tar file: `tar`, or webdataset, reads it without this index.
 """
 
-import json
 import os
 import threading
 import time
@@ -15,10 +14,12 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
+from common.run import documents
 
 NAME = "packed.json"
 VERSION = 1
@@ -146,13 +147,35 @@ def is_packed(root: Path) -> bool:
 def describe(root: Path) -> dict:
     """What packed.json says."""
     try:
-        about = json.loads((root / NAME).read_text())
-        version = about["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{root / NAME} cannot be read: pack again") from None
-    if version != VERSION:
+        about = documents.read_json(root / NAME, "packed")
+    except UserError as error:
+        raise UserError(f"{error}: pack again") from None
+    if (version := about["version"]) != VERSION:
         raise UserError(f"{root / NAME} is of version {version}, not {VERSION}: pack again")
     return about
+
+
+def fits(
+    entry: dict[str, Any],
+    paths: np.ndarray,
+    labels: np.ndarray,
+    shard: np.ndarray,
+    offset: np.ndarray,
+    length: np.ndarray,
+) -> bool:
+    """Whether the arrays of a split are as many numbers, of classes and shards that there are, and
+    of places within them, as packed.json has images.
+    """
+    numbers = (labels, shard, offset, length)
+    if paths.dtype.kind != "S" or any(array.dtype.kind not in "iu" for array in numbers):
+        return False
+    if any(array.shape != (entry["images"],) for array in (paths, *numbers)):
+        return False
+    for array, count in ((labels, len(entry["classes"]) or 1), (shard, len(entry["shards"]))):
+        if array.min() < 0 or array.max() >= count:
+            return False
+    sizes = np.array([*entry["shards"].values()])[shard]
+    return bool((offset >= 0).all() and (length >= 0).all() and (length <= sizes - offset).all())
 
 
 def split_names(root: Path) -> list[str]:
@@ -173,10 +196,10 @@ def read_index(root: Path, split: str) -> Index:
                 "copy it again",
             )
     try:
-        with np.load(root / f"{split}.npz") as file:
+        with documents.opened(root / f"{split}.npz") as whole, np.load(whole) as file:
             arrays = [file[name] for name in ARRAYS]
     except DAMAGED as error:
         raise UserError(f"{root / split}.npz cannot be read ({error}): pack again") from None
-    if any(len(array) != entry["images"] for array in arrays):
+    if not fits(entry, *arrays):
         raise UserError(f"{root / split}.npz and {NAME} disagree: pack again")
     return Index(*arrays, entry["classes"], [*entry["shards"]], about["source"], about["resized"])

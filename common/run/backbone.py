@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from common.augment import MEAN, STD
+from common.config import LARGEST_IMAGE
 from common.errors import UserError
 from common.files import write
 from common.models import build_encoder, timm_arguments
-from common.run import results
+from common.run import documents, results
 
 NAME = results.BACKBONE
 LISTED = 10  # names in an error's line, which may be of hundreds
@@ -95,6 +96,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
     path = Path(path)
     path = path / NAME if path.is_dir() else path
+    documents.opened(path).close()  # no pipe, which would be waited for
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -103,13 +105,19 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{path} cannot be read as a backbone: {error}") from None
     if "arch" not in metadata or "feature_check" not in metadata:
         raise UserError(f"{path} has no metadata of these recipes (arch, feature_check)")
-    image_size = int(metadata["image_size"])
+    try:
+        image_size = int(metadata["image_size"])
+        stored = [float(number) for number in documents.parsed_json(metadata["feature_check"])]
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: its image_size or feature_check is damaged ({error})") from None
+    if not 0 < image_size <= LARGEST_IMAGE or len(stored) != CHECK_FEATURES:
+        raise UserError(f"{path}: its image_size or feature_check is none that a run writes")
     try:
         encoder = build_encoder(metadata["arch"], image_size)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     load_exactly(encoder, tensors, str(path))
-    stored, found = json.loads(metadata["feature_check"]), check_features(encoder, image_size)
+    found = check_features(encoder, image_size)
     largest = max(map(abs, stored))
     worst = max(abs(a - b) for a, b in zip(stored, found, strict=True))
     if not worst <= TOLERANCE * largest:  # also where something is not a number

@@ -12,6 +12,7 @@ import torch
 
 from common.errors import FULL, UserError, is_disk_error
 from common.files import replacing
+from common.run import documents
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -102,6 +103,7 @@ def load(path: Path) -> dict[str, Any]:
         if spare.exists() and path != spare
         else "to begin anew, give another --output or --resume never"
     )
+    documents.opened(path).close()  # no pipe, which would be waited for
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and stream errors of many types

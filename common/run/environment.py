@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from common.files import write
+from common.run import documents
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,7 @@ def commit() -> tuple[str, bool | None]:
         except (OSError, subprocess.CalledProcessError):
             pass
     stored = REPOSITORY / ".commit"
-    if stored.exists():
-        words = stored.read_text().split()
+    if stored.is_file() and (words := stored.read_text(errors="replace").split()):
         return words[0], "dirty" in words[1:]
     return "unknown", None
 
@@ -101,15 +102,25 @@ def cpu_name() -> str:
         return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def last_start(folder: Path) -> dict[str, Any]:
+    """The description of a run's last start; UserError if it is not there or lacks its steps."""
+    path = folder / NAME
+    starts = documents.read_json(path, "environment")
+    last = [starts, *starts.get("restarts", [])][-1]
+    if "steps" not in last:
+        raise UserError(f"{path} does not say the steps of the run's last start")
+    return last
+
+
 def note_start(folder: Path, description: dict[str, Any]) -> None:
     """Writes environment.json at the first start; later starts go into its list `restarts`."""
     path = folder / NAME
     if path.exists():
         try:
-            first = json.loads(path.read_text())
+            first = documents.read_json(path, "environment")
             first.setdefault("restarts", []).append(description)
             description = first
-        except (ValueError, AttributeError):  # a power cut may leave an empty file
+        except UserError:  # a power cut may leave an empty file
             damaged = path.with_name(f"{path.stem}.damaged.json")
             path.replace(damaged)
             description["earlier starts"] = f"unreadable, kept as {damaged.name}"

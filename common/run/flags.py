@@ -16,14 +16,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from common.augment import check_jitter_strength
-from common.config import Bound, RunConfig
-from common.errors import UserError, nearest_name
+from common.config import LARGEST_IMAGE, Bound, RunConfig
+from common.errors import UserError, brief, nearest_name
+from common.run import documents
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -163,17 +161,12 @@ def read_config_file(config_class: type, path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold 'flag: value' lines")
+        values = documents.read_yaml(path, "flags")
+    except UserError as error:
+        raise UserError(f"--config {error}") from None
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    for name in NOT_FLAGS:
-        values.pop(name, None)
-    return {n: coerce(config_class, n, v, f"{path}: {n}") for n, v in values.items()}
+    values = {name: value for name, value in values.items() if name not in NOT_FLAGS}
+    return {n: coerce(config_class, n, v, f"{brief(path)}: {n}") for n, v in values.items()}
 
 
 def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
@@ -186,25 +179,20 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
     if typing.get_origin(options[0]) in (typing.Union, types.UnionType):
         options = [*typing.get_args(options[0])]  # a union
     choices = [c for o in options if typing.get_origin(o) is Literal for c in typing.get_args(o)]
-    if choices and value in choices:
+    if value in choices and not isinstance(value, bool):
         return value
-    if value is None and type(None) in options:
-        return None
-    if bool in options and isinstance(value, bool):
-        return value
-    if str in options and isinstance(value, str):
-        return value
-    if int in options and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool | str | int | None) and type(value) in options:
         return value
     if float in options and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
-            return float(value)  # YAML reads 1e-6 as text
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if math.isfinite(number := float(value)):  # YAML reads 1e-6 as text
+                return number
     if choices:
         hint = nearest_name(str(value), choices)
-        wanted = ", ".join(map(str, choices))
-        raise UserError(f"{where}: {value!r} is none of {wanted}{hint}")
+        said = f"{brief(repr(value))} is none of {', '.join(map(str, choices))}{hint}"
+        raise UserError(f"{where}: {said}")
     wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise UserError(f"{where}: {value!r} is not {wanted}")
+    raise UserError(f"{where}: {brief(repr(value))} is not {wanted}")
 
 
 def check_values(config: Any) -> None:
@@ -216,11 +204,15 @@ def check_values(config: Any) -> None:
         flag = "--" + name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: must be a finite number")
+        if isinstance(value, int) and abs(value) >= documents.LARGEST:
+            raise UserError(f"{flag} {brief(value)}: must be below 2**63")
         for bound in bounds_of(hints[name]):
             if not bound.holds(value):
                 raise UserError(f"{flag} {value}: must {bound.words}")
-    side = getattr(config, "image_size", None)
-    if side is not None and getattr(config, "arch", "").startswith("vit") and side % 16:
+    side = getattr(config, "image_size", None) or 16
+    if side > LARGEST_IMAGE:
+        raise UserError(f"--image-size {side}: must be at most {LARGEST_IMAGE}")
+    if (getattr(config, "arch", None) or "").startswith("vit") and side % 16:
         text = f"--image-size {side}: a ViT takes multiples of its 16-pixel patches"
         raise UserError(f"{text}, {max(16, side // 16 * 16)} for example")
     if hasattr(config, "jitter_strength"):

@@ -5,7 +5,6 @@ All ranks read, and meet the same mistakes; rank 0 writes.
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import yaml
 from common import cards, distributed
 from common.errors import UserError, make_folder
 from common.files import write
-from common.run import checkpoint, environment, lock
+from common.run import checkpoint, documents, environment, lock
 from common.run.flags import changed_fields
 
 CONFIG = "config.yaml"
@@ -25,7 +24,7 @@ def choose(path: str | Path, resume: str) -> Path:
     """The folder itself; with `--resume never` the first of it, its name with -2, -3, … that is
     not there yet.
     """
-    path = chosen = Path(path).expanduser().absolute()
+    path = chosen = documents.expanded(path).absolute()
     number = 1
     while resume == "never" and chosen.exists():
         number += 1
@@ -39,12 +38,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        saved = yaml.safe_load(path.read_bytes()) or {}
-    except yaml.YAMLError:
-        saved = None
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} is damaged: remove it, or use another --output")
-    return saved
+        return documents.read_yaml(path, "config")
+    except UserError as error:
+        text = f"{path} is damaged: remove it, or use another --output ({error})"
+        raise UserError(text) from None
 
 
 def changes(holds: dict[str, Any], config: Any, saved: dict[str, Any]) -> list[str]:
@@ -155,7 +152,7 @@ def finished_record(path: Path, backbone: str) -> dict[str, Any] | None:
     finished if its record is there.
     """
     try:
-        found = json.loads(path.read_text())
-        return found if found["backbone_sha256"] == [backbone] else None
-    except (OSError, ValueError, LookupError, TypeError):
+        found = documents.read_json(path, "block")
+    except UserError:
         return None
+    return found if found.get("backbone_sha256") == [backbone] else None

@@ -1,6 +1,5 @@
 """`metrics.jsonl`: one JSON object per line, exactly resumable; and the same to wandb."""
 
-import itertools
 import json
 import math
 import secrets
@@ -9,23 +8,20 @@ from typing import Any
 
 from common import files
 from common.errors import say_error
+from common.run import documents
 
 NAME = "metrics.jsonl"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, in order; a line cut off or damaged by a crash ends it."""
-    records = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if not isinstance(record, dict):
-                break
-            records.append(with_yardstick(record))
-    return records
+def read(path: Path, schema: str = "metrics") -> list[dict[str, Any]]:
+    """All whole lines of a metrics file, in order; what a crash cut off at its end is left out.
+
+    UserError for a line that is damaged elsewhere or is not as the schema wants it, a run's or that
+    of an evaluation ("log").
+    """
+    if not path.exists():
+        return []
+    return [with_yardstick(record) for record in documents.read_lines(path, schema)]
 
 
 def with_yardstick(record: dict[str, Any]) -> dict[str, Any]:
@@ -38,12 +34,12 @@ def with_yardstick(record: dict[str, Any]) -> dict[str, Any]:
     return others | {"knn_as_initialised": record["knn"]}
 
 
-def cut(path: Path, step: int) -> list[dict[str, Any]]:
+def cut(path: Path, step: int, schema: str = "metrics") -> list[dict[str, Any]]:
     """Drops what was logged after `step`, so that a resumed run logs it again, once, and the line
     of an epoch that was broken off, which the run now finishes.
     """
-    whole = itertools.takewhile(lambda record: "step" in record, read(path))
-    kept = [r for r in whole if r["step"] <= step and (r["kind"] == "step" or r["epoch"] % 1 == 0)]
+    kept = [record for record in read(path, schema) if record["step"] <= step]
+    kept = [r for r in kept if r.get("kind") != "epoch" or r["epoch"] % 1 == 0]
     files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
@@ -63,13 +59,14 @@ def means(records: list[dict[str, Any]]) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
-            if name not in ("kind", "epoch", "step", "memory_gb"):
+            if name not in ("kind", "epoch", "step", "memory_gb", "calibrated"):
                 sums.setdefault(name, []).append(value)
     result = {name: math.fsum(values) / len(values) for name, values in sums.items()}
-    if rates := sums.get("images_per_second"):  # all images over all seconds
-        seconds = [1 / rate for rate in rates]
-        result["images_per_second"] = len(rates) / math.fsum(seconds)
-        waits = [w * s for w, s in zip(sums["data_wait"], seconds, strict=True)]
+    timed = [r for r in records if r.get("images_per_second", 0) > 0]
+    if timed:  # all images over all seconds
+        seconds = [1 / r["images_per_second"] for r in timed]
+        result["images_per_second"] = len(timed) / math.fsum(seconds)
+        waits = [r["data_wait"] * s for r, s in zip(timed, seconds, strict=True)]
         result["data_wait"] = math.fsum(waits) / math.fsum(seconds)
     return result
 
@@ -102,7 +99,7 @@ class Wandb:
             import wandb
 
             self.file = folder / "wandb_id"
-            words = self.file.read_text().split() if self.file.exists() else []
+            words = documents.read_text(self.file).split() if self.file.exists() else []
             self.identity, *sent = words or [secrets.token_hex(4)]
             self.sent = dict(zip(("step", "epoch"), map(int, sent or (-1, -1)), strict=True))
             self.note()

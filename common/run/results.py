@@ -6,15 +6,18 @@ Nothing here needs torch: a cluster's login node asks it of many runs.
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import files
 from common.errors import UserError
-from common.run import environment, metrics
+from common.run import documents, environment, metrics
 
 NAME = "results.json"
 BACKBONE = "backbone.safetensors"
+NUMBERS = ("recipe", "epoch", "step", "loss", "loss_first", "knn", "knn_before", "hours")
+NUMBERS += ("images_per_second", "dataset", "commit", "dirty", "config_hash", "backbone_sha256")
 
 
 def is_finished(folder: Path, last_step: int | None = None) -> bool:
@@ -23,33 +26,35 @@ def is_finished(folder: Path, last_step: int | None = None) -> bool:
     The last step is that of the last start, if it is not given.
     """
     try:
-        results = json.loads((folder / NAME).read_text())
+        needs = ("backbone_sha256", "step")
+        results = documents.read_json(folder / NAME, "results", needs)
         if last_step is None:
-            starts = json.loads((folder / environment.NAME).read_text())
-            last_step = [starts, *starts.get("restarts", [])][-1]["steps"]["last"]
+            last_step = environment.last_start(folder)["steps"]["last"]
         same = checksum(folder / BACKBONE) == results["backbone_sha256"]
         return same and results["step"] == last_step
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, UserError):
         return False
 
 
 def checksum(path: Path) -> str:
     """The sha256 of a file, read again only if its time or size has changed."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     file = path.stat()
     return checksum_at(path, file.st_mtime_ns, file.st_size)
 
 
 @functools.cache
 def checksum_at(path: Path, time: int, size: int) -> str:
-    with open(path, "rb") as file:
+    with documents.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The results of a finished run; UserError if there are none."""
+def read(folder: Path, needs: Sequence[str] = NUMBERS) -> dict[str, Any]:
+    """The results of a finished run; UserError if there are none, or not those that are needed."""
     if not (folder / NAME).exists():
         raise UserError(f"{folder} is no finished run: it has no {NAME}")
-    return json.loads((folder / NAME).read_text())
+    return documents.read_json(folder / NAME, "results", needs)
 
 
 def write(folder: Path, facts: dict[str, Any]) -> None:
@@ -71,7 +76,9 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
 def say(folder: Path) -> None:
     """The last lines: what was learned, and where the files are."""
     r = read(folder)
-    loss = f"loss {r['loss_first']:.4f} -> {r['loss']:.4f}" if r["loss"] is not None else ""
+    loss = ""
+    if None not in (r["loss_first"], r["loss"]):
+        loss = f"loss {r['loss_first']:.4f} -> {r['loss']:.4f}"
     knn = ""
     if r["knn"] is not None:
         before = f"{r['knn_before']:.1%} -> " if r["knn_before"] is not None else ""

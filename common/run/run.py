@@ -14,6 +14,7 @@ What is not the paper's is here, so that a recipe's `main()` is the algorithm:
 import contextlib
 import dataclasses
 import functools
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +88,22 @@ def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
         )
 
 
+def check_memory(config: Any, ranks: int) -> None:
+    """UserError if the views of one batch, or the queue, alone need more memory than there is."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    images = config.batch_size // ranks
+    flags = f"--batch-size {config.batch_size} --image-size {config.image_size}"
+    needed = {flags: 2 * images * 3 * config.image_size**2}
+    if hasattr(config, "queue_size"):
+        flags = f"--queue-size {config.queue_size} --output-dim {config.output_dim}"
+        needed[flags] = 4 * config.queue_size * config.output_dim
+    for flags, least in needed.items():
+        if least > there:
+            raise UserError(
+                f"{flags}: {least / 1e9:.4g} GB at least, and this machine has {there / 1e9:.4g} GB"
+            )
+
+
 def default_folder(recipe: str, config: Any) -> Path:
     """--output, or runs/<recipe>/<dataset>-<arch>-<seed>; with --resume never another one."""
     name = f"{config.dataset}-{config.arch}-{config.seed}"
@@ -107,6 +124,7 @@ class Run:
             raise UserError(text)
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         check_batch(config.batch_size, self.ranks, config.micro_batch)
+        check_memory(config, self.ranks)
         self.train, self.test = self.load_images()
         self.steps_per_epoch = len(self.train) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -226,9 +244,10 @@ class Run:
             self.store.write_config(**facts)
             kept = metrics.cut(self.folder / metrics.NAME, self.step or -1)
             if self.geometry_epochs:
-                metrics.cut(self.folder / geometry.NAME, self.step or -1)
+                metrics.cut(self.folder / geometry.NAME, self.step or -1, "geometry")
+            epoch = self.epoch_of(self.step)
             self.epoch_records = [
-                r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
+                r for r in kept if r["kind"] == "step" and r.get("epoch") == epoch
             ]
             environment.note_start(self.folder, description)
         self.wandb = metrics.Wandb(

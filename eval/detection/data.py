@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.augment import to_tensor, view_rng
 from common.errors import UserError, say_once
+from common.run import documents
 from eval.dense import load_image, or_error
 from eval.transfer.readers import VOC_CLASSES
 
@@ -79,7 +80,7 @@ def has_extent(one: dict[str, Any]) -> bool:
 def folder_of(split: str, data: str) -> Path:
     """The folder that holds a split's layout: --data, or coco/ or VOCdevkit/ in it."""
     kind = split.split("_")[0]
-    root = Path(data).expanduser()
+    root = documents.expanded(data)
     inner, mark = {"coco": ("coco", "annotations"), "voc": ("VOCdevkit", "VOC2007")}[kind]
     for folder in (root, root / inner):
         if data and (folder / mark).is_dir():
@@ -111,15 +112,16 @@ def load(splits: list[str], data: str, name: str) -> Detections:
 def read_coco(folder: Path, year: str, part: str) -> dict[str, Any]:
     path = folder / "annotations" / f"instances_{part}{year}.json"
     try:
-        content = json.loads(path.read_text())
+        with documents.opened(path) as file:
+            content = json.load(file)
         needed = ("images", "annotations", "categories")
         content = {name: content[name] for name in needed}
         check_fields(content)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --data wants {LAYOUTS['coco']}") from None
+    except UserError as error:
+        raise UserError(f"{error}; --data wants {LAYOUTS['coco']}") from None
     except KeyError as error:
         raise UserError(f"{path} is no COCO annotation file (it lacks {error})") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no COCO annotation file ({error})") from None
     images = folder / f"{part}{year}"
     for image in content["images"]:
@@ -147,9 +149,9 @@ def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
     root = folder / f"VOC{year}"
     lists = root / "ImageSets" / "Main" / f"{part}.txt"
     try:
-        names = lists.read_text().split()
-    except OSError:
-        raise UserError(f"{lists}: no such file; --data wants {LAYOUTS['voc']}") from None
+        names = documents.read_text(lists).split()
+    except UserError as error:
+        raise UserError(f"{error}; --data wants {LAYOUTS['voc']}") from None
     images, annotations = [], []
     for name in names:
         path = root / "Annotations" / f"{name}.xml"

@@ -14,7 +14,6 @@ continues.
 import dataclasses
 import importlib
 import importlib.metadata
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from typing import Any, Literal
 from common import distributed
 from common.config import free
 from common.errors import UserError, command
+from common.run import documents
 from common.run.flags import parse
 from eval.dense import DenseConfig
 from eval.detection import check, data, torchvision_backend
@@ -147,7 +147,7 @@ class Detection(Job):
         if self.rank:
             return
         path = self.folder / RECORD
-        found = json.loads(path.read_text())
+        found = documents.read_json(path, "record")
         text = "; ".join(
             f"{kind} " + ", ".join(f"{name} {value:.2f}" for name, value in values.items())
             for kind, values in found["others"].items()

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from common.errors import UserError, nearest_name
+from common.run import documents
 from eval.dense import DenseEvaluation
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -39,7 +38,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.file = CONFIGS / f"{self.task}.yaml"
-        self.values = flat(yaml.safe_load(self.file.read_text()))
+        self.values = flat(documents.read_yaml(self.file))
         for name, value in self.overrides.items():
             self.values[name] = value
 
@@ -105,8 +104,8 @@ def parse_overrides(text: str, task: str) -> dict[str, Any]:
                 f"within{near}",
             )
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            found[name] = documents.parsed_yaml(value)
+        except ValueError:
             raise UserError(f"--override {word}: the value is not YAML") from None
         number = isinstance(known[name], int | float) and not isinstance(known[name], bool)
         if number and isinstance(found[name], str):

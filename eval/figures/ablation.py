@@ -8,18 +8,15 @@ protocol: the shapes may be compared, the heights not).
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common import cards
 from common.errors import UserError, command, nearest_name
-from common.run import pictures
+from common.run import documents, pictures, results
 from results.record import PLACES
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.yaml"
@@ -34,7 +31,7 @@ def points_of(runs: Sequence[Path], flag: str) -> tuple[dict[str, Any], dict[flo
     for run in runs:
         if not (run / "results.json").exists():
             raise UserError(f"{run} is no finished run: it has no results.json")
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = documents.read_yaml(run / "config.yaml", "config", ("recipe", "arch"))
         first = first or config
         if flag not in config:
             raise UserError(f"{run}: no flag {flag}{nearest_name(flag, config)}")
@@ -44,7 +41,7 @@ def points_of(runs: Sequence[Path], flag: str) -> tuple[dict[str, Any], dict[flo
         differing -= {flag, "seed", *PLACES}
         if differing:
             raise UserError(f"{run} differs from {runs[0]} in {', '.join(sorted(differing))} too")
-        knn = json.loads((run / "results.json").read_text())["knn"]
+        knn = results.read(run, ("knn",))["knn"]
         if knn is None:
             raise UserError(f"{run} has no k-NN accuracy")
         points.setdefault(float(config[flag]), []).append(100 * knn)
@@ -55,7 +52,8 @@ def published_points(method: str, flag: str, path: Path = PUBLISHED) -> tuple[st
     """(what they are, [(value of the flag, number)]) of a method in published.yaml."""
     base = method.removesuffix(" (official)")
     main = MAIN_SETTINGS.get(base, {}).get(flag)
-    rows = [r for r in yaml.safe_load(path.read_text()) if r["method"] == base and r["value"]]
+    rows = documents.read_yaml(path, "published")
+    rows = [r for r in rows if r["method"] == base and r["value"]]
     varied = [r for r in rows if flag in (r.get("settings") or {})]
     if not varied or main is None:
         return "", []
@@ -105,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     if len(points) < 2:
         raise UserError(f"--over {arguments.over}: all runs have the same value")
     method = cards.method_of(config["recipe"], config)
-    results = json.loads((arguments.runs[0] / "results.json").read_text())
-    title = f"{method}, {config['arch']}, {results['dataset']}, {results['epoch']:g} epochs"
+    found = results.read(arguments.runs[0], ("dataset", "epoch"))
+    title = f"{method}, {config['arch']}, {found['dataset']}, {found['epoch']:g} epochs"
     panels = [(title, "k-NN accuracy, %", points)]
     what, published = published_points(method, flag)
     if published:

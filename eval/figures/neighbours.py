@@ -16,25 +16,32 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from common import cards
 from common.config import MAX_PIXELS
 from common.data.images import Images
 from common.data.sets import load_dataset
 from common.data.splits import parts
 from common.errors import UserError, command
-from common.run import checkpoint, pictures
+from common.run import checkpoint, documents, pictures
+from common.run.flags import coerce
 from common.run.neighbours import Found, Lookup, draw, look_up, purity
 from common.support_set import SupportSet
 
 
 def restore(run: Path, path: Path) -> Lookup:
     """The look-up of a run at one of its checkpoints, as its recipe's `look_up` builds it."""
-    saved = yaml.safe_load((run / "config.yaml").read_text())
+    where = run / "config.yaml"
+    saved = documents.read_yaml(where, "config", ("recipe",))
     name = saved.pop("recipe")
+    if name not in cards.load():
+        raise UserError(f"{where}: recipe: there is no recipe {name} here")
     recipe = importlib.import_module(f"recipes.{name}")
     fields = {f.name for f in dataclasses.fields(recipe.Config)}
-    config = recipe.Config(**{n: v for n, v in saved.items() if n in fields})
+    own = {n: v for n, v in saved.items() if n in fields}
+    config = recipe.Config(
+        **{n: coerce(recipe.Config, n, v, f"{where}: {n}") for n, v in own.items()}
+    )
     state = checkpoint.load(path)
     if "queue" not in state["state"]:
         raise UserError(f"{run}: {name} has no support set, so no neighbours to show")
@@ -78,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     run = arguments.run
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    needs = ("recipe", "dataset", "data", "arch", "image_size")
+    config = documents.read_yaml(run / "config.yaml", "config", needs)
     last = checkpoint.find(run)
     if last is None:
         raise UserError(f"{run} has no checkpoint.pt")

@@ -8,13 +8,11 @@ Each panel embeds the same images with the same seed. The title has the run's ow
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
-import yaml
 from torch.nn import functional as F
 
 from common import cards
@@ -23,7 +21,7 @@ from common.data.images import Images
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.knn import extract_features
-from common.run import pictures
+from common.run import documents, pictures, results
 from common.run.backbone import load_backbone
 
 
@@ -116,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     for run in arguments.runs:
         if not (run / "results.json").exists():
             raise UserError(f"{run} is no finished run: it has no results.json")
-        configs.append(yaml.safe_load((run / "config.yaml").read_text()))
+        needs = ("recipe", "dataset", "data")
+        configs.append(documents.read_yaml(run / "config.yaml", "config", needs))
     if len({config["dataset"] for config in configs}) > 1:
         raise UserError("the runs are of several data sets: panels of one data set only")
     data = configs[0]["data"] if arguments.data is None else arguments.data
@@ -130,11 +129,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--perplexity must lie between 0 and {len(samples)}, the number of images")
     panels = []
     for run, config in zip(arguments.runs, configs, strict=True):
-        results = json.loads((run / "results.json").read_text())
+        found = results.read(run, ("knn", "epoch"))
         features = features_of(run, images, samples)
         where = " on held-out training images" if config.get("validation_share", 0.0) else ""
-        knn = "" if results["knn"] is None else f"k-NN {results['knn']:.1%}{where}, "
-        text = f"{cards.method_of(config['recipe'], config)}, {results['epoch']:g} epochs\n"
+        knn = "" if found["knn"] is None else f"k-NN {found['knn']:.1%}{where}, "
+        text = f"{cards.method_of(config['recipe'], config)}, {found['epoch']:g} epochs\n"
         text += f"{knn}silhouette {silhouette(features, labels):+.3f}"
         print(text.replace("\n", ": "), flush=True)
         panels.append((text, embed(features, arguments.seed, arguments.perplexity)))

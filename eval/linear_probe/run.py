@@ -11,7 +11,6 @@ and record-knn.json; started again, it continues.
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -35,6 +34,7 @@ from common.fast.pixels import to_input
 from common.files import replacing
 from common.knn import gather_shares, knn_over_ranks, rank_share
 from common.models import full_precision
+from common.run import documents
 from common.run.flags import parse
 from common.run.results import duration
 from common.run.run import check_batch, report_problems
@@ -375,7 +375,7 @@ class Probe:
     def say_result(self, path: Path) -> None:
         if self.job.rank:
             return
-        found = json.loads(path.read_text())
+        found = documents.read_json(path, "record")
         if path.name == RECORD_KNN:
             text = ", ".join(f"{k} {v:.2f} %" for k, v in found["others"].items())
             text = f"k-NN top-1: {text}"

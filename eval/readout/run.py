@@ -10,14 +10,12 @@ protocol: the lab's, whose runs take minutes. Writes record.json, with how the r
 """
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from common import distributed
@@ -27,7 +25,7 @@ from common.data.splits import balanced, held_out_share
 from common.errors import UserError, command
 from common.files import write
 from common.knn import gather_shares, knn_accuracy
-from common.run import geometry, metrics, results
+from common.run import documents, geometry, metrics, results
 from common.run.flags import parse
 from eval.evaluation import RECORD, Evaluation, EvaluationConfig
 from eval.transfer.classifier import Split, score
@@ -60,7 +58,7 @@ class Readout(Evaluation):
     def with_defaults(self, config: ReadoutConfig) -> ReadoutConfig:
         config, ours = super().with_defaults(config), {}
         if self.facts["run"] is not None:
-            ours = yaml.safe_load((self.facts["run"] / "config.yaml").read_text())
+            ours = self.facts["config"]
         unset = [name for name in PART if getattr(config, name) is None]
         return dataclasses.replace(config, **{name: ours.get(name, 0) for name in unset})
 
@@ -111,9 +109,8 @@ class Readout(Evaluation):
         """The k-NN of the run's own random encoder, if the run scored it on the test images."""
         if self.facts["run"] is None:
             return {}
-        ours = yaml.safe_load((self.facts["run"] / "config.yaml").read_text())
-        before = results.read(self.facts["run"])["knn_before"]
-        if before is None or ours.get("scored_on") != "test":
+        before = results.read(self.facts["run"], ("knn_before",))["knn_before"]
+        if before is None or self.facts["config"].get("scored_on") != "test":
             return {}
         return {"random encoder": [round(100 * before, 3)]}
 
@@ -145,7 +142,7 @@ def choose(train: Split, held: Split, classes: int) -> tuple[Fit, list[dict[str,
 
 def history_of(run) -> dict[str, Any]:
     """What the run's monitors said, and how its features lay, for a record."""
-    logged, lay = metrics.read(run / metrics.NAME), metrics.read(run / geometry.NAME)
+    logged, lay = metrics.read(run / metrics.NAME), metrics.read(run / geometry.NAME, "geometry")
     points = [{name: line[name] for name in line if name not in ("kind", "step")} for line in lay]
     found = {"history": [record.history(logged)]}
     return found | ({"geometry": [points]} if points else {})
@@ -162,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         if not job.is_written():
             job.measure()
     if job.rank == 0:
-        found = json.loads((job.folder / RECORD).read_text())
+        found = documents.read_json(job.folder / RECORD, "record", ("scores",))
         near = found["scores"][0]["value"]
         job.finish(f"linear {found['value']:.2f} %, k-NN {near:.2f} %", [job.folder / RECORD])
     distributed.stop()

@@ -15,6 +15,7 @@ from common.config import MAX_PIXELS
 from common.data.images import UNREADABLE, open_image, said
 from common.data.loaders import epoch_order
 from common.errors import UserError, say_once
+from common.run import documents
 from eval.dense import check_each, load_image, or_error
 
 FOLDER = "ADEChallengeData2016"
@@ -85,7 +86,7 @@ def disagreement(path: Path, labels: Image.Image, image: Image.Image) -> str | N
 
 def load(data: str, part: str, max_pixels: int = MAX_PIXELS) -> Scenes:
     """One part below --data, the folder itself or the one that holds it; names in order."""
-    root = Path(data).expanduser()
+    root = documents.expanded(data)
     folders = [f for f in (root, root / FOLDER) if data and (f / "images" / part).is_dir()]
     if not folders:
         raise UserError(

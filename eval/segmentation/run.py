@@ -8,7 +8,6 @@ README.md, beside this file, says where the settings come from. Writes record.js
 predictions.png; started again, it continues.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from common import distributed
 from common.config import NotNegative, PositiveInt, Share
 from common.data.loaders import ignore_stop_signals
 from common.errors import UserError, command
+from common.run import documents
 from common.run.flags import parse
 from eval.dense import DenseConfig, DenseEvaluation, per_rank, raise_errors
 from eval.evaluation import RECORD, parse_numbers
@@ -217,7 +217,7 @@ class Segmentation(DenseEvaluation):
         if self.rank:
             return
         path = self.folder / RECORD
-        found = json.loads(path.read_text())["others"]
+        found = documents.read_json(path, "record")["others"]
         text = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
         self.say(f"picture: {self.folder / PICTURE}")
         self.finish(text, [path])

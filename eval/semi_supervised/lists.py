@@ -13,6 +13,7 @@ from common.data.images import FolderImages, Images
 from common.data.splits import split_classes
 from common.errors import UserError, say_once
 from common.files import write
+from common.run import documents
 
 # google-research/simclr, imagenet_subsets/: 12 811 and 128 116 files
 URL = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/{}"
@@ -39,7 +40,8 @@ def simclr_list(percent: int) -> Path:
         check(content, name, url)
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, content)
-    check(path.read_bytes(), name, str(path))
+    with documents.opened(path) as file:
+        check(file.read(), name, str(path))
     return path
 
 
@@ -62,9 +64,9 @@ def read_list(path: Path, images: Images, unreadable: Iterable[str] = ()) -> np.
     if not isinstance(images, FolderImages):
         raise UserError("--list needs image files: --dataset imagenet or imagefolder")
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--list {path} cannot be read: {error}") from None
+        lines = [line.strip() for line in documents.read_text(path).splitlines()]
+    except UserError as error:
+        raise UserError(f"--list cannot be read: {error}") from None
     wanted = [n if "/" in n else f"{n.split('_')[0]}/{n}" for n in lines if n]
     if not wanted:
         raise UserError(f"--list {path} names no image")

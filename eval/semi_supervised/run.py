@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -34,6 +33,7 @@ from common.errors import UserError, command
 from common.fast.batch_norm import rank_batch_norm
 from common.fast.pixels import to_input
 from common.models import full_precision
+from common.run import documents
 from common.run.flags import parse
 from common.run.results import duration
 from common.run.run import check_batch, report_problems
@@ -160,7 +160,7 @@ class FineTuning:
         if not config.list and config.dataset != "imagenet":
             samples = balanced_subset(job.train.labels, config.percent, seed)
             return samples, {"images": len(samples), "list": "class-balanced, drawn from the seed"}
-        path = Path(config.list).expanduser() if config.list else self.downloaded()
+        path = documents.expanded(config.list) if config.list else self.downloaded()
         samples = read_list(path, job.train, job.unreadable_names)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         known = {value: f"simclr {name}" for name, value in SHA256.items()}
@@ -387,7 +387,7 @@ class FineTuning:
     def say_result(self, path: Path) -> None:
         if self.job.rank:
             return
-        found = json.loads(path.read_text())
+        found = documents.read_json(path, "record")
         spread = "" if found["spread"] is None else f" ± {found['spread']:.2f}"
         top5 = sum(found["others"]["top5"]) / len(found["others"]["top5"])
         chosen = found["hyperparameters"]["chosen"]

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError, nearest_name
+from common.run import documents
 
 FOLDER = Path(__file__).resolve().parent / "manifests"
 # in the order of the papers' tables (BYOL Table 3)
@@ -44,7 +43,7 @@ class Manifest:
 
 def load(key: str) -> Manifest:
     path = FOLDER / f"{key}.yaml"
-    return Manifest(key=key, **yaml.safe_load(path.read_text()))
+    return Manifest(key=key, **documents.read_yaml(path))
 
 
 def chosen(names: str) -> list[str]:

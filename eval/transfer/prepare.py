@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, command, make_folder
+from common.run import documents
 from eval.transfer import manifest as manifests
 from eval.transfer.archives import fetch, is_archive, unpack
 from eval.transfer.manifest import DATASETS, Manifest
@@ -112,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    root = arguments.root.expanduser()
+    root = documents.expanded(arguments.root)
     keys = manifests.chosen(arguments.datasets)
     if not root.is_dir():
         if arguments.check or root.exists():

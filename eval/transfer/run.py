@@ -26,7 +26,7 @@ from common.data.images import SKIP_HINT, subset
 from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
 from common.files import write
-from common.run import environment
+from common.run import documents, environment
 from common.run.calibrate import calibrated
 from common.run.flags import parse
 from common.run.folder import finished_record
@@ -86,7 +86,7 @@ class Transfer:
     def __init__(self, config: TransferConfig):
         self.config = config
         outlast_readers()
-        self.root = Path(config.root).expanduser()
+        self.root = documents.expanded(config.root)
         if not self.root.is_dir():
             raise UserError(f"--root {self.root}: no such folder; prepare.py makes and fills it")
         self.keys = manifest.chosen(config.datasets)
@@ -96,8 +96,8 @@ class Transfer:
         where = self.facts["run"]
         name = f"{Path(config.backbone).stem}-{self.facts['sha256'][:8]}"
         default = where / "transfer" if where else Path("runs") / "transfer" / name
-        self.output = Path(config.output).expanduser() if config.output else default
-        self.cache = Path(config.cache).expanduser() if config.cache else self.output / "features"
+        self.output = documents.expanded(config.output) if config.output else default
+        self.cache = documents.expanded(config.cache) if config.cache else self.output / "features"
         make_folder(self.output)
         make_folder(self.cache, "--cache")
         self.workers = config.workers if config.workers >= 0 else default_workers(1)
@@ -175,7 +175,7 @@ class Transfer:
         pool = readers.read(about, self.root)
         if hasattr(pool.images, "max_pixels"):  # files
             pool.images.max_pixels = config.max_pixels
-        lists = Path(config.caltech_lists).expanduser() if config.caltech_lists else None
+        lists = documents.expanded(config.caltech_lists) if config.caltech_lists else None
         parts = splits.make(about, pool, config.splits, config.seed, lists, config.allow_incomplete)
         if before and before["dataset"]["incomplete"] == parts.incomplete and shots_there:
             print(f"  finished before: {before['value']:.2f} ({parts.incomplete})")
