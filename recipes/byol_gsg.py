@@ -44,15 +44,17 @@ class Config(RunConfig):
 
     follow: Literal["paper", "official"] = "paper"  # official: --pairing local, as the code
     gsg: bool = True  # --no-gsg: plain BYOL, two views, symmetric loss, all else equal
+    # without it p is the online projection; GSG's abstract: no collapse; BYOL Table 5b: collapse
+    predictor: bool = later(True)
     # App. A shuffles the batch; code: each rank's own (local); derangement: no image meets itself
     pairing: Pairing = "global"
 
     epochs: PositiveInt = 100  # code; SimSiam Sec. 3
     batch_size: PositiveInt = 512  # global batch; code; SimSiam Sec. 3
-    # base rate, times batch/lr-batch; App. C.1: SimSiam Sec. 3; code. cifar10: 0.06, lightly
+    # base rate, times batch/lr-batch; App. C.1: SimSiam Sec. 3; code. cifar10: unstated, 0.06
     lr: NotNegative = 0.05
-    # the batch that --lr is given for, 0: not scaled; SimSiam Sec. 3; code. cifar10: 128, lightly,
-    # so 0.24 at batch 512
+    # the batch that --lr is given for, 0: not scaled; SimSiam Sec. 3; code. cifar10: unstated, 0 as
+    # for SimSiam; lightly's rule for BYOL is 128, which makes 0.24 of 0.06 at batch 512
     lr_batch: Count = 256
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"  # App. C.1: SimSiam Sec. 3; code
     sgd_momentum: Share = 0.9  # momentum of SGD or LARS; SimSiam Sec. 3; code
@@ -75,6 +77,7 @@ class Config(RunConfig):
 
 
 SMALL_IMAGES = {  # App. B.2 and C.2, "the default setup of lightly"; its CIFAR-10 benchmark
+    "lr_batch": 0,  # unstated; SimSiam's in lightly, BYOL's there is 128: lr 0.24
     "fixed_predictor_lr": False,  # unstated; lightly
     "zero_init_residual": False,  # unstated; lightly
     "projector_layers": 2,  # App. C.2: 512-2048-2048
@@ -83,9 +86,8 @@ SMALL_IMAGES = {  # App. B.2 and C.2, "the default setup of lightly"; its CIFAR-
 }
 PRESETS = {
     "official": {"pairing": "local"},
-    # App. C.2 names lightly's default set-up; its benchmark scales BYOL's rate, not SimSiam's
-    "cifar10": CIFAR10 | SMALL_IMAGES | {"lr_batch": 128},
-    "photos": PHOTOS | SMALL_IMAGES | {"lr_batch": 0},  # ours
+    "cifar10": CIFAR10 | SMALL_IMAGES,
+    "photos": PHOTOS | SMALL_IMAGES,
 }
 
 
@@ -100,7 +102,9 @@ class BYOL(nn.Module):
         self.encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
         sizes = [self.encoder.embed_dim, *[hidden] * (config.projector_layers - 1), width]
         self.projector = mlp(sizes, output_norm=True, output_affine=config.output_affine)
-        self.predictor = mlp([width, config.predictor_hidden, width], output_bias=True)
+        self.predictor = nn.Identity()
+        if config.predictor:
+            self.predictor = mlp([width, config.predictor_hidden, width], output_bias=True)
 
 
 CHOICES = ("11_21", "11_22", "12_21", "12_22")  # columns of the distances, in Algorithm 1's order

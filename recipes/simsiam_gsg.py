@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.augment import View, ViewName, two_views
 from common.config import CIFAR10, PHOTOS, Count, NotNegative, PositiveInt, RunConfig, Share, later
 from common.distributed import average_gradients
-from common.errors import command
+from common.errors import UserError, command
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp
 from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
@@ -43,6 +43,10 @@ class Config(RunConfig):
 
     follow: Literal["paper", "official"] = "paper"  # official: --pairing local, as the code
     gsg: bool = True  # --no-gsg: plain SimSiam, two views, symmetric loss, all else equal
+    # without it p = z, all else alike; GSG's abstract: no collapse then; SimSiam Sec. 4.2: collapse
+    predictor: bool = later(True)
+    # without it targets get gradient too, only with --no-gsg; SimSiam Sec. 4.1: collapse
+    stop_gradient: bool = later(True)
     # App. A shuffles the batch; code: each rank's own (local); derangement: no image meets itself
     pairing: Pairing = "global"
 
@@ -94,15 +98,17 @@ class SimSiam(nn.Module):
         self.encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
         sizes = [self.encoder.embed_dim, *[hidden] * (config.projector_layers - 1), width]
         self.projector = mlp(sizes, output_norm=True, output_affine=config.output_affine)
-        self.predictor = mlp([width, config.predictor_hidden, width], output_bias=True)
+        self.predictor = nn.Identity()
+        if config.predictor:
+            self.predictor = mlp([width, config.predictor_hidden, width], output_bias=True)
 
 
 CHOICES = ("11_21", "11_22", "12_21", "12_22")  # columns of the distances, in Algorithm 1's order
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """D of SimSiam Eq. 1 with stop-gradient on z, row by row: (N,D),(N,D) -> (N,)."""
-    return -F.cosine_similarity(p, z.detach(), dim=1)
+    """D of SimSiam Eq. 1, row by row: (N,D),(N,D) -> (N,)."""
+    return -F.cosine_similarity(p, z, dim=1)
 
 
 @in_full_precision
@@ -147,6 +153,7 @@ def gsg_loss(
         distances = guiding_distances(z11, z12, z21, z22, pairs)
     choice = distances.argmin(dim=1)  # of the pairs with this rank's x1; the first least one
     choice_of_x2 = rows_of_owners(choice, pairs)  # of the pairs with this rank's x2
+    z11, z12, z21, z22 = (z.detach() for z in (z11, z12, z21, z22))  # the stop-gradient
     x11_is_source = choice < 2  # d11,21 or d11,22 is the least
     x21_is_source = choice_of_x2 % 2 == 0  # d11,21 or d12,21 is the least
     of_x1 = torch.where(x11_is_source, negative_cosine(p11, z12), negative_cosine(p12, z11))
@@ -155,12 +162,16 @@ def gsg_loss(
 
 
 @in_full_precision
-def symmetric_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+def symmetric_loss(
+    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, stop_gradient: bool = True
+) -> Tensor:
     """The baseline's loss without GSG: D(p1, z2)/2 + D(p2, z1)/2, the mean over images.
 
-    SimSiam Eq. 2.
-    All (N,D) -> scalar; no gradient flows through z.
+    SimSiam Eq. 2, or Eq. 1 without the stop-gradient, where gradient flows through z too.
+    All (N,D) -> scalar.
     """
+    if stop_gradient:
+        z1, z2 = z1.detach(), z2.detach()
     return 0.5 * (negative_cosine(p1, z2) + negative_cosine(p2, z1)).mean()
 
 
@@ -181,8 +192,15 @@ def views_of(config: Config) -> list[View]:
     return [*views] * (2 if config.gsg else 1)
 
 
+def resolve(config: Config) -> Config:
+    """The configuration itself; UserError for GSG without the stop-gradient that it guides."""
+    if config.gsg and not config.stop_gradient:
+        raise UserError("--no-stop-gradient needs --no-gsg: GSG is a stop-gradient")
+    return config
+
+
 def parse_arguments(argv: list[str] | None = None) -> Config:
-    return parse(Config, PRESETS, argv)
+    return parse(Config, PRESETS, argv, resolve)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             distances = guiding_distances(*z, pairs)
             loss = gsg_loss(*p, *z, pairs, distances)
         else:
-            loss = symmetric_loss(*p, *z)
+            loss = symmetric_loss(*p, *z, config.stop_gradient)
 
         optimizer.zero_grad()
         loss.backward()

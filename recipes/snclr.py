@@ -224,9 +224,8 @@ def resolve(config: Config) -> Config:
     if config.neighbour_free_epochs is None:
         changes["neighbour_free_epochs"] = config.warmup_epochs or 0.05 * config.epochs
     if config.neighbours > config.queue_size:
-        raise UserError(
-            f"--neighbours {config.neighbours} is more than --queue-size {config.queue_size} holds",
-        )
+        text = f"--neighbours {config.neighbours} is more than --queue-size {config.queue_size} holds"
+        raise UserError(text)
     return dataclasses.replace(config, **changes)
 
 

@@ -490,7 +490,7 @@ def test_later_flags_at_their_defaults_change_no_hash(recipe, monkeypatch):
     found = [config_hash(parse_arguments(f.split())) for f in ("", "--dataset photos")]
     assert found == [*HASHES[recipe]]
     config = parse_arguments([])
-    later_ones = ("jitter_strength",)
+    later_ones = ("jitter_strength", "predictor", "stop_gradient")
     saved = {n: v for n, v in dataclasses.asdict(config).items() if n not in later_ones}
     assert changed_fields(config, saved) == []  # an older run goes on
     changes = changed_fields(dataclasses.replace(config, jitter_strength=0.5), saved)
@@ -556,6 +556,9 @@ def test_a_vits_views_are_whole_patches(side):
         ("snclr", "--arch vit_small --loss official", {"loss": "official"}),
         ("simsiam_gsg", "--no-gsg --seed 3 --max-steps 5 --data x --plan-name y", {"gsg": False}),
         ("simsiam_gsg", "--precision fp32 --compile --augment-device cpu --batch-size 8", {}),
+        ("simsiam_gsg", "--no-predictor", {"predictor": False}),
+        ("byol_gsg", "--dataset photos --no-predictor", {"predictor": False}),
+        ("simsiam_gsg", "--no-gsg --no-stop-gradient", {"gsg": False, "stop_gradient": False}),
         ("nnclr", "--input reference --workers 3 --knn-every 1", {}),
         ("nnclr", "--micro-batch 512", {"micro_batch": 512}),
         ("snclr", "--arch vit_base --micro-batch 512", {}),

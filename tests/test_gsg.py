@@ -11,8 +11,8 @@ from conftest import run_ranks
 from test_losses import cosine, draw
 from test_ranks import STEPS, run_on, step_losses, two_ranks_are_one
 
+from common.errors import UserError
 from common.fast.micro_batch import Pieces
-from common.optim import scaled_lr
 from common.pairs import draw_pairs
 from common.run import metrics
 from recipes import byol_gsg, simsiam_gsg
@@ -172,6 +172,38 @@ def test_symmetric_loss_of_the_baselines(recipe):
     assert z1.grad is None and z2.grad is None and (p1.grad.norm(dim=1) > 1e-6).all()
 
 
+def test_without_the_stop_gradient_targets_get_gradient_too():
+    p1, p2, z1, z2 = (t.requires_grad_() for t in views(6, 4)[:4])
+    with_stop = simsiam_gsg.symmetric_loss(p1, p2, z1, z2)
+    loss = simsiam_gsg.symmetric_loss(p1, p2, z1, z2, stop_gradient=False)
+    assert loss.item() == with_stop.item()
+    loss.backward()
+    assert all((t.grad.norm(dim=1) > 1e-6).all() for t in (p1, p2, z1, z2))
+
+
+def test_gsg_without_a_stop_gradient_is_refused():
+    with pytest.raises(UserError, match="--no-stop-gradient needs --no-gsg"):
+        simsiam_gsg.parse_arguments(["--no-stop-gradient"])
+    assert not simsiam_gsg.parse_arguments(["--no-gsg", "--no-stop-gradient"]).stop_gradient
+
+
+@BOTH
+def test_without_a_predictor_the_projections_are_the_predictions(recipe):
+    name = "SimSiam" if recipe is simsiam_gsg else "BYOL"
+    small = ["--dataset", "photos", "--projector-hidden", "16", "--output-dim", "8"]
+    with_one, without = (
+        getattr(recipe, name)(recipe.parse_arguments([*small, *flags]))
+        for flags in ([], ["--no-predictor"])
+    )
+    z = torch.randn(4, 8)
+    assert without.predictor(z) is z
+    shapes = [
+        {n: t.shape for n, t in model.state_dict().items() if not n.startswith("predictor")}
+        for model in (with_one, without)
+    ]
+    assert shapes[0] == shapes[1] and "projector.4.weight" in shapes[1]  # its output batch norm
+
+
 @BOTH
 def test_statistics_count_the_choices(recipe):
     distances = torch.tensor([[1.0, 2, 3, 4], [2, 1, 3, 4], [5, 2, 3, 4], [4, 3, 2, 1]])
@@ -323,11 +355,3 @@ def test_two_ranks_pair_the_images_that_one_process_pairs(recipe, pairing, tmp_p
     for seen in ranks:
         used = [pairs for _, (*_, pairs, _), _ in seen["losses"]]
         assert all(map(torch.equal, used, drawn)) and len(used) == STEPS
-
-
-def test_byol_on_cifar10_has_the_rate_of_lightlys_benchmark():
-    """0.06 times batch / 128, where SimSiam's is 0.06 at any batch; App. C.2 names that set-up."""
-    config = byol_gsg.parse_arguments(["--dataset", "cifar10"])
-    assert scaled_lr(config.lr, config.batch_size, config.lr_batch) == pytest.approx(0.24)
-    config = simsiam_gsg.parse_arguments(["--dataset", "cifar10"])
-    assert scaled_lr(config.lr, config.batch_size, config.lr_batch) == 0.06

@@ -19,10 +19,10 @@ from common.models import build_encoder
 from common.pairs import draw_pairs
 from common.run.run import Run
 
-STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 32  # of 160 images
+IMAGES, EPOCHS, BATCH, STEPS = 160, 4, 32, 7  # two steps into the second epoch of five
 FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
 FLAGS += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
-FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS_PER_EPOCH + 2)]
+FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS)]
 IMAGENET = ["--lr", "0.05", "--lr-batch", "256", "--weight-decay", "1e-4", "--fixed-predictor-lr"]
 IMAGENET += ["--no-output-affine", "--projector-layers", "3", "--projector-hidden", "32"]
 FLAGS += [*IMAGENET, "--output-dim", "24", "--predictor-hidden", "8"]
@@ -57,7 +57,7 @@ def watched_run(recipe, flags, folder, monkeypatch):
         return begin(self, encoder, **state)
 
     def noting_batches(self, views):
-        assert self.steps_per_epoch == STEPS_PER_EPOCH
+        assert self.steps_per_epoch == IMAGES // self.config.batch_size
         for step, pixels, ids in batches(self, views):
             seen["views"].append([x.clone() for x in pixels])
             yield step, pixels, ids
@@ -95,40 +95,51 @@ def losses_of_pairs(p, z):
     return 0.5 * losses[least, torch.arange(len(least))], least
 
 
-@pytest.mark.parametrize("flags", [[], ["--pairing", "derangement"], ["--no-gsg"]])
-@pytest.mark.parametrize("name", ["simsiam_gsg", "byol_gsg"])
+REPLAYED = ["", "--pairing derangement", "--no-gsg", "--no-predictor", "--no-predictor --no-gsg"]
+# the abstract's small batches; of two images global pairs are one image with itself half the time
+REPLAYED += ["--batch-size 2", "--batch-size 2 --pairing derangement", "--batch-size 16"]
+CASES = [(name, flags) for name in ("simsiam_gsg", "byol_gsg") for flags in REPLAYED]
+CASES.append(("simsiam_gsg", "--no-gsg --no-stop-gradient"))
+
+
+@pytest.mark.parametrize(("name", "flags"), CASES)
 def test_a_run_is_its_replay(name, flags, tmp_path, monkeypatch):
+    flags = flags.split()
+    batch = int(flags[1]) if "--batch-size" in flags else BATCH
+    steps_per_epoch = IMAGES // batch
+    # a batch norm over two values gives about their sign, whose gradient is mostly rounding
+    close = 1e-5 if batch == 2 else 1e-9
     recipe = importlib.import_module(f"recipes.{name}")
     seen = watched_run(recipe, flags, tmp_path / "run", monkeypatch)
     before, after = seen["before"], seen["after"]
     model = copy.deepcopy(before["model"])
     f = with_torchs_batch_norms(nn.Sequential(model.encoder, model.projector))
     h = with_torchs_batch_norms(model.predictor)
+    assert isinstance(h, nn.Identity) == ("--no-predictor" in flags)
     target = copy.deepcopy(f)
-    base = 0.05 * BATCH / 256
+    base = 0.05 * batch / 256
     groups = [{"params": f.parameters()}, {"params": h.parameters()}]
     optimizer = torch.optim.SGD(groups, base, momentum=0.9, weight_decay=1e-4)
-    pairing = "derangement" if flags[:1] == ["--pairing"] else "global"
-    assert len(seen["views"]) == STEPS_PER_EPOCH + 2
+    pairing = "derangement" if "derangement" in flags else "global"
+    assert len(seen["views"]) == STEPS
     for step, views in enumerate(seen["views"]):
         assert len(views) == (2 if "--no-gsg" in flags else 4)
         for i in range(len(views)):
             assert not any(torch.equal(views[i], views[j]) for j in range(i))  # fresh views
-        rate = base * 0.5 * (1 + math.cos(math.pi * (step // STEPS_PER_EPOCH) / EPOCHS))
+        rate = base * 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / EPOCHS))
         optimizer.param_groups[0]["lr"] = rate  # the predictor's stays
         if name == "byol_gsg":
             with torch.no_grad():
                 for t, o in zip(target.parameters(), f.parameters(), strict=True):
                     t.copy_(0.99 * t + 0.01 * o)
         if "--no-gsg" not in flags:
-            pairs = draw_pairs(pairing, BATCH, 1, 3, step)
+            pairs = draw_pairs(pairing, batch, 1, 3, step)
             views = [*views[:2], views[2][pairs], views[3][pairs]]
         online = [f(x) for x in views]
         p = [h(y) for y in online]
-        z = [
-            (target(x) if name == "byol_gsg" else y).detach()
-            for x, y in zip(views, online, strict=True)
-        ]
+        z = [target(x) for x in views] if name == "byol_gsg" else online
+        if "--no-stop-gradient" not in flags:
+            z = [t.detach() for t in z]
         logged = seen["logged"][step]
         if "--no-gsg" in flags:
             loss = (-cosine(p[0], z[1]) - cosine(p[1], z[0])).mean() / 2
@@ -139,18 +150,18 @@ def test_a_run_is_its_replay(name, flags, tmp_path, monkeypatch):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        assert logged["loss"] == pytest.approx(loss.item(), rel=1e-9)
+        assert logged["loss"] == pytest.approx(loss.item(), rel=close)
         assert logged["lr"] == pytest.approx(rate, rel=1e-12)
     model = after["model"]
     for ours, theirs in ((model.encoder, f[0]), (model.projector, f[1]), (model.predictor, h)):
         for (n, a), (_, b) in zip(
             ours.state_dict().items(), theirs.state_dict().items(), strict=True
         ):
-            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=n)
+            torch.testing.assert_close(a, b, rtol=100 * close, atol=close, msg=n)
     if name == "byol_gsg":  # its batch norms ran in train mode on its own inputs, too
         ours, theirs = after["target"].state_dict(), target.state_dict()
         for a, (n, b) in zip(ours.values(), theirs.items(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=n)
+            torch.testing.assert_close(a, b, rtol=100 * close, atol=close, msg=n)
         assert all(t.grad is None and not t.requires_grad for t in after["target"].parameters())
 
 
@@ -194,7 +205,7 @@ CIFAR_PRESET = IMAGENET_PRESET | dict(
     views="cifar",
     crop_min=0.08,
 )
-CASES = {
+PRESETS = {
     "imagenet": ([], IMAGENET_PRESET),
     "official": (["--follow", "official"], IMAGENET_PRESET | {"pairing": "local"}),
     "cifar10": (["--dataset", "cifar10"], CIFAR_PRESET),
@@ -206,10 +217,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", ["simsiam_gsg", "byol_gsg"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PRESETS)
 def test_presets(case, name):
     recipe = importlib.import_module(f"recipes.{name}")
-    flags, expected = CASES[case]
+    flags, expected = PRESETS[case]
     config = recipe.parse_arguments(flags)
     assert {n: getattr(config, n) for n in expected} == expected
     if name == "byol_gsg":
