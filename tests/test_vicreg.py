@@ -8,7 +8,7 @@ import test_gsg_replay
 import torch
 from conftest import small
 from safetensors.torch import load_file
-from test_gsg_replay import BATCH, EPOCHS, STEPS_PER_EPOCH, watched_run, with_torchs_batch_norms
+from test_gsg_replay import watched_run, with_torchs_batch_norms
 from test_losses import draw
 from torch import nn
 
@@ -124,6 +124,7 @@ def test_an_unknown_form_is_refused():
 
 # -- a run, step by step --------------------------------------------------------------------------
 
+EPOCHS, STEPS_PER_EPOCH, BATCH = 4, 5, 32  # of 160 images
 FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
 FLAGS += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
 FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS_PER_EPOCH + 2)]
