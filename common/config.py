@@ -85,9 +85,11 @@ class RunConfig:
     input: Literal["exact", "reference"] = later("exact")
     # train on this many images, equally many of each class, the same for every seed; 0: all
     train_images: Count = later(0)
-    # hold this share of each class's training images out and score k-NN on them instead of the
-    # test images: for choosing values
+    subset_seed: Count = later(0)  # which --train-images: draws 0, 1, 2 … have no image in common
+    # hold this share of each class's training images out, for choosing values
     validation_share: PartialShare = later(0.0)
+    # with --validation-share: k-NN is scored on what is held out, or on the test images
+    scored_on: Literal["held-out", "test"] = later("held-out")
     seed: Seed = 0  # keys initialisation, data order, views, queue start, GSG's pairs
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
     workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
@@ -105,6 +107,9 @@ class RunConfig:
     checkpoint_minutes: NotNegative = free(15.0)  # minutes between checkpoints within an epoch
     # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
     snapshot_epochs: str = free("")
+    # measure so many times, spread over the run, how the features of 2 000 test images lie:
+    # std, effective rank and singular values of representation and embedding (geometry.jsonl)
+    geometry_points: Count = free(0)
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
     # skip: name an unreadable image and train on the next; k-NN leaves it out
     on_bad_image: Literal["stop", "skip"] = free("stop")

@@ -61,6 +61,7 @@ class Config(RunConfig):
     # SGD: on all parameters, biases and norms too; SimSiam Sec. 3, App. A; code
     weight_decay: NotNegative = 1e-4
     cosine_per: Literal["epoch", "step"] = "epoch"  # when the cosine moves the rate; code
+    warmup_epochs: NotNegative = later(0.0)  # linear from 0; paper and code: none
     # unstated; SimSiam Sec. 4.2; the code's README has --fix-pred-lr for SimSiam only
     fixed_predictor_lr: bool = True
     momentum: Share = 0.99  # of the momentum encoder, constant; code
@@ -212,9 +213,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     run.begin(model.encoder, model=model, target=target, optimizer=optimizer)
 
+    warmup_steps = config.warmup_epochs * run.steps_per_epoch
     for step, views, _ in run.batches(views_of(config)):
         moved = step if config.cosine_per == "step" else step - step % run.steps_per_epoch
-        rate = warmup_cosine(moved, run.total_steps, 0, lr)
+        rate = warmup_cosine(moved, run.total_steps, warmup_steps, lr)
         set_lr(optimizer, rate)
 
         update_momentum(target, model, config.momentum)  # before the forward (code)

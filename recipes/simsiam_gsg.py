@@ -59,6 +59,7 @@ class Config(RunConfig):
     # SGD: on all parameters, biases and norms too; SimSiam Sec. 3, App. A; code
     weight_decay: NotNegative = 1e-4
     cosine_per: Literal["epoch", "step"] = "epoch"  # when the cosine moves the rate; code
+    warmup_epochs: NotNegative = later(0.0)  # linear from 0; paper and code: none
     fixed_predictor_lr: bool = True  # SimSiam Sec. 4.2; --fix-pred-lr of the code's README
     zero_init_residual: bool = True  # last batch norm of each block; SimSiam App. A; code
     projector_layers: PositiveInt = 3  # 2048-2048-2048; App. C.1
@@ -219,9 +220,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     run.begin(model.encoder, model=model, optimizer=optimizer)
 
+    warmup_steps = config.warmup_epochs * run.steps_per_epoch
     for step, views, _ in run.batches(views_of(config)):
         moved = step if config.cosine_per == "step" else step - step % run.steps_per_epoch
-        rate = warmup_cosine(moved, run.total_steps, 0, lr)
+        rate = warmup_cosine(moved, run.total_steps, warmup_steps, lr)
         set_lr(optimizer, rate)
 
         with run.autocast():

@@ -10,8 +10,7 @@ negatives (Eq. 2 to 4, App. A).
 
 Aims at linear top-1 on ImageNet of 73.4 % (ViT-S/16, 300 epochs), 76.8 % (ViT-B/16, 300) and
 75.3 % (ResNet-50, 800; 74.5 % at 400), all at batch 4096; the paper used 32 A100 (Sec. 4, App. A).
-Paper and released code disagree: `--follow paper` (default) or `--follow official`, and one flag
-for each difference; see recipes/snclr.md.
+Paper and code differ: `--follow paper` (default) or `official`, a flag for each; see snclr.md.
 """
 
 import dataclasses
@@ -224,8 +223,8 @@ def resolve(config: Config) -> Config:
     if config.neighbour_free_epochs is None:
         changes["neighbour_free_epochs"] = config.warmup_epochs or 0.05 * config.epochs
     if config.neighbours > config.queue_size:
-        text = f"--neighbours {config.neighbours} is more than --queue-size {config.queue_size} holds"
-        raise UserError(text)
+        held = config.queue_size
+        raise UserError(f"--neighbours {config.neighbours} is more than --queue-size {held} holds")
     return dataclasses.replace(config, **changes)
 
 

@@ -16,7 +16,13 @@ from slurm.plan import PROTOCOLS, Planned
 
 SIDES = ("better", "worse")
 PURITY = "neighbour_purity"
-SHOWN = {"knn": "k-NN", "linear": "linear", "semi 1%": "1 %", "semi 10%": "10 %"}
+SHOWN = {
+    "knn": "k-NN",
+    "linear": "linear",
+    "semi 1%": "1 %",
+    "semi 10%": "10 %",
+    "readout": "linear",
+}
 # a plan's run -> protocol -> seed -> (file name, record)
 Runs = dict[str, dict[str, dict[int, tuple[str, dict[str, Any]]]]]
 

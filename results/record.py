@@ -248,7 +248,8 @@ def part_of(config: dict[str, Any]) -> str | None:
     """What a run used of its training set, in the words of stored records; None for all of it."""
     share, words = config.get("validation_share", 0.0), []
     if config.get("train_images", 0):
-        words.append(f"{config['train_images']} images of it")
+        draw = f" (draw {config['subset_seed']})" if config.get("subset_seed", 0) else ""
+        words.append(f"{config['train_images']} images of it{draw}")
     if share:
         words.append(f"without {100 * share:g} % held out")
     return ", ".join(words) or None
@@ -279,7 +280,8 @@ def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
 def scored_on(facts: Sequence[dict[str, Any]]) -> str | None:
     """What the monitor's k-NN had of the data set, in words; None for all of it."""
     config, words = facts[0]["config"], []
-    if share := config.get("validation_share", 0.0):
+    share = config.get("validation_share", 0.0)
+    if share and config.get("scored_on", "held-out") == "held-out":
         words.append(f"{100 * share:g} % of the training images, held out")
     if config.get("train_images", 0):
         words.append(f"votes of {config['train_images']} images")

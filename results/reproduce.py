@@ -42,6 +42,7 @@ EVALUATIONS = {
     "linear": ["eval/linear_probe/run.py", "--measure", "linear"],
     "semi 1%": ["eval/semi_supervised/run.py", "--percent", "1"],
     "semi 10%": ["eval/semi_supervised/run.py", "--percent", "10"],
+    "readout": ["eval/readout/run.py"],
 }
 
 

@@ -27,6 +27,7 @@ PROTOCOLS = {
     "linear": "linear",
     "semi 1%": "semi-sup 1%",
     "semi 10%": "semi-sup 10%",
+    "readout": "linear (L-BFGS), standardised",
 }
 DATA = {"imagenet": "its train/ and val/", "cifar10": "as the recipes' --data"}  # a flag for each
 EITHER = ("seeds", "evaluations", "device", "basis")  # of the run, else of its tier

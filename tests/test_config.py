@@ -399,6 +399,7 @@ FREE |= {
     "on_bad_image",
     "max_steps",
     "snapshot_epochs",
+    "geometry_points",
     "plan_name",
 }  # schedules go on as if max-steps were not
 FIELDS = [field.name for field in dataclasses.fields(Config)]

@@ -17,6 +17,7 @@ from torch import nn
 from common.errors import UserError
 from common.models import build_encoder
 from common.pairs import draw_pairs
+from common.run import checkpoint
 from common.run.run import Run
 
 IMAGES, EPOCHS, BATCH, STEPS = 160, 4, 32, 7  # two steps into the second epoch of five
@@ -276,3 +277,18 @@ def test_a_head_of_no_width_is_a_mistake(recipe, flag):
     module = importlib.import_module(f"recipes.{recipe}")
     with pytest.raises(UserError, match="must be above 0"):
         module.parse_arguments([flag, "0"])
+
+
+@pytest.mark.parametrize("name", ["simsiam_gsg", "byol_gsg"])
+def test_a_run_without_a_predictor_goes_on_from_its_checkpoint(name, tmp_path):
+    recipe = importlib.import_module(f"recipes.{name}")
+    flags = [*FLAGS, "--no-predictor", "--data", str(images())]
+    for folder, lengths in (("whole", [4]), ("parts", [2, 4])):
+        for steps in lengths:
+            length = ["--max-steps", str(steps), "--output", str(tmp_path / folder)]
+            recipe.main([*flags, *length])
+    whole, parts = (checkpoint.load(tmp_path / f / checkpoint.NAME) for f in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    assert whole["state"].keys() == parts["state"].keys()
+    for key, value in whole["state"]["model"].items():
+        assert torch.equal(parts["state"]["model"][key], value), key

@@ -168,3 +168,22 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path):
     del before["train_images"], before["validation_share"]
     assert changed_fields(config, before) == []
     assert config_hash(config) != config_hash(dataclasses.replace(config, train_images=90))
+
+
+def test_draws_of_a_subset_have_no_image_in_common():
+    whole = images([19, 40, 23])
+    draws = [parts(whole, None, 18, 0.0, n)[0] for n in range(3)]
+    assert [np.bincount(d.labels).tolist() for d in draws] == [[6, 6, 6]] * 3
+    assert len(set().union(*map(numbers, draws))) == 3 * 18
+    assert numbers(draws[0]) == numbers(parts(whole, None, 18, 0.0)[0])  # as before there were any
+    with pytest.raises(UserError, match="--subset-seed 3: there are 3 draws"):
+        parts(whole, None, 18, 0.0, 3)
+    with pytest.raises(UserError, match="which of --train-images"):
+        parts(whole, None, 0, 0.0, 1)
+
+
+def test_held_out_images_may_be_kept_apart_and_the_test_images_scored():
+    whole, test = images([50, 50]), images([7, 7])
+    train, scored = parts(whole, test, 20, 0.2, 1, "test")
+    _, held = parts(whole, test, 20, 0.2, 1)
+    assert scored is test and len(held) == 20 and not numbers(train) & numbers(held)

@@ -27,35 +27,50 @@ def split_classes(
 
 
 def parts(
-    train: Images, test: Images | None, train_images: int, validation_share: float
+    train: Images,
+    test: Images | None,
+    train_images: int,
+    validation_share: float,
+    subset_seed: int = 0,
+    scored_on: str = "held-out",
 ) -> tuple[Images, Images | None]:
-    """(images to train on, images that k-NN is scored on), as --train-images and
-    --validation-share ask; 0 leaves them as they are. What is held out is never trained on.
+    """(images to train on, images that k-NN is scored on), as the flags of these names ask; 0
+    leaves them as they are. What is held out is never trained on.
 
     UserError where there are not that many images, or no labels to hold out by.
     """
     if validation_share:
-        if train.labels is None:
-            raise UserError("--validation-share needs class folders: k-NN needs labels")
-        kept, held = split_classes(train.labels, lambda count: validation_share * count, SEED)
-        if not len(held):
-            raise UserError(
-                f"--validation-share {validation_share:g}: every class has one image, so none can "
-                "be held out",
-            )
-        train, test = subset(train, kept), subset(train, held)
+        train, held = held_out_share(train, validation_share)
+        test = held if scored_on == "held-out" else test
     if train_images:
-        train = subset(train, balanced(train, train_images))
+        train = subset(train, balanced(train, train_images, subset_seed))
+    elif subset_seed:
+        raise UserError("--subset-seed says which of --train-images: give their number")
     return train, test
 
 
-def balanced(images: Images, number: int) -> np.ndarray:
-    """`number` of the images, equally many of each class; without labels, any."""
+def held_out_share(train: Images, share: float) -> tuple[Images, Images]:
+    """(the rest, `share` of each class held out), the same for every run."""
+    if train.labels is None:
+        raise UserError("--validation-share needs class folders: k-NN needs labels")
+    kept, held = split_classes(train.labels, lambda count: share * count, SEED)
+    if not len(held):
+        raise UserError(
+            f"--validation-share {share:g}: every class has one image, so none can be held out",
+        )
+    return subset(train, kept), subset(train, held)
+
+
+def balanced(images: Images, number: int, draw: int = 0) -> np.ndarray:
+    """`number` of the images, equally many of each class; without labels, any. Draws of different
+    numbers have no image in common.
+    """
     if number > len(images):
         raise UserError(f"--train-images {number}: there are {len(images)} to choose from")
     rng = np.random.default_rng([SEED, 2])
     if images.labels is None:
-        return np.sort(rng.permutation(len(images))[:number])
+        check_draw(draw, len(images) // number)
+        return np.sort(rng.permutation(len(images))[draw * number :][:number])
     classes, counts = np.unique(images.labels, return_counts=True)
     if number % len(classes):
         raise UserError(
@@ -69,5 +84,14 @@ def balanced(images: Images, number: int) -> np.ndarray:
             f"--train-images {number} is {each} of each class, but {least} has {counts.min()}: "
             f"take {counts.min() * len(classes)} or fewer",
         )
-    own = [rng.permutation(np.flatnonzero(images.labels == c))[:each] for c in classes]
-    return np.sort(np.concatenate(own))
+    check_draw(draw, int(counts.min()) // each)
+    own = [rng.permutation(np.flatnonzero(images.labels == c)) for c in classes]
+    return np.sort(np.concatenate([order[draw * each :][:each] for order in own]))
+
+
+def check_draw(draw: int, there_are: int) -> None:
+    if draw >= there_are:
+        raise UserError(
+            f"--subset-seed {draw}: there are {there_are} draws of so many images without one in "
+            f"common, 0 to {there_are - 1}"
+        )

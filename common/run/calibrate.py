@@ -48,12 +48,12 @@ def calibrated(
         return encoder.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over batches
     ranks = distributed.world_size()
     batch = max(1, min(BATCH, len(images)) // ranks) * ranks
     steps = min(len(images), IMAGES) // batch
     order = RankBatches(len(images), batch, seed, 0, steps, distributed.rank(), ranks)
     encoder.train()
+    seen = 0
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # a loader draws a number
         for pixels, _, problems, must_stop in view_loader(
             images, views[:2], order, workers, skip_bad_images
@@ -61,6 +61,9 @@ def calibrated(
             if must_stop:
                 raise UserError(problems[-1], this_rank=True)
             for view in pixels:
+                seen += 1
+                for norm in norms:  # the plain mean; None would make the host wait for a GPU
+                    norm.momentum = 1 / seen
                 with autocast():
                     encoder(to_input(view, weight.device, weight.dtype))
     return encoder.eval()

@@ -29,7 +29,8 @@ C = TypeVar("C", bound=RunConfig)
 
 # what a record has fields of its own for, and what changes only where and in which order of sums
 NO_SETTING = {"dataset", "arch", "epochs", "batch_size", "follow", "seed", "train_images"}
-NO_SETTING |= {"validation_share", "precision", "augment_device", "compile"}
+NO_SETTING |= {"subset_seed", "validation_share", "scored_on", "precision", "augment_device"}
+NO_SETTING |= {"compile"}
 NOT_FLAGS = ("recipe", "method", "plan", "settings")  # what a run's config.yaml has beside flags
 
 

@@ -21,11 +21,11 @@ def embedding_std(z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def effective_rank(z: Tensor) -> Tensor:
+def effective_rank(z: Tensor, most: int = RANK_ROWS) -> Tensor:
     """exp of the entropy of the normalised singular values (Roy and Vetterli 2007) of the
-    l2-normalised rows of z (N,D), over at most 512 of them: 1 when all rows lie on one line.
+    l2-normalised rows of z (N,D), over at most `most` of them: 1 when all rows lie on one line.
     """
-    rows = F.normalize(z[:RANK_ROWS].double(), dim=1)  # a collapsed Gram matrix needs it
+    rows = F.normalize(z[:most].double(), dim=1)  # a collapsed Gram matrix needs it
     gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = values / values.sum()

@@ -37,7 +37,16 @@ from common.fast.device_views import DeviceViews
 from common.fast.pixels import to_input
 from common.knn import knn_of_encoder
 from common.optim import grad_norm
-from common.run import backbone, checkpoint, environment, metrics, neighbours, pictures, results
+from common.run import (
+    backbone,
+    checkpoint,
+    environment,
+    geometry,
+    metrics,
+    neighbours,
+    pictures,
+    results,
+)
 from common.run.allocator import keep_freed_memory
 from common.run.calibrate import calibrated
 from common.run.flags import config_hash, gpu_is_there, snapshot_epochs
@@ -106,7 +115,7 @@ class Run:
             )
         self.total_steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        warmup = getattr(config, "warmup_epochs", 0)  # GSG has none
+        warmup = getattr(config, "warmup_epochs", 0)
         if 0 < config.epochs <= warmup:
             self.warn(f"the lr warm-up of {warmup:g} epochs covers the whole run")
         self.workers = config.workers
@@ -114,6 +123,9 @@ class Run:
             self.workers = default_workers(distributed.ranks_on_this_machine())
         self.folder = distributed.from_rank_zero(default_folder(recipe, config))
         self.snapshots = snapshot_epochs(config)
+        self.geometry_epochs = geometry.epochs_of(config)
+        if self.geometry_epochs and self.test is None:
+            raise UserError("--geometry-points measures test images, and there are none")
         self.step, self.seconds = 0, 0.0
         self.last_saved_step, self.last_knn = 0, None
         self.waiting: list[dict[str, Any]] = []  # logged, not yet read from the device
@@ -135,7 +147,8 @@ class Run:
         if (error := distributed.from_rank_zero(error)) is not None:
             raise UserError(error)
         images = load_dataset(config.dataset, config.data)
-        return parts(*images, config.train_images, config.validation_share)
+        how = config.train_images, config.validation_share, config.subset_seed, config.scored_on
+        return parts(*images, *how)
 
     def seed_everything(self) -> None:
         """Seeds initialisation in this very process (data order and views have their own keys)."""
@@ -211,6 +224,8 @@ class Run:
         elif self.rank == 0:
             self.store.write_config(**facts)
             kept = metrics.cut(self.folder / metrics.NAME, self.step or -1)
+            if self.geometry_epochs:
+                metrics.cut(self.folder / geometry.NAME, self.step or -1)
             self.epoch_records = [
                 r for r in kept if r["kind"] == "step" and r["epoch"] == self.epoch_of(self.step)
             ]
@@ -255,7 +270,7 @@ class Run:
             f"batch {config.batch_size} · {config.epochs} epochs of {self.steps_per_epoch} steps · "
             f"{config.precision} · {description['devices']['name']} x {self.ranks}"
         )
-        if config.validation_share:
+        if config.validation_share and config.scored_on == "held-out":
             self.say(f"k-NN is scored on {len(self.test):,} held-out training images")
         if self.test is None and config.knn_every:
             self.say("no labelled test images: no k-NN accuracy")
@@ -493,11 +508,21 @@ class Run:
             record["knn"] = accuracy
         self.epoch_records = []
         self.write_epoch(record)
+        if epoch in self.geometry_epochs:
+            self.write_geometry(epoch)
         left = (self.last_step - self.step) * self.seconds / max(1, self.step)
         text = f"epoch {epoch} of {self.config.epochs}: loss {record.get('loss', 0):.4f}"
         text += f", k-NN {accuracy:.1%}" if accuracy is not None else ""
         text += f", {record.get('images_per_second', 0):.0f} images/s"
         self.say(f"{text}, {results.duration(left)} left")
+
+    def write_geometry(self, epoch: int) -> None:
+        """A line of geometry.jsonl: how representation and embedding lie (geometry.py)."""
+        how = self.config.image_size, self.workers, self.autocast
+        found = geometry.measure(self.state["model"], self.test, *how)
+        if self.rank == 0:
+            line = {"kind": "geometry", "epoch": epoch, "step": self.step} | found
+            metrics.write(self.folder / geometry.NAME, [line])
 
     def write_part_of_epoch(self, accuracy: float) -> None:
         """The line of a run that --max-steps ends within an epoch, at a broken number of epochs;

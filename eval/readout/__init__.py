@@ -1,0 +1,1 @@
+"""Linear read-out and k-NN of a run on part of a data set."""

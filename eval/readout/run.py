@@ -1,0 +1,172 @@
+"""Linear read-out and k-NN of a run that was trained on part of a data set, on all test images.
+
+    python eval/readout/run.py --backbone runs/simsiam_gsg/cifar10-resnet_lab-10
+    python eval/readout/run.py --backbone pixels --image-size 32 --dataset cifar10 \
+        --data PATH --train-images 10000 --validation-share 0.04     # a control
+
+Both read what the run trained on: the linear classifier learns from these images, its penalty is
+chosen on the images that the run held out, and each is scored on every test image. No paper's
+protocol: the lab's, whose runs take minutes. Writes record.json, with how the run's features lay.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from common import distributed
+from common.config import Count, PartialShare
+from common.data.images import Images, subset
+from common.data.splits import balanced, held_out_share
+from common.errors import UserError, command
+from common.files import write
+from common.knn import gather_shares, knn_accuracy
+from common.run import geometry, metrics, results
+from common.run.flags import parse
+from eval.evaluation import RECORD, Evaluation, EvaluationConfig
+from eval.transfer.classifier import Split, score
+from eval.transfer.scores import top1
+from eval.transfer.solver import Fit, fit_path
+from results import record
+
+PROTOCOL = "linear (L-BFGS), standardised"
+KNN = "kNN (k200,t.1)"
+KS = (200, 20)
+TEMPERATURE = 0.1
+# of the sum over images of the cross-entropy; 13 from 1e-2 to 1e4, best on the way in all of ours
+DECAYS = tuple(np.logspace(-2, 4, 13))
+PART = ("train_images", "subset_seed", "validation_share")  # of the data set, as the run's flags
+
+
+@dataclass(frozen=True)
+class ReadoutConfig(EvaluationConfig):
+    """Linear read-out and k-NN of a run that was trained on part of a data set."""
+
+    train_images: Count | None = None  # read these many training images; default: the run's own
+    subset_seed: Count | None = None  # which ones; default: the run's own
+    # the share held out, for the penalty; default: the run's own
+    validation_share: PartialShare | None = None
+
+
+class Readout(Evaluation):
+    """The read-out of one encoder; the test images are scored once, by the penalty chosen."""
+
+    def with_defaults(self, config: ReadoutConfig) -> ReadoutConfig:
+        config, ours = super().with_defaults(config), {}
+        if self.facts["run"] is not None:
+            ours = yaml.safe_load((self.facts["run"] / "config.yaml").read_text())
+        unset = [name for name in PART if getattr(config, name) is None]
+        return dataclasses.replace(config, **{name: ours.get(name, 0) for name in unset})
+
+    def load_images(self) -> tuple[Images, Images]:
+        train, test = super().load_images()
+        config = self.config
+        if not config.validation_share:
+            raise UserError(
+                "nothing is held out to choose the penalty by: train with --validation-share, or "
+                "give one here"
+            )
+        train, self.held = held_out_share(train, config.validation_share)
+        if config.train_images:
+            train = subset(train, balanced(train, config.train_images, config.subset_seed))
+        return train, test
+
+    def split(self, images: Images, what: str) -> Split:
+        rows = gather_shares(self.features(images, what), len(images))
+        return Split(rows, torch.from_numpy(images.labels))
+
+    def measure(self) -> None:
+        """All numbers, and their record."""
+        train, held = self.split(self.train, "training"), self.split(self.held, "held out")
+        test = self.split(self.test, "test")
+        votes = {f"k{k}": knn(train, test, k) for k in KS}
+        scaled = [standardised(part, train.features) for part in (train, held, test)]
+        fit, tried = choose(*scaled[:2], self.classes)
+        if fit.decay in (DECAYS[0], DECAYS[-1]):
+            self.warn(f"the penalty {fit.decay:g} is at the edge of those tried")
+        value = score(fit, scaled[2], top1)
+        hyperparameters = {
+            "penalty": float(f"{fit.decay:.4g}"),
+            "tried": tried,
+            "chosen_on": f"{len(self.held)} held-out training images",
+            "read": f"{len(self.train)} training images",
+            "converged": fit.converged,
+        }
+        others = {f"k-NN {name}": [found] for name, found in votes.items()}
+        scores = [{"protocol": KNN, "metric": "top1", "values": [votes["k200"]]}]
+        path = self.write_record(
+            PROTOCOL, [value], hyperparameters, others | self.said(), False, scores=scores
+        )
+        if self.rank == 0 and self.facts["run"] is not None:
+            found = record.read(path) | history_of(self.facts["run"])
+            write(path, record.text_of(found))
+
+    def said(self) -> dict[str, Any]:
+        """The k-NN of the run's own random encoder, if the run scored it on the test images."""
+        if self.facts["run"] is None:
+            return {}
+        ours = yaml.safe_load((self.facts["run"] / "config.yaml").read_text())
+        before = results.read(self.facts["run"])["knn_before"]
+        if before is None or ours.get("scored_on") != "test":
+            return {}
+        return {"random encoder": [round(100 * before, 3)]}
+
+
+def knn(train: Split, test: Split, k: int) -> float:
+    """k-NN in percent."""
+    labels = train.targets, test.targets
+    found = knn_accuracy(train.features, labels[0], test.features, labels[1], k, TEMPERATURE)
+    return round(100 * found, 3)
+
+
+def standardised(part: Split, by: Tensor) -> Split:
+    """Each feature minus its mean over `by`, over its standard deviation there (1 if it is 0)."""
+    mean, std = by.double().mean(0), by.double().std(0, correction=0)
+    std = torch.where(std > 0, std, torch.ones_like(std))
+    return Split((part.features.double() - mean) / std, part.targets)
+
+
+def choose(train: Split, held: Split, classes: int) -> tuple[Fit, list[dict[str, float]]]:
+    """The fit on `train` whose penalty is best on `held`, the largest of equals; and all tried."""
+    best, tried = (-1.0, None), []
+    for fit in fit_path(train.features, train.targets, classes, DECAYS):
+        value = score(fit, held, top1)
+        tried.append({"penalty": float(f"{fit.decay:.4g}"), "held_out_top1": round(value, 3)})
+        if value > best[0]:
+            best = value, fit
+    return best[1], tried
+
+
+def history_of(run) -> dict[str, Any]:
+    """What the run's monitors said, and how its features lay, for a record."""
+    logged, lay = metrics.read(run / metrics.NAME), metrics.read(run / geometry.NAME)
+    points = [{name: line[name] for name in line if name not in ("kind", "step")} for line in lay]
+    found = {"history": [record.history(logged)]}
+    return found | ({"geometry": [points]} if points else {})
+
+
+def parse_arguments(argv: list[str] | None = None) -> ReadoutConfig:
+    return parse(ReadoutConfig, {}, argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    job = Readout(parse_arguments(argv))
+    job.begin("readout")
+    with job.working():
+        if not job.is_written():
+            job.measure()
+    if job.rank == 0:
+        found = json.loads((job.folder / RECORD).read_text())
+        near = found["scores"][0]["value"]
+        job.finish(f"linear {found['value']:.2f} %, k-NN {near:.2f} %", [job.folder / RECORD])
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
