@@ -30,6 +30,7 @@ Workers = Annotated[int, Bound("be -1 or more", lambda value: value >= -1)]
 
 ARCHS = Literal[
     "resnet50",
+    "resnet101",
     "resnet18",
     "resnet18_cifar",
     "vit_small",
