@@ -17,12 +17,13 @@ from torch import nn
 
 from common import distributed
 from common.fast.batch_norm import rank_batch_norm
+from common.run import ranks
 from recipes import barlow_twins
 
 
 def main(folder: Path) -> None:
     start = torch.load(folder / "start.pt", weights_only=True)
-    device = distributed.start()
+    device = ranks.start()
     config = barlow_twins.parse_arguments(start["flags"])
     model = barlow_twins.BarlowTwins(config).double()
     model.load_state_dict(start["model"])
