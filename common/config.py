@@ -31,6 +31,7 @@ LARGEST_IMAGE = 4096  # pixels, a side: a batch of larger views fits no machine
 
 ARCHS = Literal[
     "resnet50",
+    "resnet101",
     "resnet18",
     "resnet18_cifar",
     "vit_small",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 EMBED_DIMS = {
     "resnet50": 2048,
+    "resnet101": 2048,
     "resnet18": 512,
     "resnet18_cifar": 512,
     "vit_small": 384,

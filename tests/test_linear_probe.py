@@ -199,6 +199,17 @@ def test_learning_rates_follow_the_papers():
     )
     assert (simclr.schedule, simclr.weight_decay, simclr.assumed) == ("step", 0.0, False)
     assert len(GRID) == 10 and 1.0 in GRID
+    for name, lr, crop_min in (
+        ("vicreg", 0.02, 0.2),
+        ("vicreg-code", 0.02, 0.08),
+        ("barlow", 0.3, 0.08),
+    ):
+        protocol = PROTOCOLS[name]
+        assert (protocol.optimizer, protocol.lrs) == ("sgd", (lr,))
+        assert protocol.view(224).scale == (crop_min, 1.0)
+        assert (protocol.batch, protocol.epochs, protocol.weight_decay) == (256, 100, 1e-6)
+        assert (protocol.schedule, protocol.view(224).interpolation) == ("epoch", "bilinear")
+    assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n != "vicreg")
 
 
 def test_first_weights():

@@ -23,6 +23,7 @@ from common.run.backbone import export_backbone, load_backbone
 
 WIDTHS = {  # embed_dim, and the number of weights of torchvision's and timm's encoders
     "resnet50": (2048, 23_508_032),
+    "resnet101": (2048, 42_500_160),
     "resnet18": (512, 11_176_512),
     "resnet18_cifar": (512, 11_168_832),
     "vit_small": (384, None),
@@ -73,7 +74,7 @@ def test_encoder_gives_one_vector_of_its_width_per_image(arch):
     assert weights in (None, sum(p.numel() for p in encoder.parameters()))
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "resnet18"])
+@pytest.mark.parametrize("arch", ["resnet50", "resnet101", "resnet18"])
 def test_resnet_is_torchvisions_without_its_classifier(arch):
     theirs = getattr(torchvision.models, arch)()
     theirs.fc = nn.Identity()

@@ -165,6 +165,13 @@ def test_settings_of_the_papers():
         {1: (0.005,)},
     )
     assert PROTOCOLS["snclr"].assumed and PROTOCOLS["nnclr"].assumed
+    for name, crop_min in (("vicreg", 0.2), ("vicreg-code", 0.08)):
+        protocol = PROTOCOLS[name]
+        assert protocol.head_lrs == {1: (0.08,), 10: (0.1,)}
+        assert protocol.encoder_lrs == {1: (0.03,), 10: (0.01,)}
+        assert (protocol.epochs[1], protocol.batch[10]) == ((20,), 256)
+        assert protocol.view(224).scale == (crop_min, 1.0)
+    assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n != "vicreg")
 
 
 def test_schedules():

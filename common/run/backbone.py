@@ -34,7 +34,7 @@ def loader_of(arch: str, image_size: int) -> tuple[str, dict[str, Any]]:
     """The public function and arguments that build this arch (a ResNet with its classifier)."""
     if arch.startswith("vit"):
         return "timm.create_model", timm_arguments(arch, image_size)
-    if arch in ("resnet50", "resnet18"):
+    if arch in ("resnet50", "resnet101", "resnet18"):
         return f"torchvision.models.{arch}", {}
     return "common.models.build_encoder", {"arch": arch}
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
+from common.augment import View, two_views
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -17,7 +19,12 @@ class Protocol:
     weight_decay: float = 0.0
     interpolation: str = "bilinear"  # torchvision's default, which the PyTorch codes leave
     init: str = "normal 0.01"  # of the head's weight; biases 0
+    crop_min: float = 0.08  # smallest share of the area of a training crop; torchvision's default
     assumed: bool = False  # taken from another paper because no source states it
+
+    def view(self, size: int) -> View:
+        """The training images: a crop of `size` pixels and a flip."""
+        return two_views("crop-flip", size, self.crop_min, self.interpolation)[0]
 
     def rates(self, arch: str) -> tuple[float, ...]:
         return self.vit_lrs if arch.startswith("vit") and self.vit_lrs else self.lrs
@@ -36,6 +43,8 @@ BYOL = Protocol(
 )
 # moco-v3 main_lincls.py: SGD, 0.1 and 3 (its CONFIG.md for ViT), batch 1024, cosine per epoch
 MOCOV3 = Protocol("sgd", (0.1,), batch=1024, epochs=90, vit_lrs=(3.0,))
+# vicreg README.md (--lr-head 0.02) and evaluate.py; its App. C.2 states the same but for the crops
+VICREG = Protocol("sgd", (0.02,), batch=256, epochs=100, weight_decay=1e-6)
 PROTOCOLS = {
     # SNCLR Sec. 4.2: SGD, batch 4096, 90 epochs, 0.1 and 3; what it leaves open as MoCo-v3, to
     # whose code its README refers
@@ -57,6 +66,10 @@ PROTOCOLS = {
         interpolation="bicubic",
         init="zeros",
     ),
+    "vicreg": replace(VICREG, crop_min=0.2),  # VICReg App. C.2: crops of 20 to 100 %
+    "vicreg-code": VICREG,
+    # barlowtwins README.md and evaluate.py, which do not scale the rate
+    "barlow": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
     # no source at hand states NNCLR's; BYOL's stands for it
     "nnclr": replace(BYOL, assumed=True),
 }

@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common import cards, distributed
-from common.augment import two_views
 from common.config import Positive, PositiveInt, free
 from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, epoch_order, view_loader
@@ -268,9 +267,9 @@ class Probe:
         self, samples: np.ndarray, seed: int, start: int, total: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (n,D) and labels (n,) of this rank's part of each batch."""
-        job, config = self.job, self.config
+        job, config, protocol = self.job, self.config, self.protocol
         if config.cache_features:
-            features = self.whole_train(interpolation=self.protocol.interpolation)
+            features = self.whole_train(interpolation=protocol.interpolation)
             labels = torch.from_numpy(job.train.labels).to(job.device)
             yield from stored_batches(
                 features, labels, samples, seed, start, total, config.batch_size
@@ -280,9 +279,7 @@ class Probe:
         labels = torch.from_numpy(images.labels).to(job.device)
         loader = view_loader(
             images,
-            two_views("crop-flip", config.image_size, interpolation=self.protocol.interpolation)[
-                :1
-            ],
+            [protocol.view(config.image_size)],
             RankBatches(len(images), config.batch_size, seed, start, total, job.rank, job.ranks),
             job.workers,
             skip_bad_images=config.on_bad_image == "skip",
@@ -321,6 +318,7 @@ class Probe:
             "weight_decay": protocol.weight_decay,
             "schedule": f"cosine per {protocol.schedule}",
             "interpolation": protocol.interpolation,
+            "crop_min": protocol.crop_min,
             "training_views": "stored center crops" if config.cache_features else "crop, flip",
             "lr": state["chosen"],
             "tried": {"lr": first["lrs"]},

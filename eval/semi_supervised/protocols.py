@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from common.augment import View, two_views
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -20,7 +22,12 @@ class Protocol:
     schedule: str = "cosine per epoch"  # or "cosine per step", "steps"
     interpolation: str = "bilinear"
     init: str = "normal 0.01"
+    crop_min: float = 0.08  # smallest share of the area of a training crop; torchvision's default
     assumed: bool = False
+
+    def view(self, size: int) -> View:
+        """The training images: a crop of `size` pixels and a flip."""
+        return two_views("crop-flip", size, self.crop_min, self.interpolation)[0]
 
 
 def both(value: Any) -> dict[int, Any]:
@@ -43,6 +50,8 @@ BYOL = Protocol(
     interpolation="bicubic",
     init="haiku",
 )
+# vicreg README.md and evaluate.py; its App. C.2 states the same but for the crops
+VICREG = Protocol({1: (0.08,), 10: (0.1,)}, {1: (0.03,), 10: (0.01,)}, both((20,)), both(256))
 PROTOCOLS = {
     # SNCLR Sec. 4.2 follows Barlow Twins and BYOL and states no number: Barlow Twins' set-up, with
     # a sweep around the rates of Barlow Twins, VICReg and SwAV
@@ -69,8 +78,8 @@ PROTOCOLS = {
     ),
     # README.md and evaluate.py: 1 % only
     "barlow": Protocol({1: (0.5,)}, {1: (0.005,)}, {1: (20,)}, {1: 256}),
-    # vicreg README.md and evaluate.py
-    "vicreg": Protocol({1: (0.08,), 10: (0.1,)}, {1: (0.03,), 10: (0.01,)}, both((20,)), both(256)),
+    "vicreg": replace(VICREG, crop_min=0.2),  # VICReg App. C.2: crops of 20 to 100 %
+    "vicreg-code": VICREG,
     # swav README.md and eval_semisup.py: 8 GPUs of 32, rates times 0.2 after 12 and 16 epochs
     "swav": Protocol(
         {1: (5.0,), 10: (0.2,)},

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import cards, distributed
-from common.augment import two_views
 from common.config import PositiveInt
 from common.data.images import Images, subset
 from common.data.loaders import RankBatches, view_loader
@@ -309,12 +308,10 @@ class FineTuning:
 
     def batches(self, images: Images, seed: int, first: int, total: int):
         """(N,3,S,S) inputs and (N,) numbers of this rank's part of each batch."""
-        job, config = self.job, self.config
+        job, config, protocol = self.job, self.config, self.protocol
         loader = view_loader(
             images,
-            two_views("crop-flip", config.image_size, interpolation=self.protocol.interpolation)[
-                :1
-            ],
+            [protocol.view(config.image_size)],
             RankBatches(len(images), config.batch_size, seed, first, total, job.rank, job.ranks),
             job.workers,
             skip_bad_images=config.on_bad_image == "skip",
@@ -371,6 +368,7 @@ class FineTuning:
             "weight_decay": 0.0,
             "schedule": protocol.schedule,
             "interpolation": protocol.interpolation,
+            "crop_min": protocol.crop_min,
             "labelled": about,
             "chosen": dataclasses.asdict(chosen),
             "tried": tried,
