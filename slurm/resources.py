@@ -167,11 +167,9 @@ def check_options(resources: Resources) -> None:
     is asked for elsewhere. An option that is null or false is left out of the script.
     """
     given = {name: v for name, v in resources.options.items() if v is not None and v is not False}
-    for name, value in resources.options.items():
+    for name in resources.options:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
             raise UserError(f"options: {name!r} is no name of an sbatch option")
-        if isinstance(value, list | dict):
-            raise UserError(f"options: {name} {value}: write it as sbatch takes it, in one text")
     own = {"nodes": "nodes", "time": "time", "ntasks-per-node": "tasks_per_node"}
     own |= {"ntasks": "nodes and tasks_per_node", "cpus-per-task": "cpus_per_task"}
     for name in given.keys() & own.keys():
@@ -207,6 +205,9 @@ def check_kind(where: str, name: str, value: Any) -> None:
     check_text(where, name, value)
     for option, own in value.items() if isinstance(value, dict) else ():
         check_text(f"{where}: {name}", str(option), own)
+        if isinstance(own, list | dict):
+            said = f"{where}: {name}: {option} {brief(own)}"
+            raise UserError(f"{said}: write it as sbatch takes it, in one text")
     if name == "gpus_per_node" and isinstance(value, str):
         if not re.fullmatch(r"(?:[A-Za-z][\w.-]*:)?\d{1,4}", value):
             raise UserError(

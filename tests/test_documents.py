@@ -354,7 +354,7 @@ def test_notes_that_are_being_written_or_damaged_do_not_end_a_job(tmp_path):
     one = task.Task("a", "x.py", [], "code", str(tmp_path))
     one.rank = 0
     assert one.failure_elsewhere() is None
-    assert task.first_failure([NOTE], 0) == "rank 0 on n: exit code 1"
+    assert task.first_failure([NOTE], 0) == "rank 0 on n: exit code 1 without a word"
 
 
 def test_a_metrics_line_of_another_version_does_not_stop_the_mean():
