@@ -106,8 +106,10 @@ def test_results_know_the_recipes_of_the_cards():
     assert planned == {*NAMES}
 
 
-# one paper's figure; the demo, which is SNCLR's; protocols, which have their papers' names
+# one paper's figure; the demo, which is SNCLR's; views, splits and protocols, which have their
+# papers' names
 ONE_PAPERS = {"eval/figures/neighbours.py", "eval/demo.py"}
+ONE_PAPERS |= {"common/augment.py", "eval/transfer/run.py"}
 ONE_PAPERS |= {"eval/linear_probe/protocols.py", "eval/semi_supervised/protocols.py"}
 
 

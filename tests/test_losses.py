@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.byol import byol_loss
 from recipes.nnclr import nnclr_loss, nnclr_transposed_loss
 from recipes.nnsiam import nnsiam_loss
 from recipes.simsiam_gsg import gsg_loss, guiding_distances, symmetric_loss
@@ -133,6 +134,61 @@ def test_nnsiam_gradient_flows_through_the_predictions_only():
     nnsiam_loss(p1, p2, nn1, nn2).backward()
     assert (p1.grad.norm(dim=1) > 1e-3).all() and (p2.grad.norm(dim=1) > 1e-3).all()
     assert nn1.grad is None and nn2.grad is None
+
+
+# -- BYOL -----------------------------------------------------------------------------------------
+
+
+def byol_oracle(p1, p2, z1, z2):
+    """Eq. 2 image by image, in both directions."""
+    p1, p2, z1, z2 = p1.tolist(), p2.tolist(), z1.tolist(), z2.tolist()
+    losses = []
+    for i in range(len(p1)):
+        loss = 0.0
+        for p, z in ((p1[i], z2[i]), (p2[i], z1[i])):
+            length_p, length_z = (math.sqrt(sum(x * x for x in v)) for v in (p, z))
+            loss += sum((a / length_p - b / length_z) ** 2 for a, b in zip(p, z, strict=True))
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 5), (9, 4), (33, 16)])
+def test_byol_is_eq_2_in_both_directions(shape):
+    tensors = [draw(60 + i, *shape) for i in range(4)]
+    assert byol_loss(*tensors).item() == pytest.approx(byol_oracle(*tensors), rel=1e-11)
+    p1, p2, z1, z2 = (t.tolist() for t in tensors)
+    cosines = [cosine(*pair) for pairs in ((p1, z2), (p2, z1)) for pair in zip(*pairs, strict=True)]
+    by_cosines = 4 - 2 * sum(cosines) / len(p1)
+    assert byol_loss(*tensors).item() == pytest.approx(by_cosines, rel=1e-11)
+
+
+def test_byol_analytic_cases():
+    a = torch.tensor([[2.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
+    b = a.flip(0)  # orthogonal to a, row by row
+    assert byol_loss(a, b, b, a).item() == pytest.approx(0)  # p1 meets z2, p2 meets z1
+    assert byol_loss(a, b, a, b).item() == pytest.approx(4)
+    assert byol_loss(a, a, -a, -a).item() == pytest.approx(8)
+    assert byol_loss(a, b, -b, a).item() == pytest.approx(4)  # 0 of one direction, 4 of the other
+
+
+def test_byol_of_a_zero_row_is_that_of_the_code():
+    """Its norms are at least 1e-6: a zero row is a zero vector, at distance 1 of any other."""
+    a, zero = draw(70, 3, 4), torch.zeros(3, 4, dtype=torch.float64)
+    assert byol_loss(zero, zero, a, a).item() == pytest.approx(2)
+    p = torch.full((1, 4), 1e-8, dtype=torch.float64, requires_grad=True)
+    z = torch.ones(1, 4, dtype=torch.float64)
+    value = byol_loss(p, z, z, z)  # p is 1e-8/1e-6 in each coordinate, z 0.5
+    value.backward()
+    assert value.item() == pytest.approx(4 * 0.49**2)
+    assert p.grad[0, 0].item() == pytest.approx(2 * -0.49 * 1e6)
+
+
+def test_byol_gradient_flows_through_the_predictions_only():
+    p1, p2, z1, z2 = (draw(80 + i, 4, 3, spread=0.3).requires_grad_() for i in range(4))
+    assert torch.autograd.gradcheck(lambda p, q: byol_loss(p, q, z1, z2), (p1, p2))
+    byol_loss(p1, p2, z1, z2).backward()
+    assert (p1.grad.norm(dim=1) > 1e-3).all() and (p2.grad.norm(dim=1) > 1e-3).all()
+    assert z1.grad is None and z2.grad is None
 
 
 # -- SNCLR ----------------------------------------------------------------------------------------
@@ -337,6 +393,7 @@ def test_snclr_keys_and_neighbours_get_no_gradient(form):
 
 PAIRS = torch.tensor([2, 0, 4, 1, 3])
 IN_HALF = {  # what each takes: "d" (N,D), "k" (N,K,D)
+    "byol": (byol_loss, "dddd"),
     "nnclr": (nnclr_loss, "dd"),
     "nnclr transposed": (nnclr_transposed_loss, "dd"),
     "nnsiam": (nnsiam_loss, "dddd"),
