@@ -37,6 +37,7 @@ ARCHS = Literal[
     "vit_small",
     "vit_small_mocov3",
     "vit_base",
+    "vit_base_mocov3",
     "tiny",
     "resnet_lab",
 ]

@@ -21,6 +21,7 @@ EMBED_DIMS = {
     "vit_small": 384,
     "vit_small_mocov3": 384,
     "vit_base": 768,
+    "vit_base_mocov3": 768,
     "tiny": 64,
     "resnet_lab": 128,
 }
@@ -71,15 +72,15 @@ def build_vit(arch: str, image_size: int) -> nn.Module:
     if image_size < 16 or image_size % 16:
         raise ValueError(f"--image-size {image_size}: {arch} takes multiples of 16")
     encoder = timm.create_model(**timm_arguments(arch, image_size))
-    if arch == "vit_small_mocov3":
+    if arch.endswith("_mocov3"):
         initialise_as_mocov3(encoder)
     return encoder
 
 
 def timm_arguments(arch: str, image_size: int) -> dict[str, Any]:
     """The arguments of timm.create_model that give this ViT without its classifier."""
-    name = {"vit_base": "vit_base_patch16_224"}.get(arch, "vit_small_patch16_224")
-    heads = {"vit_base": 12, "vit_small": 6, "vit_small_mocov3": 12}[arch]
+    name = arch.removesuffix("_mocov3") + "_patch16_224"
+    heads = 6 if arch == "vit_small" else 12
     return {"model_name": name, "num_heads": heads, "num_classes": 0, "img_size": image_size}
 
 

@@ -237,8 +237,8 @@ def refuse_other(path: Path, named: str, arch: str | None) -> None:
 
 def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str:
     """Our name of the encoder: of what the file names, else of --arch."""
-    if named == "vit_small" and layout.startswith("moco-v3"):
-        named = "vit_small_mocov3"  # moco-v3 vits.py: 12 heads, fixed positions
+    if named in ("vit_small", "vit_base") and layout.startswith("moco-v3"):
+        named += "_mocov3"  # moco-v3 vits.py: 12 heads, fixed positions
     elif named == "vit_small" and layout != "dino":
         if arch not in ("vit_small", "vit_small_mocov3"):
             raise UserError(

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.models import build_encoder
 from common.run import checkpoint, environment
 from common.run.backbone import export_backbone
-from eval.encoders import in_words, load_encoder, record_fields
+from eval.encoders import arch_of, in_words, load_encoder, record_fields
 from results import record
 
 
@@ -271,3 +271,10 @@ def test_a_note_of_the_encoder_stays_beside_that_of_the_evaluation():
     both = record.noted(stopped, "stored features")
     assert both["note"] == "stopped after 1 of 10 scheduled epochs; stored features"
     assert record.is_stopped(both)
+
+
+def test_moco_v3s_own_names_are_of_its_own_vits():
+    """12 heads, fixed positions; after its linear evaluation the file has timm's names."""
+    for name in ("vit_small", "vit_base"):
+        assert arch_of(Path("a.pth.tar"), name, "moco-v3", None) == f"{name}_mocov3"
+    assert arch_of(Path("a.pth.tar"), "vit_base", "torchvision or timm", None) == "vit_base"

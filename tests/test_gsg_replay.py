@@ -45,7 +45,7 @@ def with_torchs_batch_norms(module):
     return module
 
 
-def watched_run(recipe, flags, folder, monkeypatch):
+def watched_run(recipe, flags, folder, monkeypatch, base=FLAGS):
     """The recipe's run, with the views of each step, its losses and rates, and its modules before
     and after.
     """
@@ -75,7 +75,7 @@ def watched_run(recipe, flags, folder, monkeypatch):
     monkeypatch.setattr(Run, "begin", noting_begin)
     monkeypatch.setattr(Run, "batches", noting_batches)
     monkeypatch.setattr(Run, "log", noting_log)
-    recipe.main([*FLAGS, *flags, "--data", str(images()), "--output", str(folder)])
+    recipe.main([*base, *flags, "--data", str(images()), "--output", str(folder)])
     return seen
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.byol import byol_loss
+from recipes.mocov3 import mocov3_loss
 from recipes.nnclr import nnclr_loss, nnclr_transposed_loss
 from recipes.nnsiam import nnsiam_loss
 from recipes.simsiam_gsg import gsg_loss, guiding_distances, symmetric_loss
@@ -133,6 +135,132 @@ def test_nnsiam_gradient_flows_through_the_predictions_only():
     nnsiam_loss(p1, p2, nn1, nn2).backward()
     assert (p1.grad.norm(dim=1) > 1e-3).all() and (p2.grad.norm(dim=1) > 1e-3).all()
     assert nn1.grad is None and nn2.grad is None
+
+
+# -- BYOL -----------------------------------------------------------------------------------------
+
+
+def byol_oracle(p1, p2, z1, z2):
+    """Eq. 2 image by image, in both directions."""
+    p1, p2, z1, z2 = p1.tolist(), p2.tolist(), z1.tolist(), z2.tolist()
+    losses = []
+    for i in range(len(p1)):
+        loss = 0.0
+        for p, z in ((p1[i], z2[i]), (p2[i], z1[i])):
+            length_p, length_z = (math.sqrt(sum(x * x for x in v)) for v in (p, z))
+            loss += sum((a / length_p - b / length_z) ** 2 for a, b in zip(p, z, strict=True))
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 5), (9, 4), (33, 16)])
+def test_byol_is_eq_2_in_both_directions(shape):
+    tensors = [draw(60 + i, *shape) for i in range(4)]
+    assert byol_loss(*tensors).item() == pytest.approx(byol_oracle(*tensors), rel=1e-11)
+    p1, p2, z1, z2 = (t.tolist() for t in tensors)
+    cosines = [cosine(*pair) for pairs in ((p1, z2), (p2, z1)) for pair in zip(*pairs, strict=True)]
+    by_cosines = 4 - 2 * sum(cosines) / len(p1)
+    assert byol_loss(*tensors).item() == pytest.approx(by_cosines, rel=1e-11)
+
+
+def test_byol_analytic_cases():
+    a = torch.tensor([[2.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
+    b = a.flip(0)  # orthogonal to a, row by row
+    assert byol_loss(a, b, b, a).item() == pytest.approx(0)  # p1 meets z2, p2 meets z1
+    assert byol_loss(a, b, a, b).item() == pytest.approx(4)
+    assert byol_loss(a, a, -a, -a).item() == pytest.approx(8)
+    assert byol_loss(a, b, -b, a).item() == pytest.approx(4)  # 0 of one direction, 4 of the other
+
+
+def test_byol_of_a_zero_row_is_that_of_the_code():
+    """Its norms are at least 1e-6: a zero row is a zero vector, at distance 1 of any other."""
+    a, zero = draw(70, 3, 4), torch.zeros(3, 4, dtype=torch.float64)
+    assert byol_loss(zero, zero, a, a).item() == pytest.approx(2)
+    p = torch.full((1, 4), 1e-8, dtype=torch.float64, requires_grad=True)
+    z = torch.ones(1, 4, dtype=torch.float64)
+    value = byol_loss(p, z, z, z)  # p is 1e-8/1e-6 in each coordinate, z 0.5
+    value.backward()
+    assert value.item() == pytest.approx(4 * 0.49**2)
+    assert p.grad[0, 0].item() == pytest.approx(2 * -0.49 * 1e6)
+
+
+def test_byol_gradient_flows_through_the_predictions_only():
+    p1, p2, z1, z2 = (draw(80 + i, 4, 3, spread=0.3).requires_grad_() for i in range(4))
+    assert torch.autograd.gradcheck(lambda p, q: byol_loss(p, q, z1, z2), (p1, p2))
+    byol_loss(p1, p2, z1, z2).backward()
+    assert (p1.grad.norm(dim=1) > 1e-3).all() and (p2.grad.norm(dim=1) > 1e-3).all()
+    assert z1.grad is None and z2.grad is None
+
+
+# -- MoCo-v3 --------------------------------------------------------------------------------------
+
+
+def ctr(q, k, temperature):
+    """2 T times the cross-entropy of each query with its own key among all keys, one by one."""
+    q, k = q.tolist(), k.tolist()
+    losses = []
+    for i in range(len(q)):
+        logits = [cosine(q[i], k[j]) / temperature for j in range(len(k))]
+        most = max(logits)
+        losses.append(most + math.log(sum(math.exp(s - most) for s in logits)) - logits[i])
+    return 2 * temperature * sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.02, 0.2, 1.0, 50.0])
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5), (7, 4), (16, 9)])
+def test_mocov3_is_ctr(shape, temperature):
+    q, k = draw(90, *shape), draw(91, *shape)
+    expected = ctr(q, k, temperature)
+    assert mocov3_loss(q, k, temperature).item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def test_mocov3_analytic_cases():
+    axes = torch.eye(2, dtype=torch.float64)
+    assert mocov3_loss(3 * axes, 0.2 * axes, 0.1).item() == pytest.approx(
+        0.2 * math.log1p(math.exp(-10))
+    )
+    swapped = mocov3_loss(axes, axes.flip(0), 0.1).item()
+    assert swapped == pytest.approx(0.2 * (10 + math.log1p(math.exp(-10))))
+    same = torch.ones(5, 3, dtype=torch.float64)  # ties
+    assert mocov3_loss(same, same, 0.1).item() == pytest.approx(0.2 * math.log(5))
+
+
+def test_mocov3_rows_are_queries():
+    """Two queries at one place and keys apart: the transposed loss has another value."""
+    q = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    k = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    e = math.e
+    expected = 2 * (math.log(e + 1) - 1 + math.log(e + 1)) / 2
+    assert mocov3_loss(q, k, 1.0).item() == pytest.approx(expected)
+    assert mocov3_loss(k, q, 1.0).item() == pytest.approx(2 * math.log(2))
+
+
+def test_mocov3_holds_in_float32():
+    q, k = draw(92, 8, 6), draw(93, 8, 6)
+    k[0] = 3 * q[0]
+    value = mocov3_loss(q.float(), k.float(), 0.005)  # exp(200) does not fit it
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(ctr(q, k, 0.005), rel=1e-4)
+
+
+def test_mocov3_gradient_flows_through_the_queries_only():
+    q, k = (draw(94 + i, 4, 3, spread=0.3).requires_grad_() for i in range(2))
+    assert torch.autograd.gradcheck(lambda q: mocov3_loss(q, k, 0.2), (q,))
+    mocov3_loss(q, k, 0.2).backward()
+    assert (q.grad.norm(dim=1) > 1e-3).all() and k.grad is None
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (6, 4), (33, 8)])
+def test_snclr_as_its_code_without_neighbours_is_mocov3(n, d, temperature):
+    q, y1, keys, none = snclr_inputs(n, 0, d)
+    ours, theirs = (q.clone().requires_grad_() for _ in range(2))
+    loss = mocov3_loss(ours, keys, temperature)
+    official = snclr_loss(theirs, y1, keys, none, temperature, "official")
+    assert loss.item() == pytest.approx(official.item(), rel=1e-11, abs=1e-12)
+    loss.backward()
+    official.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
 
 
 # -- SNCLR ----------------------------------------------------------------------------------------
@@ -337,6 +465,8 @@ def test_snclr_keys_and_neighbours_get_no_gradient(form):
 
 PAIRS = torch.tensor([2, 0, 4, 1, 3])
 IN_HALF = {  # what each takes: "d" (N,D), "k" (N,K,D)
+    "byol": (byol_loss, "dddd"),
+    "mocov3": (lambda *x: mocov3_loss(*x, 0.2), "dd"),
     "nnclr": (nnclr_loss, "dd"),
     "nnclr transposed": (nnclr_transposed_loss, "dd"),
     "nnsiam": (nnsiam_loss, "dddd"),

@@ -29,6 +29,7 @@ WIDTHS = {  # embed_dim, and the number of weights of torchvision's and timm's e
     "vit_small": (384, None),
     "vit_small_mocov3": (384, None),
     "vit_base": (768, None),
+    "vit_base_mocov3": (768, None),
     "tiny": (64, None),
     "resnet_lab": (128, 602_960),
 }
@@ -90,6 +91,7 @@ def test_resnet_is_torchvisions_without_its_classifier(arch):
         ("vit_small", "vit_small_patch16_224", 6),
         ("vit_base", "vit_base_patch16_224", 12),
         ("vit_small_mocov3", "vit_small_patch16_224", 12),
+        ("vit_base_mocov3", "vit_base_patch16_224", 12),
     ],
 )
 def test_vit_is_timms_without_its_classifier(arch, name, heads):

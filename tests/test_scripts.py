@@ -78,7 +78,7 @@ def test_runs_end_to_end(method, run_of):
     assert [r["step"] for r in steps] == [1, 2, 3]
     for record in steps:
         assert set(record) >= STEP_KEYS
-        assert 0.9 < record.get("momentum", 1) <= 1
+        assert 0.9 <= record.get("momentum", 1) <= 1
     assert records[0]["kind"] == "epoch" and records[0]["knn"] > 1 / 18
     assert ("self_matches" in steps[-1]) == has_queue(run)
     encoder, metadata = load_backbone(run)
