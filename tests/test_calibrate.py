@@ -78,6 +78,7 @@ def first_line(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.long
 def test_a_run_says_the_calibrated_number_and_trains_as_without_it(tmp_path, photos):
     flags = [*SMALL[:-2], "--max-steps", "2", "--queue-size", "128", "--seed", "1"]
     for name, knn in (("with", 1), ("without", 0)):

@@ -155,8 +155,13 @@ CONTENTS = {
 }
 
 
+ONE_OF_EACH = {"config.yaml", "results.json", "packed.json"}  # in `make test`; the rest is alike
+
+
 @pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "name", [n if n in ONE_OF_EACH else pytest.param(n, marks=pytest.mark.long) for n in WHOLE]
+)
 def test_content_that_is_none_is_one_line(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(CONTENTS[content])

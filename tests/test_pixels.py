@@ -326,7 +326,7 @@ def test_arrays_give_the_same_batches_in_exact_and_reference():
 
 KEEPS = """
 from common.fast import pixels
-print(pixels.weights(9, 3, False)[0].tolist(), pixels.weights.stats.cache_path, flush=True)
+print(pixels.weights(9, 3, False, 0, 3)[0].tolist(), pixels.weights.stats.cache_path, flush=True)
 pixels.compile_kernels()
 """
 
