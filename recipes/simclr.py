@@ -72,6 +72,7 @@ class Config(RunConfig):
     projector: Literal["none", "linear", "mlp"] = "mlp"  # Sec. 2.1; none, linear: Sec. 4.2, code
     # batch norm after each FC; the equation of Sec. 2.1 shows none; code: yes, no offset at the end
     projector_norm: bool = True
+    projector_hidden: Count = 0  # of mlp; 0: as wide as the encoder's output; Sec. 2.3: 2048, code
     output_dim: PositiveInt = 128  # Sec. 2.3; not with --projector none
     zero_init_residual: bool = True  # last batch norm of each block; unstated; code
     views: ViewName = "simclr"  # App. A; cifar: App. B.9, half the strength and no blur
@@ -103,15 +104,19 @@ PRESETS = {
 
 
 class SimCLR(nn.Module):
-    """Embeddings z = g(h) of h = f(x). The projector g is as wide inside as the encoder's output
-    and starts at N(0, 0.01) (code); `none` is the identity, `linear` one layer.
+    """Embeddings z = g(h) of h = f(x). The projector g starts at N(0, 0.01) (code); `none` is the
+    identity, `linear` one layer.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
         width, out = self.encoder.embed_dim, config.output_dim
-        sizes = {"none": [width], "linear": [width, out], "mlp": [width, width, out]}
+        sizes = {
+            "none": [width],
+            "linear": [width, out],
+            "mlp": [width, config.projector_hidden or width, out],
+        }
         self.projector = mlp(sizes[config.projector], output_norm=True)
         for layer in self.projector:
             if isinstance(layer, nn.Linear):

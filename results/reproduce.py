@@ -4,12 +4,14 @@
     python results/reproduce.py --next --budget 9m --cifar10 PATH    # goes on with it
     python results/reproduce.py --next --only photos-nnclr           # this run and no other
     python results/reproduce.py --next --only photos-nnclr --again   # though it is recorded
+    python results/reproduce.py --all --only lab-pilot --cifar10 PATH    # one after the other
 
 --next continues an unfinished run first, else starts the first missing one whose data is given and
 which is planned for such a machine (with a GPU, or on a CPU; --only runs any); it trains, evaluates
-and stores the records. When the budget is spent it stops the run, which saves,
-and exits with 75; the same command continues. Nothing left to do: exit code 0. --again leaves the
-stored records as they are: its own are under --runs, and it says both numbers.
+and stores the records; --all goes on with the next, first seeds of all runs first. When the budget
+is spent it stops the run, which saves, and exits with 75; the same command continues. Nothing left
+to do: exit code 0. --again leaves the stored records as they are: its own are under --runs, and it
+says both numbers.
 """
 
 import argparse
@@ -155,6 +157,13 @@ def choose(runs: Sequence[Planned], work: Work, has_data: Callable[[str], bool])
 def is_for_here(run: Planned) -> bool:
     """Whether the plan has this run on such a machine: with a GPU, or on a CPU."""
     return ("CPU" in run.device) != gpu_is_there()
+
+
+def left_of(here: Sequence[Planned], work: Work) -> str:
+    """How many seeds are left of these runs, and their hours of training by the plan."""
+    missing = [p for p in plan.pieces(here) if work.state(p) not in ("recorded", "running")]
+    hours = sum(piece.run.hours for piece in missing)
+    return f"{len(missing)} left, {hours:.3g} h of training by the plan"
 
 
 def nothing_left(runs: Sequence[Planned], here: Sequence[Planned], work: Work) -> str:
@@ -310,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the plan with its states")
     what.add_argument("--next", action="store_true", help="do the next piece of it")
+    what.add_argument("--all", action="store_true", help="do the pieces until none is left")
     parser.add_argument(
         "--budget",
         type=seconds,
@@ -351,24 +361,29 @@ def main(argv: list[str] | None = None) -> None:
     deadline = time.monotonic() + arguments.budget
     here = [run for run in runs if arguments.only or is_for_here(run)]
     data = {name: getattr(arguments, name) for name in plan.DATA}
-    piece = choose(here, work, lambda name: bool(data.get(name, True)))
-    if piece is None:
-        if not arguments.only:
-            print(nothing_left(runs, here, work))
-        for run in runs if arguments.only else ():
-            print(nothing_of(run, work, arguments.again))
+    done = None
+    while piece := choose(here, work, lambda name: bool(data.get(name, True))):
+        print(
+            f"{piece.name}: {work.state(piece)}, {piece.run.hours:g} h {piece.run.basis} "
+            f"for its training on {piece.run.device}",
+            flush=True,
+        )
+        images = data.get(piece.dataset)
+        work_on(piece, work, images or None, deadline, allow_dirty=arguments.allow_dirty)
+        if arguments.again:
+            print(both_numbers(piece, work, stored))
+            return
+        done = piece
+        print(f"{piece.name} is recorded; {left_of(here, work)}", flush=True)
+        if not arguments.all:
+            break
+    if done:
+        print("python results/report.py makes the pages anew")
         return
-    print(
-        f"{piece.name}: {work.state(piece)}, {piece.run.hours:g} h {piece.run.basis} "
-        f"for its training on {piece.run.device}",
-        flush=True,
-    )
-    images = data.get(piece.dataset)
-    work_on(piece, work, images or None, deadline, allow_dirty=arguments.allow_dirty)
-    if arguments.again:
-        print(both_numbers(piece, work, stored))
-        return
-    print(f"{piece.name} is recorded; python results/report.py makes the pages anew")
+    if not arguments.only:
+        print(nothing_left(runs, here, work))
+    for run in runs if arguments.only else ():
+        print(nothing_of(run, work, arguments.again))
 
 
 if __name__ == "__main__":

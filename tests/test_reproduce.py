@@ -208,6 +208,23 @@ def stored(work, name, seeds, value=50.0):
         record.add(one, folder=work.records)
 
 
+def test_all_goes_on_seed_by_seed_until_none_is_left(golden, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(reproduce, "work_on", lambda piece, *_, **__: done.append(piece.name))
+    state = lambda _, piece: "recorded" if piece.name in done else "missing"  # noqa: E731
+    monkeypatch.setattr(Work, "state", state)
+    monkeypatch.setattr(reproduce, "is_for_here", lambda run: run.tier == "photos")
+    reproduce.main(["--next"])
+    assert len(done) == 1
+    reproduce.main(["--all"])
+    planned = [run for run in golden_set.planned().values() if run.tier == "photos"]
+    assert done == [piece.name for piece in plan.pieces(planned)] and len(done) > 4
+    said = capsys.readouterr().out
+    assert f"{done[0]} is recorded; {len(done) - 1} left, " in said and "; 0 left, 0 h" in said
+    reproduce.main(["--all"])
+    assert "nothing left to do here" in capsys.readouterr().out
+
+
 def test_what_one_run_lacks_is_said(golden, work, capsys):
     stored(work, "photos-nnclr", (0, 1, 2))
     golden("--only", "photos-nnclr")

@@ -327,6 +327,8 @@ def test_heads_are_the_codes():
     """model_util.py: 512 in place of ResNet-50's 2048."""
     hidden = [(512, 512), "scale, offset", "ReLU"]
     assert layers() == ([*hidden, (512, 128), "scale"], 128, True)
+    other = [(512, 64), "scale, offset", "ReLU", (64, 128), "scale"]
+    assert layers("--projector-hidden", "64") == (other, 128, True)
     assert layers("--projector", "linear") == ([(512, 128), "scale"], 128, True)
     assert layers("--projector", "none") == ([], 512, True)
     plain = [(512, 512), "ReLU", (512, 128)]  # Sec. 2.1: W2 relu(W1 h)
