@@ -6,7 +6,6 @@ import math
 import statistics
 
 import pytest
-import test_gsg_replay
 import torch
 from conftest import run_ranks, small
 from test_gsg_replay import watched_run, with_torchs_batch_norms
@@ -163,8 +162,7 @@ CASES = {  # flags, and what they mean: ranks of the code, lambda, weight decay
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
     flags, ranks, lambd, decay = CASES[case]
-    monkeypatch.setattr(test_gsg_replay, "FLAGS", FLAGS)
-    seen = watched_run(barlow_twins, flags, tmp_path / "run", monkeypatch)
+    seen = watched_run(barlow_twins, flags, tmp_path / "run", monkeypatch, FLAGS)
     model, after = seen["before"]["model"], seen["after"]["model"]
     linears = [m for m in model.projector if isinstance(m, nn.Linear)]
     assert len(linears) == 3 and all(m.bias is None for m in linears)
@@ -196,13 +194,12 @@ def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
 
 def test_code_ranks_on_one_process_are_the_released_codes_ranks(tmp_path, monkeypatch):
     """--code-ranks 2 on one process is the released rule on two, --code-ranks 1 is not."""
-    monkeypatch.setattr(test_gsg_replay, "FLAGS", [*FLAGS, *HARD])
+    base = [*FLAGS, *HARD]
     for ranks in (2, 1):
-        seen = watched_run(
-            barlow_twins, ["--code-ranks", str(ranks)], tmp_path / f"{ranks}", monkeypatch
-        )
+        flags = ["--code-ranks", str(ranks)]
+        seen = watched_run(barlow_twins, flags, tmp_path / f"{ranks}", monkeypatch, base)
         if ranks == 2:
-            start = {"flags": [*FLAGS, *HARD], "model": seen["before"]["model"].state_dict()}
+            start = {"flags": base, "model": seen["before"]["model"].state_dict()}
             start["views"] = seen["views"]
             start["rates"] = [rates(step) for step in range(len(seen["views"]))]
             torch.save(start, tmp_path / "start.pt")

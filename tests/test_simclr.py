@@ -150,10 +150,13 @@ FLAGS += ["--warmup-epochs", "1", "--output-dim", "24", "--lr", "2.4", "--weight
 READINGS = [
     ["--temperature", "0.3"],
     ["--follow", "official", "--lr-scaling", "sqrt", "--lr", "0.2"],
+]
+OTHERS = [
     ["--projector", "linear", "--no-l2-norm", "--temperature", "10"],
     ["--projector", "none", "--optimizer", "lars"],
     ["--no-projector-norm"],
 ]
+READINGS += [pytest.param(flags, marks=pytest.mark.long, id=" ".join(flags)) for flags in OTHERS]
 
 
 class LARSByHand:
@@ -173,11 +176,10 @@ class LARSByHand:
             p.sub_(v if self.inside else rate * v)
 
 
-@pytest.mark.parametrize("flags", READINGS, ids=" ".join)
+@pytest.mark.parametrize("flags", READINGS, ids=str)
 def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
     """Joint batch statistics, both directions, the rate from 0 and inside the momentum."""
-    monkeypatch.setattr(replay, "FLAGS", FLAGS)
-    seen = replay.watched_run(simclr, flags, tmp_path / "run", monkeypatch)
+    seen = replay.watched_run(simclr, flags, tmp_path / "run", monkeypatch, FLAGS)
     model = copy.deepcopy(seen["before"]["model"])
     network = nn.Sequential(model.encoder, model.projector)
     trained = {n for n, p in network.named_parameters() if p.requires_grad}

@@ -4,7 +4,6 @@ import math
 import statistics
 
 import pytest
-import test_gsg_replay
 import torch
 from conftest import small
 from safetensors.torch import load_file
@@ -160,9 +159,8 @@ def lars_step(weights, velocities, rate, decay):
 @pytest.mark.parametrize("second", ["shared", "same", "resnet_lab"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_is_its_replay(form, second, tmp_path, monkeypatch):
-    monkeypatch.setattr(test_gsg_replay, "FLAGS", FLAGS)
     flags = ["--follow", form, "--second-arch", second]
-    seen = watched_run(vicreg, flags, tmp_path / "run", monkeypatch)
+    seen = watched_run(vicreg, flags, tmp_path / "run", monkeypatch, FLAGS)
     model, after = seen["before"]["model"], seen["after"]["model"]
     for name, expert in model.named_modules():
         if "projector" in name and isinstance(expert, nn.Linear):
