@@ -8,10 +8,10 @@ over the training. There are no negatives (Sec. 3, Eq. 2).
     python recipes/byol.py --data /path/to/imagenet                  # 1000 epochs, ResNet-50
     python recipes/byol.py --epochs 300 --data /path/to/imagenet     # its ablations' baseline
 
-Aims at 74.3 % linear top-1 on ImageNet (1000 epochs; 72.5 at 300), batch 4096. LARS moves a weight
-by a thousandth of its norm at most per unit of the rate: short runs need --optimizer sgd. Another
-experiment than `byol_gsg.py --no-gsg`, which has SimSiam's heads, SGD and a fixed momentum. See
-recipes/byol.md.
+Aims at 74.3 % linear top-1 on ImageNet (1000 epochs; 72.5 at 300), batch 4096. LARS adds a
+thousandth of a weight's norm per unit of the rate to its momentum, however large the gradient is:
+short runs need --optimizer sgd. Another experiment than `byol_gsg.py --no-gsg`, which has SimSiam's
+heads, SGD and a fixed momentum. See recipes/byol.md.
 """
 
 import dataclasses
