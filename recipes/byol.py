@@ -48,15 +48,15 @@ class Config(RunConfig):
     lr: NotNegative | None = None
     lr_batch: Count = 256  # the batch that --lr is given for, 0: not scaled; Sec. 3.3
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # Sec. 3.3; short runs: sgd
-    sgd_momentum: Share = 0.9  # momentum of LARS or SGD; code
+    sgd_momentum: Share = 0.9  # momentum of LARS or SGD; App. J; code
     # LARS leaves out biases and norms; Sec. 3.3: 1.5e-6, Sec. 5: 1e-6 (300 epochs); code
     weight_decay: NotNegative | None = None
     warmup_epochs: NotNegative = 10  # linear from 0; Sec. 3.3
     # of the target (tau), where it starts; Sec. 3.3: 0.996, Sec. 5: 0.99 (300); code: 0.97 (40)
     momentum: Share | None = None
     momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1, Sec. 3.3; fixed: Table 5a
-    predictor: bool = True  # no: the projection itself is pulled to the target; Table 5b
-    # first weights of the target; unstated; code: random ones of its own; online: a copy
+    predictor: bool = True  # no: the projection itself is pulled to the target; Tables 5b, 19
+    # first weights of the target; code: random ones of its own; online: a copy, as App. J
     target_start: Literal["random", "online"] = "random"
     zero_init_residual: bool = False  # code: yes, but its README has the paper's numbers without
     projector_hidden: PositiveInt = 4096  # Sec. 3.3
