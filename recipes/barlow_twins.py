@@ -74,9 +74,9 @@ class Config(RunConfig):
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; unstated; code
     warmup_epochs: NotNegative = 10  # Sec. 2.2; from 0: unstated; code
     zero_init_residual: bool = True  # last batch norm of each block; unstated; code
-    projector_layers: PositiveInt = 3  # 8192-8192-8192; Sec. 2.1
-    projector_hidden: PositiveInt = 8192  # Sec. 2.1
-    output_dim: PositiveInt = 8192  # Sec. 2.1
+    projector_layers: PositiveInt = 3  # 8192-8192-8192; Sec. 2.2
+    projector_hidden: PositiveInt = 8192  # Sec. 2.2
+    output_dim: PositiveInt = 8192  # Sec. 2.2
     views: ViewName = "byol"  # Sec. 2.2; cifar: GSG App. B.2
     crop_min: Share = 0.08  # smallest share of the area; Sec. 2.2: BYOL's; code
     jitter_strength: NotNegative = 1.0  # factor of --views' colours; SimCLR App. A: s

@@ -8,10 +8,10 @@ over the training. There are no negatives (Sec. 3, Eq. 2).
     python recipes/byol.py --data /path/to/imagenet                  # 1000 epochs, ResNet-50
     python recipes/byol.py --epochs 300 --data /path/to/imagenet     # its ablations' baseline
 
-Aims at 74.3 % linear top-1 on ImageNet (1000 epochs; 72.5 at 300), batch 4096. LARS moves a weight
-by a thousandth of its norm at most per unit of the rate: short runs need --optimizer sgd. Another
-experiment than `byol_gsg.py --no-gsg`, which has SimSiam's heads, SGD and a fixed momentum. See
-recipes/byol.md.
+Aims at 74.3 % linear top-1 on ImageNet (1000 epochs; 72.5 at 300), batch 4096. LARS adds a
+thousandth of a weight's norm per unit of the rate to its momentum, however large the gradient is:
+short runs need --optimizer sgd. Another experiment than `byol_gsg.py --no-gsg`, which has SimSiam's
+heads, SGD and a fixed momentum. See recipes/byol.md.
 """
 
 import dataclasses
@@ -48,15 +48,15 @@ class Config(RunConfig):
     lr: NotNegative | None = None
     lr_batch: Count = 256  # the batch that --lr is given for, 0: not scaled; Sec. 3.3
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # Sec. 3.3; short runs: sgd
-    sgd_momentum: Share = 0.9  # momentum of LARS or SGD; code
+    sgd_momentum: Share = 0.9  # momentum of LARS or SGD; App. J; code
     # LARS leaves out biases and norms; Sec. 3.3: 1.5e-6, Sec. 5: 1e-6 (300 epochs); code
     weight_decay: NotNegative | None = None
     warmup_epochs: NotNegative = 10  # linear from 0; Sec. 3.3
     # of the target (tau), where it starts; Sec. 3.3: 0.996, Sec. 5: 0.99 (300); code: 0.97 (40)
     momentum: Share | None = None
     momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1, Sec. 3.3; fixed: Table 5a
-    predictor: bool = True  # no: the projection itself is pulled to the target; Table 5b
-    # first weights of the target; unstated; code: random ones of its own; online: a copy
+    predictor: bool = True  # no: the projection itself is pulled to the target; Tables 5b, 19
+    # first weights of the target; code: random ones of its own; online: a copy, as App. J
     target_start: Literal["random", "online"] = "random"
     zero_init_residual: bool = False  # code: yes, but its README has the paper's numbers without
     projector_hidden: PositiveInt = 4096  # Sec. 3.3

@@ -53,37 +53,41 @@ from common.run.run import Run
 class Config(RunConfig):
     """MoCo-v3: momentum contrast for ResNets and ViTs (Chen, Xie and He 2021).
 
-    Each flag says where its value comes from: "code" is the authors' released code and its
-    CONFIG.md. A ResNet's rate, decay and momentum are by default those of the number of epochs.
+    Each flag says where its value comes from: "Sec." and "App." are the paper's, "code" the
+    authors' released code and its CONFIG.md. A ResNet's rate, decay and momentum are by default
+    those of the number of epochs.
     """
 
-    epochs: PositiveInt = 1000  # code: 100, 300 or 1000 (ResNet-50); ViTs 300
-    batch_size: PositiveInt = 4096  # global batch; code
-    # base rate, times batch/lr-batch; code: 0.6 (100 epochs), 0.3 (300, 1000); ViTs 1.5e-4
+    epochs: PositiveInt = 1000  # code: 100, 300 or 1000, Sec. 3: 800 (ResNet-50); ViTs 300
+    batch_size: PositiveInt = 4096  # global batch; Sec. 5, App. A; code
+    # base rate, times batch/lr-batch; code: 0.6 (100 epochs), 0.3 (300, 1000), App. A: 0.3; ViTs
+    # 1.5e-4
     lr: NotNegative | None = None
-    lr_batch: Count = 256  # the batch that --lr is given for, 0: not scaled; code
-    optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # code; ViTs AdamW
+    lr_batch: Count = 256  # the batch that --lr is given for, 0: not scaled; Sec. 4.1; code
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # App. A; code; ViTs AdamW, Sec. 5
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; code
-    # LARS leaves out biases and norms, AdamW nothing; code: 1e-6, 1.5e-6 (1000 epochs); ViTs 0.1
+    # LARS leaves out biases and norms, AdamW nothing (code); code: 1e-6, 1.5e-6 (1000 epochs),
+    # App. A: 1.5e-6; ViTs 0.1
     weight_decay: NotNegative | None = None
-    warmup_epochs: NotNegative = 10  # linear from 0; code; ViTs 40
-    # of the momentum encoder, where it starts; code: 0.99, 0.996 (1000 epochs)
+    warmup_epochs: NotNegative = 10  # linear from 0; code; ViTs 40, Sec. 5
+    # of the momentum encoder, where it starts; code: 0.99, 0.996 (1000 epochs), App. A: 0.996; ViTs
+    # 0.99, Sec. 6.2
     momentum: Share | None = None
-    momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1; code: --moco-m-cos
-    temperature: Positive = 1.0  # T; code (its default, for ResNet-50); ViTs 0.2
-    predictor: bool = True  # no: the query is the projection itself; Sec. 4's ablations
-    freeze_patch_embedding: bool = False  # ViTs: yes; code: --stop-grad-conv1
+    momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1; App. A; code: --moco-m-cos
+    temperature: Positive = 1.0  # T; App. A; code (its default); ViTs 0.2, Sec. 5
+    predictor: bool = True  # no: the query is the projection itself; Sec. 6.2
+    freeze_patch_embedding: bool = False  # ViTs: yes, Sec. 4.2; code: --stop-grad-conv1
     zero_init_residual: bool = True  # last batch norm of each block; code
-    projector_hidden: PositiveInt = 4096  # code: --moco-mlp-dim
-    predictor_hidden: PositiveInt = 4096  # code: --moco-mlp-dim
-    output_dim: PositiveInt = 256  # code: --moco-dim
-    views: ViewName = "byol"  # code: BYOL's; cifar: GSG App. B.2
+    projector_hidden: PositiveInt = 4096  # Sec. 5; code: --moco-mlp-dim
+    predictor_hidden: PositiveInt = 4096  # Sec. 5; code: --moco-mlp-dim
+    output_dim: PositiveInt = 256  # Sec. 5; code: --moco-dim
+    views: ViewName = "byol"  # App. A; code: BYOL's; cifar: GSG App. B.2
     jitter_strength: NotNegative = 1.0  # factor of --views' colours; code: 1
     crop_min: Share = 0.2  # smallest share of the area; code (ResNet-50); ViTs 0.08
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # code: the default
 
 
-# CONFIG.md, ResNet-50. Other lengths: as the next longer one
+# CONFIG.md, ResNet-50. Other lengths: as the next longer one, which App. A's of 800 epochs are
 LENGTHS = {
     100: {"lr": 0.6, "weight_decay": 1e-6, "momentum": 0.99},
     300: {"lr": 0.3, "weight_decay": 1e-6, "momentum": 0.99},
@@ -139,7 +143,7 @@ class MoCo(nn.Module):
 
 @in_full_precision
 def mocov3_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """ctr(q, k), one direction: 2 T times the cross-entropy of row i with column i.
+    """ctr(q, k) of Algorithm 1, one direction: 2 T times the cross-entropy of row i with column i.
 
     Queries q (N,D), keys k (N,D), any scale -> scalar, the mean over rows. Rows are this rank's
     queries, columns the keys of all ranks, gathered without gradient: none flows through k.

@@ -34,6 +34,7 @@ from common.config import (
     PositiveInt,
     RunConfig,
     Share,
+    later,
 )
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
@@ -72,7 +73,7 @@ class Config(RunConfig):
     projector: Literal["none", "linear", "mlp"] = "mlp"  # Sec. 2.1; none, linear: Sec. 4.2, code
     # batch norm after each FC; the equation of Sec. 2.1 shows none; code: yes, no offset at the end
     projector_norm: bool = True
-    projector_hidden: Count = 0  # of mlp; 0: as wide as the encoder's output; Sec. 2.3: 2048, code
+    projector_hidden: Count = later(0)  # of mlp; 0: as wide as the encoder's output; code
     output_dim: PositiveInt = 128  # Sec. 2.3; not with --projector none
     zero_init_residual: bool = True  # last batch norm of each block; unstated; code
     views: ViewName = "simclr"  # App. A; cifar: App. B.9, half the strength and no blur

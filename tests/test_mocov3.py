@@ -152,7 +152,8 @@ def test_snclr_as_its_code_without_neighbours_is_a_run_of_mocov3(arch, tmp_path,
         (100, (0.6, 1e-6, 0.99)),
         (300, (0.3, 1e-6, 0.99)),
         (1000, (0.3, 1.5e-6, 0.996)),
-        (800, (0.3, 1.5e-6, 0.996)),  # no source: as the next longer
+        (800, (0.3, 1.5e-6, 0.996)),  # App. A, and as the next longer
+        (200, (0.3, 1e-6, 0.99)),  # no source: as the next longer
     ],
 )
 def test_a_resnets_rate_decay_and_momentum_are_those_of_the_length(epochs, expected):

@@ -92,6 +92,14 @@ def test_the_released_codes_vit_stands_beside_the_papers():
     assert not tables.is_like(one | {"method": "SNCLR"}, row)  # another encoder than the paper's
 
 
+def test_barlow_twins_released_codes_number_stands_beside_its_runs():
+    row = next(r for r in OWN if r["source"] == "barlowtwins README" and r["metric"] == "top1")
+    what = {"dataset": "ImageNet-1k", "copy": None, "incomplete": None}
+    what |= {"epochs": 1000, "batch": 2048}
+    one = good(recipe="barlow_twins", arch="resnet50", pretraining=what)
+    assert tables.is_like(one | {"method": "Barlow Twins (official)"}, row)
+
+
 def test_a_setting_that_the_source_leaves_open_may_have_any_value(tmp_path):
     assert NNCLR["value"] == 75.6 and NNCLR["unstated"] == ["multi_crop"]
     small_crops = of_nnclr(75.1, multi_crop=True)

@@ -3,6 +3,7 @@ against a plain float64 replay on the views that the recipe saw.
 """
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from test_losses import cosine, draw
 from torch import nn
 
 from common.errors import UserError
+from common.run.flags import changed_fields
 from recipes import simclr
 from recipes.simclr import contrastive_accuracy, nt_xent, simclr_loss
 
@@ -335,3 +337,12 @@ def test_heads_are_the_codes():
     assert layers("--projector", "none") == ([], 512, True)
     plain = [(512, 512), "ReLU", (512, 128)]  # Sec. 2.1: W2 relu(W1 h)
     assert layers("--no-projector-norm", "--no-zero-init-residual") == (plain, 128, False)
+
+
+def test_a_run_from_before_the_width_was_a_flag_goes_on():
+    config = simclr.parse_arguments([])
+    saved = dataclasses.asdict(config)
+    del saved["projector_hidden"]
+    assert changed_fields(config, saved) == []
+    narrow = dataclasses.replace(config, projector_hidden=64)
+    assert changed_fields(narrow, saved) == ["projector_hidden was 0, is 64"]

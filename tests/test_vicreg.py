@@ -249,6 +249,15 @@ def test_a_second_encoder_that_cannot_take_the_images_is_one_line():
         vicreg.parse_arguments(["--second-arch", "resnet"])
 
 
+@pytest.mark.parametrize(
+    ("second", "named"),
+    [("shared", False), ("same", False), ("vit_base", False), ("resnet50", True)],
+)
+def test_pieces_are_a_setting_if_any_encoder_has_batch_norms(second, named):
+    flags = ["--arch", "vit_small", "--second-arch", second, "--micro-batch", "256"]
+    assert ("micro_batch" in vicreg.parse_arguments(flags).settings) == named
+
+
 def test_both_branches_in_pieces_are_replayed(tmp_path):
     """Pieces as large as the batch change nothing, in neither encoder."""
     flags = [*small("vicreg"), "--precision", "fp64", "--second-arch", "same", "--max-steps", "3"]

@@ -75,7 +75,9 @@ def settings_of(config: Any, plain: Any) -> dict[str, Any]:
     but for those that make nothing but speed: pieces of a batch where no batch norm is in the
     encoder, and the other way to the same views, bit for bit.
     """
-    speed = {"input"} | ({"micro_batch"} if config.arch.startswith("vit") else set())
+    encoders = {config.arch, getattr(config, "second_arch", "shared")} - {"shared", "same"}
+    exact = all(arch.startswith("vit") for arch in encoders)
+    speed = {"input"} | ({"micro_batch"} if exact else set())
     without = numbers_of(plain)
     return {
         name: value
