@@ -335,6 +335,13 @@ def sha256_of(path: Path) -> str:
 # -- controls -------------------------------------------------------------------------------------
 
 
+def is_random(facts: dict[str, Any]) -> bool:
+    """Whether an encoder was never trained: the control, or a run's snapshot of its epoch 0."""
+    if facts["layout"] == "control":
+        return facts["arch"] != PIXELS
+    return facts["layout"] == "ours" and facts["epoch"] == 0
+
+
 class Pixels(nn.Module):
     """The normalised image as its own features: (N,3,S,S) -> (N,3*S*S)."""
 

@@ -45,7 +45,7 @@ from common.run.ranks import start
 from common.run.readable import readable
 from common.run.results import duration
 from common.run.signals import StopRequests
-from eval.encoders import RANDOM, in_words, load_encoder, record_fields
+from eval.encoders import RANDOM, in_words, is_random, load_encoder, record_fields
 from results import record
 
 RECORD = "record.json"
@@ -101,7 +101,7 @@ class EvaluationConfig(TrainingConfig):
 class Evaluation:
     """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
 
-    calibrates = True  # `--backbone random`, on its training images
+    calibrates = True  # an encoder that was never trained, on its training images
     tf32 = False  # whether fp32 lets a GPU's convolutions round their inputs to 10 bits
 
     def __init__(self, config: Any):
@@ -289,10 +289,10 @@ class Evaluation:
         self.say(f"folder: {self.folder}")
         if why := environment.untraceable(self.store.commit, self.store.dirty):
             self.warn(why)
-        if self.config.backbone == RANDOM and self.calibrates:
+        if is_random(self.facts) and self.calibrates:
             views = two_views("crop-flip", self.config.image_size)
             skip = self.config.on_bad_image == "skip"
-            how = 0, self.workers, self.autocast, skip  # seed 0, as its weights
+            how = 0, self.workers, self.autocast, skip  # seed 0, as the control's weights
             self.encoder = calibrated(self.encoder, self.train, views, *how)
 
     def has_trained_further(self, saved: dict[str, Any]) -> bool:

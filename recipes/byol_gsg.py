@@ -51,10 +51,10 @@ class Config(RunConfig):
 
     epochs: PositiveInt = 100  # code; SimSiam Sec. 3
     batch_size: PositiveInt = 512  # global batch; code; SimSiam Sec. 3
-    # base rate, times batch/lr-batch; App. C.1: SimSiam Sec. 3; code. cifar10: unstated, 0.06
+    # base rate, times batch/lr-batch; App. C.1: SimSiam Sec. 3; code. cifar10: 0.06, lightly
     lr: NotNegative = 0.05
-    # the batch that --lr is given for, 0: not scaled; SimSiam Sec. 3; code. cifar10: unstated, 0 as
-    # for SimSiam; lightly's rule for BYOL is 128, which makes 0.24 of 0.06 at batch 512
+    # the batch that --lr is given for, 0: not scaled; SimSiam Sec. 3; code. cifar10: 128, lightly,
+    # so 0.24 at batch 512
     lr_batch: Count = 256
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"  # App. C.1: SimSiam Sec. 3; code
     sgd_momentum: Share = 0.9  # momentum of SGD or LARS; SimSiam Sec. 3; code
@@ -78,7 +78,6 @@ class Config(RunConfig):
 
 
 SMALL_IMAGES = {  # App. B.2 and C.2, "the default setup of lightly"; its CIFAR-10 benchmark
-    "lr_batch": 0,  # unstated; SimSiam's in lightly, BYOL's there is 128: lr 0.24
     "fixed_predictor_lr": False,  # unstated; lightly
     "zero_init_residual": False,  # unstated; lightly
     "projector_layers": 2,  # App. C.2: 512-2048-2048
@@ -87,8 +86,9 @@ SMALL_IMAGES = {  # App. B.2 and C.2, "the default setup of lightly"; its CIFAR-
 }
 PRESETS = {
     "official": {"pairing": "local"},
-    "cifar10": CIFAR10 | SMALL_IMAGES,
-    "photos": PHOTOS | SMALL_IMAGES,
+    # App. C.2 names lightly's default set-up; its benchmark scales BYOL's rate, not SimSiam's
+    "cifar10": CIFAR10 | SMALL_IMAGES | {"lr_batch": 128},
+    "photos": PHOTOS | SMALL_IMAGES | {"lr_batch": 0},  # ours
 }
 
 

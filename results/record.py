@@ -299,7 +299,8 @@ def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
     facts = [facts_of(run) for run in runs]
     values = [f["results"]["knn"] for f in facts]
     if None in values:
-        raise UserError("a run has no k-NN accuracy: --knn-every 0, or no labelled test set")
+        why = "--knn-every 0, no labelled test set, or one class"
+        raise UserError(f"a run has no k-NN accuracy: {why}")
     what = record["pretraining"]
     before = [f["results"]["knn_before"] for f in facts]
     others = {}

@@ -107,6 +107,10 @@ def read_spec(path: Path) -> dict[str, Any]:
     for key in ("slurm", "flags", "grid"):
         spec[key] = spec[key] or {}
     spec["runs"] = spec["runs"] or [{}]
+    varied = {str(key).replace("-", "_") for key in spec["grid"]}
+    own = [str(key) for run in spec["runs"] for key in run]
+    if twice := [key for key in own if key.replace("-", "_") in varied]:
+        raise UserError(f"{path}: {twice[0]} is in grid and in a run: several runs would be one")
     for key, values in spec["grid"].items():
         if isinstance(values, dict):
             spec["grid"][key] = finished(path, key, values)

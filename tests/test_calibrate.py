@@ -17,7 +17,7 @@ from common.knn import knn_of_encoder
 from common.models import build_encoder
 from common.run import calibrate
 from common.run.calibrate import calibrated
-from eval.encoders import load_encoder
+from eval.encoders import is_random, load_encoder
 from results import record
 
 VIEWS = two_views("byol", 32, interpolation="bicubic")
@@ -72,6 +72,14 @@ def test_an_encoder_without_statistics_is_as_drawn(photos):
     assert not found.training
     for name, value in vit.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_which_encoders_were_never_trained():
+    named = {"layout": "ours", "arch": "tiny"}
+    assert is_random(named | {"epoch": 0.0}) and not is_random(named | {"epoch": 0.5})
+    assert not is_random(named | {"layout": "moco", "epoch": 0})  # that counts from 0
+    assert is_random(load_encoder("random", "tiny", 32)[1])
+    assert not is_random(load_encoder("pixels", None, 32)[1])
 
 
 def first_line(folder):
@@ -131,3 +139,20 @@ def test_a_random_backbone_is_calibrated_by_the_evaluation(tmp_path, photos):
     encoder = calibrated(encoder, photos[0], two_views("crop-flip", 32), 0)
     value = 100 * knn_of_encoder(encoder, *photos, 32)
     assert found["value"] == pytest.approx(value, abs=0.1)  # a test image may lie on the border
+
+
+@pytest.mark.long
+def test_the_snapshot_of_epoch_0_is_calibrated_by_the_evaluation(tmp_path, photos):
+    flags = [*SMALL, "--max-steps", "1", "--queue-size", "128", "--snapshot-epochs", "0"]
+    done = run_script("recipes/nnsiam.py", *flags, "--seed", "1", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    flags = ["--backbone", tmp_path / "run" / "snapshots" / "epoch-0000.pt", "--workers", "0"]
+    flags += ["--measure", "knn", "--output", tmp_path / "out"]
+    done = run_script("eval/linear_probe/run.py", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "record-knn.json").read_text())
+    assert found["epoch"] == "0 of 10 scheduled epochs"
+    torch.manual_seed(1)  # a run draws its encoder first
+    encoder = calibrated(build_encoder("tiny", 32), photos[0], two_views("crop-flip", 32), 0)
+    value = 100 * knn_of_encoder(encoder, *photos, 32)
+    assert found["value"] == pytest.approx(value, abs=0.1)

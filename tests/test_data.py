@@ -319,6 +319,14 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert capsys.readouterr().out == ""  # said once
 
 
+def test_a_pipe_among_images_is_left_out_and_not_waited_for(tmp_path, capsys):
+    write_images(tmp_path, *FULL)
+    os.mkfifo(tmp_path / "train" / "cat" / "0.png")
+    train, _ = load_dataset("imagenet", str(tmp_path))
+    assert len(train) == 2
+    assert "left out are 1 pipes and devices ('cat/0.png')" in capsys.readouterr().out
+
+
 def test_names_that_are_no_text_can_be_said(tmp_path):
     write_images(tmp_path, *(f"{name}/1.png" for name in ("train/a", "val/a")))
     (tmp_path / "train" / "a" / os.fsdecode(b"caf\xe9.txt")).write_text("")

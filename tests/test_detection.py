@@ -383,20 +383,25 @@ def test_objects_of_unlisted_images_are_counted(tmp_path, capsys):
 def test_files_that_are_not_as_annotated_are_named_with_their_count(tmp_path):
     root = coco(tmp_path / "coco", 4, 1)
     images = loaded(root, "train")
-    check.check_files(images, 10**6)
+    check.check_files(images)
     files = [root / "train2017" / f"{n:012d}.jpg" for n in range(4)]
     turned = Image.Exif()
     turned[check.ORIENTATION] = 6
     with Image.open(files[1]) as image:  # lies on its side, and is turned upright when it is read
         image.transpose(Image.Transpose.ROTATE_90).save(files[1], exif=turned)
-    check.check_files(images, 10**6)
+    check.check_files(images)
+    images.max_pixels = 9999
     with pytest.raises(UserError, match=f"{WIDTH * HEIGHT:,} pixels, more than --max-pixels 9999"):
-        check.check_files(images, 9999)
+        check.check_files(images)
+    scored = torchvision_backend.TestImages(images.images, images.max_pixels)
+    for text in (data.Examples(images, 0, masks=False)[0, 0], scored[0]):
+        assert "more than --max-pixels 9999" in text  # what is read has the flag's limit too
+    images.max_pixels = 10**6
     with Image.open(files[2]) as image:
         image.resize((WIDTH, HEIGHT + 1)).save(files[2])
     files[3].unlink()
     with pytest.raises(UserError, match="2 of 5 images of COCO2017 are not as annotated") as error:
-        check.check_files(images, 10**6)
+        check.check_files(images)
     text = f"{files[2]} has {WIDTH}x{HEIGHT + 1} pixels, its annotation says {WIDTH}x{HEIGHT}"
     assert text in str(error.value)
 

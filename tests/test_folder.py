@@ -10,7 +10,7 @@ import yaml
 
 from common.config import RunConfig
 from common.errors import UserError
-from common.run import checkpoint, folder, results
+from common.run import checkpoint, folder, lock, results
 from common.run.folder import Folder
 
 RUN = {"recipe": "snclr"}
@@ -35,6 +35,13 @@ def test_what_enters_the_numbers_is_refused_and_the_rest_may_change(tmp_path):
     other = Folder(tmp_path, {"recipe": "nnclr"}, dataclasses.replace(config, seed=1))
     with pytest.raises(UserError, match=r"\(recipe was snclr, is nnclr\)"):  # and no word of flags
         other.refuse_changes()
+
+
+def test_what_a_killed_process_had_half_saved_goes_once_the_folder_is_locked(tmp_path):
+    for name in ("checkpoint.pt.1.partial", "checkpoint.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    Folder(tmp_path, RUN, RunConfig()).lock()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", lock.NAME}
 
 
 def test_facts_are_added_once_and_never_at_the_price_of_an_error(tmp_path, monkeypatch):

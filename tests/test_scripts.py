@@ -33,7 +33,7 @@ from common import cards
 from common.data import photos
 from common.data.images import ArrayImages
 from common.errors import UserError, command
-from common.run import checkpoint, metrics
+from common.run import checkpoint, metrics, results
 from common.run.backbone import load_backbone
 from eval.figures import ablation, tsne
 from eval.linear_probe import run as linear_probe
@@ -266,6 +266,15 @@ def test_flat_folder_without_labels_trains_and_says_no_knn(folder, tmp_path, cap
     out = capsys.readouterr().out
     assert code == 0 and out.count("no k-NN accuracy") == 1
     assert "neighbour_purity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_run_of_one_class_has_no_knn(folder, tmp_path, capsys):
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "class1")
+    flags = [*TINY, "--data", folder, "--output", tmp_path / "run", "--max-steps", "1"]
+    code = command(lambda: snclr.main([str(flag) for flag in flags]))
+    assert code == 0 and "no second class: no k-NN accuracy" in capsys.readouterr().out
+    assert results.read(tmp_path / "run")["knn"] is None
 
 
 @pytest.mark.parametrize("below", ["", "x"])

@@ -454,6 +454,7 @@ def test_a_grid_times_a_list_with_names_folders_and_flags(tmp_path, monkeypatch)
         ("grid: {seed: []}", "seed must be a list"),
         ("script: recipes/snclr.py\nruns: [{seed: 0}, {seed: 0}]", "several runs are called seed0"),
         ("grid: {seed: [0]}", "no script"),
+        ("grid: {lr-batch: [0]}\nruns: [{lr_batch: 9}]", "lr_batch is in grid and in a run"),
         ("script: recipes/snclr.py\nrun: 3", "run is unknown"),
         ("script: recipes/snclr.py\nruns: 3", "runs: 3 is not a list"),
         ("name: a b\nscript: recipes/snclr.py", "is no name for a folder"),

@@ -558,6 +558,13 @@ def no_end(path: Path) -> None:
     path.write_bytes(tar_bytes(a=b"1", b=b"2", c=b"3")[:2048])  # between two files
 
 
+def hole_of_zeros(path: Path) -> None:
+    """As a download in pieces leaves it of which one is missing."""
+    content = tar_bytes(a=b"1", b=b"2", c=b"3" * 20_000)
+    content[1024:1536] = bytes(512)
+    path.write_bytes(content)
+
+
 def damaged_gzip(path: Path) -> None:
     noise = np.random.default_rng(0).bytes(50_000)
     content = bytearray(gzip.compress(bytes(tar_bytes(a=noise, b=b"2")), 1))
@@ -594,6 +601,7 @@ def changed_content(path: Path) -> None:
 
 BROKEN = {
     garbage_in_the_middle: ("x.tar", "at byte 1024: neither a file nor the end"),
+    hole_of_zeros: ("x.tar", "zeros at byte 1024, but it goes on"),
     no_end: ("x.tar", "at byte 2048: neither a file nor the end"),
     damaged_gzip: ("x.tar.gz", ""),
     wrong_crc: ("x.tgz", "CRC"),

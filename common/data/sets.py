@@ -218,8 +218,10 @@ def images_among(
         if entry.is_dir(follow_symlinks=False):  # which needs no look at the file itself
             kind = None if hidden else "folders inside folders of images"
         elif is_image(entry.name):
-            files.append(path)
-            continue
+            if entry.is_file(follow_symlinks=False) or entry.is_symlink():
+                files.append(path)
+                continue
+            kind = "pipes and devices"  # which would be waited for
         elif hidden:
             kind = "hidden images" if is_image(entry.name.lstrip("._")) else None
         else:

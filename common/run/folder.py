@@ -88,6 +88,9 @@ class Folder:
             try:
                 make_folder(self.path)
                 self.held = lock.take(self.path)
+                if self.held:  # nobody else is saving: what a killed process had half written
+                    for half in self.path.glob("checkpoint*.partial"):
+                        half.unlink(missing_ok=True)
             except UserError as problem:
                 error = str(problem)
         if (error := distributed.from_rank_zero(error)) is not None:

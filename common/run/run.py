@@ -292,8 +292,9 @@ class Run:
         )
         if config.validation_share and config.scored_on == "held-out":
             self.say(f"k-NN is scored on {len(self.test):,} held-out training images")
-        if self.test is None and config.knn_every:
-            self.say("no labelled test images: no k-NN accuracy")
+        if config.knn_every and not self.measures_knn:
+            lack = "labelled test images" if self.test is None else "second class"
+            self.say(f"no {lack}: no k-NN accuracy")
         if self.step and self.step < self.last_step:
             self.say(f"continues from step {self.step} of {self.last_step}")
         if self.last_step < self.total_steps:
@@ -555,7 +556,8 @@ class Run:
 
     @property
     def measures_knn(self) -> bool:
-        return bool(self.config.knn_every) and self.test is not None
+        several = len(self.train.classes) > 1  # in one class everything is right
+        return bool(self.config.knn_every) and self.test is not None and several
 
     def knn(self, encoder: nn.Module) -> float:
         """k-NN accuracy of an encoder on the test images."""

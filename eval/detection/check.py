@@ -81,13 +81,13 @@ def counted(kind: str, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> st
     return f"{len(pairs):,} objects {kind} (the first {one['id']} of {image['file_name']})"
 
 
-def check_files(images: Detections, max_pixels: int) -> None:
+def check_files(images: Detections) -> None:
     """UserError for images that are missing, unreadable or of another size than their annotation
     says.
     """
     check_each(
         images.images,
-        functools.partial(problem, max_pixels=max_pixels),
+        functools.partial(problem, max_pixels=images.max_pixels),
         f"images of {images.name} are not as annotated",
     )
 

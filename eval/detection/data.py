@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.augment import to_tensor, view_rng
+from common.config import MAX_PIXELS
 from common.errors import UserError, say_once
 from common.run import documents
 from eval.dense import load_image, or_error
@@ -48,6 +49,7 @@ class Detections:
         self.categories = sorted(c["id"] for c in content["categories"])
         self.objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
         self.shapeless: set[int] = set()  # ids of objects that are not trained on, see check.py
+        self.max_pixels = MAX_PIXELS  # a larger image counts as unreadable
         for one in content["annotations"]:
             self.objects[one["image_id"]].append(one)
 
@@ -191,7 +193,7 @@ class Examples(torch.utils.data.Dataset):
     """
 
     def __init__(self, images: Detections, seed: int, masks: bool):
-        self.seed, self.masks = seed, masks
+        self.seed, self.masks, self.max_pixels = seed, masks, images.max_pixels
         self.labels = {c: i for i, c in enumerate(images.categories, 1)}  # 0: background
         # bytes in one array: each loader process would copy COCO's million objects by touching them
         packed = [
@@ -209,7 +211,7 @@ class Examples(torch.utils.data.Dataset):
         epoch, number = key
         first, last = self.ends[number : number + 2]
         path, objects = pickle.loads(self.packed[first:last])
-        image = or_error(lambda: load_image(path))
+        image = or_error(lambda: load_image(path, max_pixels=self.max_pixels))
         if isinstance(image, str):
             return image
         pixels = to_tensor(image)

@@ -82,7 +82,8 @@ class Detection(Job):
         check.leave_out_shapeless(train, self.settings.mask)
         check.check_truth(test, self.settings.mask)
         for images in (train, test):
-            check.check_files(images, self.config.max_pixels)
+            images.max_pixels = self.config.max_pixels
+            check.check_files(images)
         wanted, found = self.settings["MODEL.ROI_HEADS.NUM_CLASSES"], len(test.categories)
         if found != wanted:
             raise UserError(f"{self.config.data} has {found} classes, the task {wanted}")

@@ -183,14 +183,15 @@ def stop_if_asked(job: Job) -> None:
 
 
 class TestImages(torch.utils.data.Dataset):
-    def __init__(self, images: list[dict[str, Any]]):
-        self.images = images
+    def __init__(self, images: list[dict[str, Any]], max_pixels: int):
+        self.images, self.max_pixels = images, max_pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, number: int) -> Tensor | str:
-        image = or_error(lambda: data.load_image(self.images[number]["file_name"]))
+        path = self.images[number]["file_name"]
+        image = or_error(lambda: data.load_image(path, max_pixels=self.max_pixels))
         return image if isinstance(image, str) else data.to_tensor(image)
 
 
@@ -207,7 +208,7 @@ def detections(job: Job, model: nn.Module) -> list[dict[str, Any]]:
     rounds = -(-len(images) // job.ranks)
     numbers = [*own, *([0] if len(own) < rounds else [])]
     pixels = torch.utils.data.DataLoader(
-        TestImages([images[i] for i in numbers]),
+        TestImages([images[i] for i in numbers], job.test.max_pixels),
         batch_size=None,
         num_workers=job.workers,
         worker_init_fn=ignore_stop_signals,

@@ -77,7 +77,7 @@ def unpack_zip(path: Path, folder: Path) -> None:
 
 class Member(tarfile.TarInfo):
     """A header of a tar file. tarfile takes anything that is none for the archive's end; here only
-    the block of zeros is that ends every tar file.
+    the block of zeros is that ends every tar file, if nothing comes behind it (`unpack_tar`).
     """
 
     @classmethod
@@ -98,8 +98,11 @@ def unpack_tar(path: Path, folder: Path) -> None:
         for member in archive:
             check_inside(member.name, path)
             archive.extract(member, folder)
-        while archive.fileobj.read(1 << 20):  # a compressed file's checksum stands at its end
-            pass
+        end, behind = archive.offset, 0
+        while rest := archive.fileobj.read(1 << 20):  # a compressed file's checksum is at its end
+            behind += len(rest.strip(b"\0"))
+        if behind > tarfile.RECORDSIZE:  # old programs fill the last record with anything
+            raise tarfile.ReadError(f"zeros at byte {end}, but it goes on: not its end")
 
 
 def move_into(source: Path, folder: Path) -> None:

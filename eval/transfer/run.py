@@ -32,7 +32,7 @@ from common.run.flags import parse
 from common.run.folder import finished_record
 from common.run.output import outlast_readers
 from common.run.signals import StopRequests
-from eval.encoders import RANDOM, in_words, load_encoder, record_fields
+from eval.encoders import in_words, is_random, load_encoder, record_fields
 from eval.evaluation import EncoderConfig
 from eval.transfer import classifier, few_shot, manifest, readers, scores, splits
 from eval.transfer.features import IMAGE_SIZE, cached
@@ -193,7 +193,7 @@ class Transfer:
 
     def encoder_for(self, pool: readers.Pool, parts: splits.Splits) -> nn.Module:
         """The encoder; the random one calibrated on the dataset's training images."""
-        if self.config.backbone != RANDOM:
+        if not is_random(self.facts):
             return self.encoder
         views = two_views("crop-flip", self.size)
         return calibrated(self.encoder, subset(pool.images, parts.train), views, 0, self.workers)
