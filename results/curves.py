@@ -9,6 +9,7 @@ say when the records have others, and draw it anew.
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +29,13 @@ MARKERS = "os^Dvp*X"  # with a colour each: told apart without colours too
 DIGEST = "numbers"  # the PNG's text chunk
 SCRIPT = "results/curves.py"
 
-Points = list[tuple[int, float]]
+Points = list[tuple[float, float]]
 
 
 def numbers_of(tier: dict[str, str], joined: Joined) -> dict[str, Any]:
     """All that the picture shows: its title, and for each family, run and metric the points
-    (epoch, value) of each seed and of the mean over the seeds that have the epoch. Families have
+    (epoch, value) of each seed and of the mean over the seeds that have the epoch: k-NN at an
+    epoch's end, where it was measured, means over an epoch's steps at its middle. Families have
     different numbers of epochs, so no line of one is compared with one of another.
     """
     families: dict[str, Any] = {}
@@ -50,7 +52,10 @@ def lines_of(seeds: Sequence[dict[str, list]], metric: str) -> dict[str, Any]:
     """A run's points of one metric."""
     epochs = sorted({epoch for curve in seeds for epoch, _ in points_of(curve, metric)})
     means = [(epoch, round(claims.average(seeds, metric, epoch), 6)) for epoch in epochs]
-    return {"mean": means, "seeds": [points_of(curve, metric) for curve in seeds]}
+    lines = [means, *(points_of(curve, metric) for curve in seeds)]
+    if metric != "knn":  # the mean over an epoch's steps
+        lines = [[((math.ceil(e) - 1 + e) / 2, value) for e, value in line] for line in lines]
+    return {"mean": lines[0], "seeds": lines[1:]}
 
 
 def points_of(curve: dict[str, list], metric: str) -> Points:
