@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-all evaluate detection segmentation lint clean
+.PHONY: demo test test-long test-all evaluate detection segmentation lint clean
 
 demo: .venv/installed
 	$(VENV)/python eval/demo.py
@@ -19,12 +19,19 @@ detection segmentation: .venv/installed
 	$(VENV)/python eval/$@/run.py --backbone $(RUN) \
 		--data $(DATA) $(FLAGS)
 
-# whether the project is right, in minutes; test-all runs every test. A thread for each of the two
-# workers: with two they wait for each other on two cores
-test test-all: .venv/installed-dev
+# whether the project is right, in minutes. A thread for each of the two workers: with two they wait
+# for each other on two cores
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/pytest -q -n 2 --dist worksteal --durations 10
+test: .venv/installed-dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV)/pytest -q -n 2 --dist worksteal --durations 10 $(if $(filter test,$@),-m "not long")
+	$(PYTEST) -m "not long"
+
+# the other tests; test-all runs every test
+test-long: .venv/installed-dev
+	$(PYTEST) -m long
+
+test-all: test test-long
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
