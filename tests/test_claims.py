@@ -371,13 +371,8 @@ def test_the_two_runs_of_a_claim_differ_in_what_it_claims_only(own):
     assert compared > 20
 
 
-def test_the_recipes_pages_link_to_the_claims_and_their_numbers(own):
-    planned, what = own
-    names = [tier["prefix"] + run for tier in what["tiers"] for run in what["runs"]]
-    claimed = {planned[name].recipe for name in names if name in planned}
-    assert len(claimed) > 4
+def test_the_recipes_pages_link_to_the_claims_and_their_numbers():
     for page in (ROOT / "recipes").glob("*.md"):
         links = re.findall(r"\]\((\.\./results/[^)#]+)", page.read_text())
-        assert "../results/README.md" in links, page
-        assert "../results/cifar10.md" in links or page.stem not in claimed, page
+        assert "../results/cifar10.md" in links, page
         assert all((page.parent / link).exists() for link in links), page

@@ -50,7 +50,7 @@ def test_record_add_refuses_a_file_with_nan(tmp_path):
     text = json.dumps(good() | {"others": {"best": math.nan}})
     (tmp_path / "record.json").write_text(text)
     done = run_script("results/record.py", "add", tmp_path / "record.json")
-    assert "record.json is not JSON: NaN is no number" in only_error(done)
+    assert "others.best: nan is no number" in only_error(done)
 
 
 def test_nothing_to_choose_by_is_one_line():

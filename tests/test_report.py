@@ -636,7 +636,7 @@ def sized(browser):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("width", "highest"), [(1280, 120), (400, 180)])
+@pytest.mark.parametrize(("width", "highest"), [(1280, 110), (400, 180)])
 def test_rows_stay_low_and_nothing_is_cut_off(sized, width, highest):
     measured = sized(width).execute_script(
         "return [...document.querySelectorAll('section.data')].map(s => {"

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -174,11 +174,8 @@ def parsed_yaml(text: str) -> Any:
 
 def parsed_json(text: str, strict: bool = True) -> Any:
     """The value of a JSON text, likewise; NaN and infinities are JSON only if not `strict`."""
-    hooks = {"parse_constant": no_number} if strict else {}
     try:
-        value = json.loads(
-            text, object_pairs_hook=once, parse_int=whole, parse_float=finite, **hooks
-        )
+        value = json.loads(text, object_pairs_hook=once, parse_int=whole)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if strict:
@@ -199,15 +196,6 @@ def whole(digits: str) -> int:
     if len(digits) > 20 or abs(int(digits)) >= LARGEST:
         raise ValueError(f"{brief(digits)} is too large a number")
     return int(digits)
-
-
-def finite(digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else no_number(digits)
-
-
-def no_number(text: str) -> NoReturn:
-    raise ValueError(f"{brief(text)} is no number")
 
 
 def check_bounds(value: Any) -> None:
