@@ -8,7 +8,16 @@ import statistics
 import pytest
 import torch
 from conftest import run_ranks, small
-from test_gsg_replay import watched_run, with_torchs_batch_norms
+from replay import (
+    BATCH,
+    EPOCHS,
+    RUN,
+    STEPS,
+    STEPS_PER_EPOCH,
+    assert_states_are_close,
+    watched_run,
+    with_torchs_batch_norms,
+)
 from test_losses import draw
 from torch import nn
 
@@ -107,11 +116,7 @@ def test_unknown_terms_are_refused():
 
 # -- a run, step by step --------------------------------------------------------------------------
 
-EPOCHS, STEPS_PER_EPOCH, BATCH = 4, 5, 32  # of 160 images
-FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
-FLAGS += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
-FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS_PER_EPOCH + 2)]
-FLAGS += ["--projector-hidden", "24", "--output-dim", "12", "--warmup-epochs", "0.4"]
+FLAGS = ["--projector-hidden", "24", "--output-dim", "12", "--warmup-epochs", "0.4"]
 FLAGS += ["--lr", "20", "--lr-biases", "0.5"]
 HARD = ["--weight-decay", "0.03", "--lambd", "0.1"]  # of a size that a wrong one would show
 
@@ -162,7 +167,7 @@ CASES = {  # flags, and what they mean: ranks of the code, lambda, weight decay
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
     flags, ranks, lambd, decay = CASES[case]
-    seen = watched_run(barlow_twins, flags, tmp_path / "run", monkeypatch, FLAGS)
+    seen = watched_run(barlow_twins, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
     model, after = seen["before"]["model"], seen["after"]["model"]
     linears = [m for m in model.projector if isinstance(m, nn.Linear)]
     assert len(linears) == 3 and all(m.bias is None for m in linears)
@@ -181,25 +186,21 @@ def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
         step_by_hand(weights, velocities, now, decay, "sgd" if case == "sgd" else "lars")
         assert seen["logged"][step]["loss"] == pytest.approx(loss.item(), rel=1e-9)
         assert seen["logged"][step]["lr"] == pytest.approx(now[0], rel=1e-12)
-    assert step == STEPS_PER_EPOCH + 1
+    assert step == STEPS - 1
     pairs = [(after.encoder, first[0]), (after.projector, first[1])]
     if other is not first:
         pairs += [(after.second_encoder, other[0]), (after.second_projector, other[1])]
-    for ours, theirs in pairs:
-        for name, value in theirs.state_dict().items():
-            torch.testing.assert_close(
-                ours.state_dict()[name], value, rtol=1e-7, atol=1e-9, msg=name
-            )
+    assert_states_are_close(pairs)
 
 
 def test_code_ranks_on_one_process_are_the_released_codes_ranks(tmp_path, monkeypatch):
     """--code-ranks 2 on one process is the released rule on two, --code-ranks 1 is not."""
-    base = [*FLAGS, *HARD]
+    hard = [*FLAGS, *HARD]
     for ranks in (2, 1):
-        flags = ["--code-ranks", str(ranks)]
-        seen = watched_run(barlow_twins, flags, tmp_path / f"{ranks}", monkeypatch, base)
+        flags = [*hard, "--code-ranks", str(ranks)]
+        seen = watched_run(barlow_twins, flags, tmp_path / f"{ranks}", monkeypatch)
         if ranks == 2:
-            start = {"flags": base, "model": seen["before"]["model"].state_dict()}
+            start = {"flags": [*RUN, *hard], "model": seen["before"]["model"].state_dict()}
             start["views"] = seen["views"]
             start["rates"] = [rates(step) for step in range(len(seen["views"]))]
             torch.save(start, tmp_path / "start.pt")

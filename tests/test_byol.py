@@ -10,17 +10,13 @@ import math
 
 import pytest
 import torch
-from test_gsg_replay import watched_run, with_torchs_batch_norms
+from replay import BATCH, EPOCHS, STEPS, STEPS_PER_EPOCH, watched_run, with_torchs_batch_norms
 from torch import nn
 
 from common.errors import UserError
 from recipes import byol
 
-STEPS_PER_EPOCH, EPOCHS, BATCH, STEPS = 5, 4, 32, 7  # of 160 images
-SMALL = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
-SMALL += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
-SMALL += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS)]
-SMALL += ["--output-dim", "8", "--projector-hidden", "32", "--predictor-hidden", "16"]
+SMALL = ["--output-dim", "8", "--projector-hidden", "32", "--predictor-hidden", "16"]
 SMALL += ["--lr", "2.0", "--weight-decay", "0.01", "--warmup-epochs", "1"]
 
 
@@ -70,7 +66,7 @@ CASES = {
 def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
     flags = CASES[case]
     momentum = float(flags[flags.index("--momentum") + 1]) if "--momentum" in flags else 0.97
-    seen = watched_run(byol, flags, tmp_path / "run", monkeypatch, SMALL)
+    seen = watched_run(byol, [*SMALL, *flags], tmp_path / "run", monkeypatch)
     before, after = seen["before"], seen["after"]
     model = copy.deepcopy(before["model"])
     f = with_torchs_batch_norms(nn.Sequential(model.encoder, model.projector))

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from replay import BATCH, EPOCHS, IMAGES, RUN, STEPS, watched_run, with_torchs_batch_norms
 from test_resume import images
 from torch import nn
 
@@ -18,65 +19,10 @@ from common.errors import UserError
 from common.models import build_encoder
 from common.pairs import draw_pairs
 from common.run import checkpoint
-from common.run.run import Run
 
-IMAGES, EPOCHS, BATCH, STEPS = 160, 4, 32, 7  # two steps into the second epoch of five
-FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
-FLAGS += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
-FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS)]
 IMAGENET = ["--lr", "0.05", "--lr-batch", "256", "--weight-decay", "1e-4", "--fixed-predictor-lr"]
 IMAGENET += ["--no-output-affine", "--projector-layers", "3", "--projector-hidden", "32"]
-FLAGS += [*IMAGENET, "--output-dim", "24", "--predictor-hidden", "8"]
-
-
-class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    def _check_input_dim(self, x):
-        pass
-
-
-def with_torchs_batch_norms(module):
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            plain = BatchNorm(child.num_features, child.eps, child.momentum, child.affine).double()
-            plain.load_state_dict(child.state_dict())
-            setattr(module, name, plain)
-        else:
-            with_torchs_batch_norms(child)
-    return module
-
-
-def watched_run(recipe, flags, folder, monkeypatch, base=FLAGS):
-    """The recipe's run, with the views of each step, its losses and rates, and its modules before
-    and after.
-    """
-    seen = {"views": [], "logged": []}
-    begin, batches, log = Run.begin, Run.batches, Run.log
-
-    def noting_begin(self, encoder, **state):
-        modules = {n: m for n, m in state.items() if isinstance(m, nn.Module)}
-        seen["before"], seen["after"] = copy.deepcopy(modules), modules
-        return begin(self, encoder, **state)
-
-    def noting_batches(self, views):
-        assert self.steps_per_epoch == IMAGES // self.config.batch_size
-        for step, pixels, ids in batches(self, views):
-            seen["views"].append([x.clone() for x in pixels])
-            yield step, pixels, ids
-
-    def noting_log(self, **values):
-        values_now = {
-            n: v.detach().item() if isinstance(v, torch.Tensor) else v
-            for n, v in values.items()
-            if n != "z"
-        }
-        seen["logged"].append(values_now)
-        return log(self, **values)
-
-    monkeypatch.setattr(Run, "begin", noting_begin)
-    monkeypatch.setattr(Run, "batches", noting_batches)
-    monkeypatch.setattr(Run, "log", noting_log)
-    recipe.main([*base, *flags, "--data", str(images()), "--output", str(folder)])
-    return seen
+FLAGS = [*IMAGENET, "--output-dim", "24", "--predictor-hidden", "8"]
 
 
 def cosine(a, b):
@@ -111,7 +57,7 @@ def test_a_run_is_its_replay(name, flags, tmp_path, monkeypatch):
     # a batch norm over two values gives about their sign, whose gradient is mostly rounding
     close = 1e-5 if batch == 2 else 1e-9
     recipe = importlib.import_module(f"recipes.{name}")
-    seen = watched_run(recipe, flags, tmp_path / "run", monkeypatch)
+    seen = watched_run(recipe, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
     before, after = seen["before"], seen["after"]
     model = copy.deepcopy(before["model"])
     f = with_torchs_batch_norms(nn.Sequential(model.encoder, model.projector))
@@ -284,7 +230,7 @@ def test_a_head_of_no_width_is_a_mistake(recipe, flag):
 @pytest.mark.parametrize("name", ["simsiam_gsg", "byol_gsg"])
 def test_a_run_without_a_predictor_goes_on_from_its_checkpoint(name, tmp_path):
     recipe = importlib.import_module(f"recipes.{name}")
-    flags = [*FLAGS, "--no-predictor", "--data", str(images())]
+    flags = [*RUN, *FLAGS, "--no-predictor", "--data", str(images())]
     for folder, lengths in (("whole", [4]), ("parts", [2, 4])):
         for steps in lengths:
             length = ["--max-steps", str(steps), "--output", str(tmp_path / folder)]

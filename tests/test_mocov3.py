@@ -10,17 +10,14 @@ import math
 
 import pytest
 import torch
-from test_gsg_replay import watched_run, with_torchs_batch_norms
+from replay import BATCH, EPOCHS, STEPS, STEPS_PER_EPOCH, watched_run, with_torchs_batch_norms
 from test_micro_batch import tiny_vit
 from torch import nn
 
 from recipes import mocov3, snclr
 
-STEPS_PER_EPOCH, EPOCHS, BATCH, STEPS = 5, 4, 32, 7  # of 160 images
-RUN = ["--dataset", "imagefolder", "--image-size", "32", "--workers", "0", "--knn-every", "0"]
-RUN += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--warmup-epochs", "1"]
-RUN += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS)]
-RUN += ["--output-dim", "8", "--projector-hidden", "32", "--predictor-hidden", "16"]
+SMALL = ["--image-size", "32", "--warmup-epochs", "1"]
+SMALL += ["--output-dim", "8", "--projector-hidden", "32", "--predictor-hidden", "16"]
 
 
 class Lars:
@@ -75,7 +72,7 @@ def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
         monkeypatch.setattr(mocov3, "build_encoder", tiny_vit)
     else:  # of 1000 epochs
         flags = [*flags, "--weight-decay", str(decay), "--momentum", str(momentum)]
-    seen = watched_run(mocov3, flags, tmp_path / "run", monkeypatch, RUN)
+    seen = watched_run(mocov3, [*SMALL, *flags], tmp_path / "run", monkeypatch)
     before, after = seen["before"], seen["after"]
     model = copy.deepcopy(before["model"])
     f = with_torchs_batch_norms(nn.Sequential(model.encoder, model.projector))
@@ -131,9 +128,9 @@ def test_snclr_as_its_code_without_neighbours_is_a_run_of_mocov3(arch, tmp_path,
     extra = ["--follow", "official", "--neighbours", "0", "--queue-size", "64"]
     (tmp_path / "a").mkdir()
     with monkeypatch.context() as patch:
-        one = watched_run(mocov3, shared, tmp_path / "a" / "run", patch, RUN)
+        one = watched_run(mocov3, [*SMALL, *shared], tmp_path / "a" / "run", patch)
     with monkeypatch.context() as patch:
-        other = watched_run(snclr, [*shared, *extra], tmp_path / "run", patch, RUN)
+        other = watched_run(snclr, [*SMALL, *shared, *extra], tmp_path / "run", patch)
     for a, b in zip(one["logged"], other["logged"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
         assert a["lr"] == pytest.approx(b["lr"], rel=1e-12)

@@ -7,8 +7,8 @@ import dataclasses
 import math
 
 import pytest
-import test_gsg_replay as replay
 import torch
+from replay import BATCH, EPOCHS, RUN, STEPS_PER_EPOCH, watched_run, with_torchs_batch_norms
 from test_losses import cosine, draw
 from torch import nn
 
@@ -144,10 +144,7 @@ def test_contrastive_accuracy_is_a_plain_count():
 
 # -- runs -----------------------------------------------------------------------------------------
 
-STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 32  # of 160 images
-FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
-FLAGS += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
-FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS_PER_EPOCH + 3)]
+FLAGS = ["--max-steps", str(STEPS_PER_EPOCH + 3)]
 FLAGS += ["--warmup-epochs", "1", "--output-dim", "24", "--lr", "2.4", "--weight-decay", "1e-3"]
 READINGS = [
     ["--temperature", "0.3"],
@@ -181,17 +178,17 @@ class LARSByHand:
 @pytest.mark.parametrize("flags", READINGS, ids=str)
 def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
     """Joint batch statistics, both directions, the rate from 0 and inside the momentum."""
-    seen = replay.watched_run(simclr, flags, tmp_path / "run", monkeypatch, FLAGS)
+    seen = watched_run(simclr, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
     model = copy.deepcopy(seen["before"]["model"])
     network = nn.Sequential(model.encoder, model.projector)
     trained = {n for n, p in network.named_parameters() if p.requires_grad}
-    network = replay.with_torchs_batch_norms(network)
+    network = with_torchs_batch_norms(network)
     has_norm = "none" not in flags and "--no-projector-norm" not in flags
     without = {n for n, _ in network.named_parameters()} - trained
     assert len(without) == has_norm  # the last batch norm's offset
     parameters = [p for n, p in network.named_parameters() if n in trained]
     optimizer = LARSByHand(parameters, inside="lars" not in flags)
-    config = simclr.parse_arguments([*FLAGS, *flags])
+    config = simclr.parse_arguments([*RUN, *FLAGS, *flags])
     base = 0.2 * math.sqrt(BATCH) if "sqrt" in flags else 2.4 * BATCH / 256
     factor = 2 if "official" in flags else 1
     temperature = config.temperature

@@ -6,8 +6,16 @@ import statistics
 import pytest
 import torch
 from conftest import small
+from replay import (
+    BATCH,
+    EPOCHS,
+    STEPS,
+    STEPS_PER_EPOCH,
+    assert_states_are_close,
+    watched_run,
+    with_torchs_batch_norms,
+)
 from safetensors.torch import load_file
-from test_gsg_replay import watched_run, with_torchs_batch_norms
 from test_losses import draw
 from torch import nn
 
@@ -123,11 +131,7 @@ def test_an_unknown_form_is_refused():
 
 # -- a run, step by step --------------------------------------------------------------------------
 
-EPOCHS, STEPS_PER_EPOCH, BATCH = 4, 5, 32  # of 160 images
-FLAGS = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
-FLAGS += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
-FLAGS += ["--precision", "fp64", "--seed", "3", "--max-steps", str(STEPS_PER_EPOCH + 2)]
-FLAGS += ["--projector-hidden", "24", "--output-dim", "12", "--warmup-epochs", "0.4", "--lr", "20"]
+FLAGS = ["--projector-hidden", "24", "--output-dim", "12", "--warmup-epochs", "0.4", "--lr", "20"]
 
 
 def plain_loss(z1, z2, form):
@@ -160,7 +164,7 @@ def lars_step(weights, velocities, rate, decay):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_is_its_replay(form, second, tmp_path, monkeypatch):
     flags = ["--follow", form, "--second-arch", second]
-    seen = watched_run(vicreg, flags, tmp_path / "run", monkeypatch, FLAGS)
+    seen = watched_run(vicreg, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
     model, after = seen["before"]["model"], seen["after"]["model"]
     for name, expert in model.named_modules():
         if "projector" in name and isinstance(expert, nn.Linear):
@@ -173,7 +177,7 @@ def test_a_run_is_its_replay(form, second, tmp_path, monkeypatch):
     velocities = [torch.zeros_like(w) for w in weights]
     base, last = 20 * BATCH / 256, {"paper": 0.00125, "official": 0.001}[form]
     steps = STEPS_PER_EPOCH * EPOCHS
-    assert len(seen["views"]) == STEPS_PER_EPOCH + 2
+    assert len(seen["views"]) == STEPS
     for step, (x1, x2) in enumerate(seen["views"]):
         rate = base * step / 2  # two steps of warm-up
         if step >= 2:
@@ -188,11 +192,7 @@ def test_a_run_is_its_replay(form, second, tmp_path, monkeypatch):
     pairs = [(after.encoder, first[0]), (after.projector, first[1])]
     if second != "shared":
         pairs += [(after.second_encoder, other[0]), (after.second_projector, other[1])]
-    for ours, theirs in pairs:
-        for name, value in theirs.state_dict().items():
-            torch.testing.assert_close(
-                ours.state_dict()[name], value, rtol=1e-7, atol=1e-9, msg=name
-            )
+    assert_states_are_close(pairs)
     exported = load_file(tmp_path / "run" / "backbone.safetensors")  # the first branch's
     torch.testing.assert_close(
         exported["0.weight"], first[0].state_dict()["0.weight"].float(), rtol=1e-5, atol=1e-7
