@@ -1,5 +1,6 @@
 """How features lie: against plain sums in float64, at the epochs that are asked for, once each."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -8,7 +9,12 @@ import pytest
 import torch
 import yaml
 from conftest import only_error, run_script, small
+from torch import nn
 
+from common.data.images import subset
+from common.data.sets import load_dataset
+from common.knn import extract_features
+from common.models import build_encoder
 from common.run import geometry
 
 
@@ -75,3 +81,21 @@ def test_without_test_images_it_is_one_line(tmp_path):
     flags += ["--batch-size", "4", "--geometry-points", "1", "--output", tmp_path / "run"]
     flags += ["--image-size", "32"]
     assert "--geometry-points measures test" in only_error(run_script("recipes/nnclr.py", *flags))
+
+
+def test_both_are_taken_in_eval_mode_and_the_model_stays_as_it_was():
+    train, _ = load_dataset("photos", "")
+    model = nn.Module()
+    model.encoder = build_encoder("tiny", 32)
+    model.projector = nn.Sequential(nn.Linear(model.encoder.embed_dim, 6), nn.BatchNorm1d(6))
+    model.projector[1].running_mean.fill_(3)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    few = subset(train, np.arange(0, len(train), 50))
+    found = geometry.measure(model, few, 32)
+    assert model.encoder.training and model.projector.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    rows = extract_features(model.encoder, few, np.arange(len(few)), 32)
+    assert found["representation"] == geometry.described(rows)
+    with torch.no_grad():
+        assert found["embedding"] == geometry.described(model.projector.eval()(rows))

@@ -7,7 +7,7 @@ embedding up to unit variance.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,23 +29,13 @@ def epochs_of(config: Any) -> set[int]:
     return {math.ceil(config.epochs * n / points) for n in range(1, points + 1)}
 
 
-class Embedding(nn.Module):
-    """The embedding of a recipe's model, of images."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model.projector(self.model.encoder(x))
-
-
+@torch.no_grad()
 def measure(
     model: nn.Module,
     images: Images,
     image_size: int,
     workers: int = 0,
-    autocast: Callable[[], AbstractContextManager] | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, dict[str, Any]]:
     """`representation` and `embedding`, each with what `described` says, of at most 2 000 of the
     images, equally many of each class, the same every time; over all ranks.
@@ -55,11 +45,14 @@ def measure(
         classes = 1 if images.labels is None else len(np.unique(images.labels))
         chosen = balanced(images, IMAGES // classes * classes)
     own = chosen[rank_share(len(chosen), padded=True)]
-    found = {}
-    for name, network in (("representation", model.encoder), ("embedding", Embedding(model))):
-        rows = extract_features(network, images, own, image_size, workers, autocast)
-        found[name] = described(gather_shares(rows, len(chosen)))
-    return found
+    rows = extract_features(model.encoder, images, own, image_size, workers, autocast)
+    rows = gather_shares(rows, len(chosen))
+    training = model.projector.training
+    model.projector.eval()
+    with autocast():
+        embedding = model.projector(rows)
+    model.projector.train(training)
+    return {"representation": described(rows), "embedding": described(embedding)}
 
 
 def described(rows: Tensor) -> dict[str, Any]:
