@@ -486,6 +486,7 @@ def test_mistakes(flags, text, capsys, tmp_path):
     assert len(errors) == 1 and text in errors[0]
 
 
+@pytest.mark.long
 def test_a_run_that_has_trained_further_is_said(shortest, tmp_path, capsys):
     further = tmp_path / "run"
     shutil.copytree(shortest, further)

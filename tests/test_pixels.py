@@ -331,6 +331,7 @@ pixels.compile_kernels()
 """
 
 
+@pytest.mark.long
 def test_code_that_cannot_be_written_without_a_home_keeps_kernels_in_a_temporary_folder(tmp_path):
     """Files stand in the way of every other folder, which stops root too."""
     code, temporary = tmp_path / "code", tmp_path / "tmp"

@@ -139,6 +139,8 @@ def test_demo_learns(seed, tmp_path):
                 table[name] = float(knn.rstrip("%")), float(linear.rstrip("%"))
     knn_pixels, knn_random, knn_trained = (table[name][0] for name in table)
     assert knn_trained >= max(knn_random, knn_pixels) + 8, done.stdout
+    gained = float(done.stdout.split("Training gained ")[1].split()[0])
+    assert gained == pytest.approx(knn_trained - knn_random, abs=0.11)
     assert table["SNCLR"][1] > table["random encoder"][1], done.stdout
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert round(100 * results["knn"], 1) == knn_trained

@@ -86,6 +86,7 @@ def test_private_queues_refuse_another_number_of_ranks(tmp_path):
         run_ranks(1, "recipes/snclr.py", *arguments)
 
 
+@pytest.mark.long
 def test_two_ranks_agree_on_a_stop_and_resume_with_their_private_queues(tmp_path):
     """One rank alone gets the signal; both save the same step and end with 75."""
     a, b = tmp_path / "a", tmp_path / "b"

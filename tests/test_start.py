@@ -135,6 +135,7 @@ def test_the_first_host_of_a_node_list_needs_no_scontrol(nodes, first, variables
 # -- the rendezvous -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_that_never_come_end_the_wait_at_the_stated_time(rank, variables, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "WAIT", datetime.timedelta(seconds=2))

@@ -104,6 +104,25 @@ def test_cifar10_in_class_folders_is_named_a_copy(tmp_path):
     assert readers.read(manifest.load("cifar10"), beside).copy == "JPEG copy"
 
 
+@pytest.mark.timeout(60)  # a pipe was waited for
+@pytest.mark.parametrize(
+    ("key", "listed"),
+    [
+        ("birdsnap", "birdsnap/images.txt"),
+        ("birdsnap", "birdsnap/test_images.txt"),
+        ("sun397", "SUN397/ClassName.txt"),
+        ("sun397", "SUN397/Testing_01.txt"),
+        ("voc2007", "VOCdevkit/VOC2007/ImageSets/Main/cow_test.txt"),
+    ],
+)
+def test_a_pipe_in_the_place_of_a_list_is_one_line(key, listed, tmp_path):
+    getattr(miniatures, key)(tmp_path)
+    (tmp_path / listed).unlink()
+    os.mkfifo(tmp_path / listed)
+    with pytest.raises(UserError, match=f"no file .*{listed}; python eval/transfer/prepare.py"):
+        readers.read(manifest.load(key), tmp_path)
+
+
 def test_birdsnap_counts_what_flickr_no_longer_has(tmp_path):
     miniatures.birdsnap(tmp_path)
     for path in sorted((tmp_path / "birdsnap").rglob("*500[0-2].jpg")):

@@ -17,6 +17,7 @@ from torchvision import datasets
 from common.data.images import ArrayImages, FolderImages, Images
 from common.data.sets import as_bytes, load_cifar10, scan_folder
 from common.errors import UserError, is_disk_error
+from common.run import documents
 from eval.transfer.manifest import Manifest
 
 # VOC2007 devkit, VOCinit.m
@@ -62,6 +63,13 @@ def read(manifest: Manifest, root: Path) -> Pool:
             f"python eval/transfer/prepare.py --root {root} --datasets {manifest.key} says what to "
             "do"
         ) from None
+
+
+def text_of(path: Path) -> str:
+    """A list's text; FileNotFoundError if there is none, or a folder or a pipe in its place."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    return documents.read_text(path)
 
 
 def pool_of(root: Path, parts: dict[str, Part]) -> Pool:
@@ -156,12 +164,12 @@ def cifar100(root: Path) -> Pool:
 def sun397(root: Path) -> Pool:
     """torchvision's classes, the authors' first split: lists of lines as /a/abbey/sun_….jpg."""
     folder = root / "SUN397"
-    with open(folder / "ClassName.txt") as file:
-        # "/a/abbey": the letter's folder is not of the name, as in torchvision's reader
-        labels = {line.strip()[3:]: number for number, line in enumerate(file) if line.strip()}
+    # "/a/abbey": the letter's folder is not of the name, as in torchvision's reader
+    named = text_of(folder / "ClassName.txt").splitlines()
+    labels = {line.strip()[3:]: number for number, line in enumerate(named) if line.strip()}
     parts = {}
     for name, listed in (("train", "Training_01.txt"), ("test", "Testing_01.txt")):
-        lines = (folder / listed).read_text().split()
+        lines = text_of(folder / listed).split()
         numbers = [labels[line[3:].rsplit("/", 1)[0]] for line in lines]
         parts[name] = Part([str(folder / line.lstrip("/")) for line in lines], np.array(numbers))
     return pool_of(root, parts)
@@ -184,13 +192,13 @@ def birdsnap(root: Path) -> Pool:
     header, then a path per line); the format is told in readme.txt of the archive.
     """
     folder = root / "birdsnap"
-    tests = set((folder / "test_images.txt").read_text().splitlines()[1:])
+    tests = set(text_of(folder / "test_images.txt").splitlines()[1:])
     found: dict[str, tuple[list[str], list[int]]] = {"train": ([], []), "test": ([], [])}
-    with open(folder / "images.txt", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            paths, labels = found["test" if row["path"] in tests else "train"]
-            paths.append(str(folder / BIRDSNAP_IMAGES / row["path"]))
-            labels.append(int(row["species_id"]) - 1)  # ids run from 1
+    lines = text_of(folder / "images.txt").splitlines()
+    for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+        paths, labels = found["test" if row["path"] in tests else "train"]
+        paths.append(str(folder / BIRDSNAP_IMAGES / row["path"]))
+        labels.append(int(row["species_id"]) - 1)  # ids run from 1
     return pool_of(root, {name: Part(paths, np.array(y)) for name, (paths, y) in found.items()})
 
 
@@ -210,7 +218,7 @@ def voc2007(root: Path) -> Pool:
 
 def voc_labels(path: Path, images: Sequence[str]) -> np.ndarray:
     """One class's column for the images, from lines as "000005 -1"."""
-    said = dict(line.split() for line in path.read_text().splitlines() if line.strip())
+    said = dict(line.split() for line in text_of(path).splitlines() if line.strip())
     return np.array([int(said[Path(image).stem]) == 1 for image in images], dtype=np.int64)
 
 
