@@ -21,9 +21,9 @@ folder.mkdir(exist_ok=True)
 load, seen = evaluation.load_dataset, {}
 
 
-def odd(*arguments):
+def odd(*arguments, **named):
     """1 499 training and 401 test images of all classes, spread over the data set."""
-    train, test = load(*arguments)
+    train, test = load(*arguments, **named)
     return (
         subset(train, np.linspace(0, len(train) - 1, 1499).astype(int)),
         subset(test, np.linspace(0, len(test) - 1, 401).astype(int)),
