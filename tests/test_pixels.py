@@ -22,7 +22,7 @@ from common.data.images import ArrayImages, FolderImages
 from common.data.loaders import RankBatches, view_loader
 from common.data.photos import PHOTOS, read_photo
 from common.data.sets import as_bytes, load_dataset
-from common.fast import pixels
+from common.fast import compiled, pixels
 
 SIZE = 64
 PLAIN = Draw((0, 0, SIZE, SIZE), None, (1.0, 1.0, 1.0, 0.0), False, None, False, False)
@@ -367,11 +367,11 @@ def test_without_a_home_that_has_a_name_no_folder_is_made_of_it(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HOME")
     monkeypatch.setenv("NUMBA_CACHE_DIR", "")
-    monkeypatch.setattr(pixels.numba.config, "CACHE_DIR", "")
-    monkeypatch.setattr(pixels.os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(pixels.os, "access", lambda *_: False)
-    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: str(tmp_path))
-    kept, words = pixels.cache()
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", "")
+    monkeypatch.setattr(compiled.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(compiled.os, "access", lambda *_: False)
+    monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: str(tmp_path))
+    kept, words = compiled.cache()
     assert kept and f"are kept in {tmp_path}/selfsup-kernels-" in words
     assert not (tmp_path / "~").exists()
 
@@ -383,11 +383,11 @@ def test_without_any_folder_the_kernels_are_compiled_at_each_start(tmp_path, mon
 
         return decorate
 
-    monkeypatch.setattr(pixels, "njit", refuse)
-    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: "/dev/null")
-    kept, words = pixels.cache()
+    monkeypatch.setattr(compiled, "njit", refuse)
+    monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: "/dev/null")
+    kept, words = compiled.cache()
     assert not kept and "NUMBA_CACHE_DIR" in words
     other = tmp_path / f"selfsup-kernels-{os.getuid()}"
     other.symlink_to(tmp_path)  # laid there by another user, perhaps
-    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert pixels.cache() == (kept, words)
+    monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert compiled.cache() == (kept, words)

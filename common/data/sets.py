@@ -331,12 +331,13 @@ def cifar10_folder(root: Path, split: str, expected: int) -> ArrayImages:
     pixels = np.empty((len(files), 32, 32, 3), dtype=np.uint8)
     for index in range(len(files)):
         try:
-            image = files.load(index)
+            image = files.load_array(index)[:, :, :3]
         except UserError as error:  # all ranks read all of CIFAR-10 at the start
             raise UserError(str(error).removesuffix(SKIP_HINT)) from None
-        if image.size != (32, 32):
+        if image.shape != (32, 32, 3):
+            height, width, _ = image.shape
             raise UserError(
-                f"{files.path(index)} is {image.width}x{image.height}: CIFAR-10's images are 32x32",
+                f"{files.path(index)} is {width}x{height}: CIFAR-10's images are 32x32",
             )
         pixels[index] = image
     return ArrayImages(pixels, files.labels, files.classes, f"CIFAR-10 ({copy})")

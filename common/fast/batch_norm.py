@@ -5,12 +5,18 @@ rounds up to 20 times as much as these sums in float64.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.distributed import all_reduce_sum, world_size
+from common.fast.compiled import kernel
 
 
 def rank_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
@@ -107,38 +113,108 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: RankBatchNorm):
         x = channels_last(x)
-        parts = as_rows(x, norm.views)
-        ctx.count = parts.shape[1] * world_size()  # ranks hold equally many images
-        mean = sum_over_ranks(parts.sum(1, dtype=torch.float64)) / ctx.count
-        centred = parts - mean.to(x.dtype)[:, None]
-        var = sum_over_ranks(centred.square().sum(1, dtype=torch.float64)) / ctx.count
+        y, views = torch.empty_like(x), norm.views
+        rows, out = as_rows(x, views), as_rows(y, views)
+        ctx.count = rows.shape[1] * world_size()  # ranks hold equally many images
+        mean = sum_over_ranks(by_blocks(add_values, [rows], [], 1)[:, 0]) / ctx.count
+        var = sum_over_ranks(by_blocks(add_squares, [rows], [mean], 1)[:, 0]) / ctx.count
         norm.track(mean, var, ctx.count)
         inverse_std = (var + norm.eps).rsqrt()
-        normed = centred.mul_(inverse_std.to(x.dtype)[:, None])
-        y = torch.empty_like(x)
-        if weight is None:
-            as_rows(y, norm.views).copy_(normed)
-        else:
-            torch.addcmul(bias, normed, weight, out=as_rows(y, norm.views))
-        ctx.save_for_backward(normed, inverse_std, weight)
+        scale = inverse_std if weight is None else inverse_std * weight
+        offset = torch.zeros_like(mean) if bias is None else bias.double().expand(views, -1)
+        by_blocks(normalise, [rows, out], [mean, scale, offset])
+        ctx.save_for_backward(x, mean, inverse_std, scale)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        normed, inverse_std, weight = ctx.saved_tensors
-        grad = channels_last(grad)
-        kind, rows = grad.dtype, as_rows(grad, len(normed))
-        grad_bias = rows.sum(1, dtype=torch.float64)
-        grad_weight = (rows * normed).sum(1, dtype=torch.float64)
-        means = sum_over_ranks(torch.stack([grad_bias, grad_weight])) / ctx.count
-        offset, slope = means.to(kind)[:, :, None]
-        scale = (inverse_std if weight is None else inverse_std * weight).to(kind)[:, None]
+        x, mean, inverse_std, scale = ctx.saved_tensors
+        grad, views = channels_last(grad), len(mean)
         grad_x = torch.empty_like(grad)
-        out = as_rows(grad_x, len(normed))
-        torch.addcmul(rows - offset, normed, slope, value=-1, out=out).mul_(scale)
-        if weight is None:
-            return grad_x, None, None, None
-        return grad_x, grad_weight.sum(0).to(kind), grad_bias.sum(0).to(kind), None
+        rows, of_rows, out = (as_rows(each, views) for each in (x, grad, grad_x))
+        sums = by_blocks(add_gradients, [of_rows, rows], [mean, inverse_std], 2)
+        means = sum_over_ranks(sums.clone()) / ctx.count  # clone: overwritten by the sum over ranks
+        channels = mean, inverse_std, means[:, 0], means[:, 1], scale
+        by_blocks(give_back, [of_rows, rows, out], channels)
+        own = sums.sum(0).to(grad.dtype)  # average_gradients adds up those of the ranks
+        needed = ctx.needs_input_grad
+        return grad_x, own[1] if needed[1] else None, own[0] if needed[2] else None, None
+
+
+# -- the sums, in float64, and what is done with them: one pass over memory each -------------------
+
+BLOCK = (
+    1 << 18
+)  # values that a thread takes at once; sums are those of blocks, added in their order
+WIDTH = 1024  # values of a row: narrow ones are joined, since short loops are slow
+
+
+def by_blocks(
+    function: Callable, rows: Sequence[Tensor], channels: Sequence[Tensor], sums: int = 0
+) -> Tensor:
+    """Calls function(*rows, *channels, totals) for blocks of each view's rows, on as many threads
+    as PyTorch has. rows (views,n,C) are cut along n; channels (views,C) go to every block of their
+    view; what the blocks add to their totals is returned, added up, as float64 (views,sums,C).
+    """
+    views, n, width = rows[0].shape
+    joined = math.gcd(n, max(1, WIDTH // width))
+    rows = [each.detach().view(views, n // joined, -1).numpy() for each in rows]
+    channels = [each.detach().repeat(1, joined).numpy() for each in channels]
+    size = max(1, BLOCK // (joined * width))
+    totals = np.zeros((views, -(-n // (joined * size)), sums, joined * width))
+
+    def work(place: tuple[int, int]) -> None:
+        view, number = place
+        cut = slice(number * size, (number + 1) * size)
+        function(*(r[view, cut] for r in rows), *(c[view] for c in channels), totals[place])
+
+    places = [*itertools.product(range(views), range(totals.shape[1]))]
+    threads = min(torch.get_num_threads(), len(places))
+    for _ in pool(threads).map(work, places) if threads > 1 else map(work, places):
+        pass
+    return torch.from_numpy(totals.sum(1).reshape(views, sums, joined, width).sum(2))
+
+
+@functools.cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+@kernel
+def add_values(x, totals):
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            totals[0, c] += x[r, c]
+
+
+@kernel
+def add_squares(x, mean, totals):
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            totals[0, c] += (x[r, c] - mean[c]) ** 2
+
+
+@kernel
+def normalise(x, y, mean, scale, offset, _):
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            y[r, c] = (x[r, c] - mean[c]) * scale[c] + offset[c]
+
+
+@kernel
+def add_gradients(grad, x, mean, inverse_std, totals):
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            totals[0, c] += grad[r, c]
+            totals[1, c] += grad[r, c] * ((x[r, c] - mean[c]) * inverse_std[c])
+
+
+@kernel
+def give_back(grad, x, grad_x, mean, inverse_std, of_offset, of_slope, scale, _):
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            normed = (x[r, c] - mean[c]) * inverse_std[c]
+            grad_x[r, c] = (grad[r, c] - of_offset[c] - normed * of_slope[c]) * scale[c]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

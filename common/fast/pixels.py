@@ -9,14 +9,10 @@ Images are uint8 (H,W,4): one 32-bit word per pixel, as the JPEG decoder writes 
 is never used. Behind the crop they are planes, uint8 (3,S,S).
 """
 
-import contextlib
 import functools
 import math
-import os
-import tempfile
 from pathlib import Path
 
-import numba
 import numpy as np
 import simplejpeg
 import torch
@@ -25,31 +21,8 @@ from torch import Tensor
 
 from common.augment import MEAN, STD, Draw, View
 from common.errors import is_first_rank
+from common.fast.compiled import KEPT, WHERE, kernel
 
-
-def cache() -> tuple[bool, str]:
-    """Whether numba can keep the kernels, and what to say of it: they go into a temporary folder of
-    this user where neither the code's folder nor a home takes files (containers).
-    """
-    beside = Path(__file__).parent / "__pycache__"
-    homeless = os.path.expanduser("~") == "~"  # numba would make a folder of this name
-    if not homeless or os.access(beside, os.W_OK) or os.environ.get("NUMBA_CACHE_DIR"):
-        with contextlib.suppress(RuntimeError):  # numba's, that it finds no place
-            njit(cache=True)(cache)
-            return True, ""
-    try:
-        folder = Path(tempfile.gettempdir()) / f"selfsup-kernels-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            raise PermissionError  # numba runs what it reads there
-    except OSError:
-        return False, "cannot be kept anywhere, and are compiled at each start: set NUMBA_CACHE_DIR"
-    os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(folder)
-    return True, f"are kept in {folder}: no other folder can be written (NUMBA_CACHE_DIR)"
-
-
-KEPT, WHERE = cache()
-kernel = njit(cache=KEPT, nogil=True, error_model="numpy")  # called from one thread per worker
 inlined = njit(inline="always")
 
 HALF = np.int32(1 << 21)  # Pillow's weights have 22 fractional bits
