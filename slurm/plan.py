@@ -5,7 +5,9 @@ The file holds tiers by name. A tier: dataset, arch and batch (if they are not t
 of all its runs, flags by family of recipes/recipes.yaml under `families`, and its runs by name. A
 run: recipe, flags (which win over the tier's; null takes one away), hours. seeds, evaluations,
 device and basis stand in the tier or in the run. A recipe that lacks one of its flags is a mistake,
-unless the tier names the flag under `optional`: then it does without.
+unless the tier names the flag under `optional`: then it does without. A tier may also have a
+`prefix` of its names, `hours-factor`, by which its runs' hours are multiplied, `factors`, by which
+the rates of the runs named are, and `rates`: each run is then run at each of these factors.
 """
 
 import argparse
@@ -30,6 +32,7 @@ PROTOCOLS = {
     "readout": "linear (L-BFGS), standardised",
 }
 DATA = {"imagenet": "its train/ and val/", "cifar10": "as the recipes' --data"}  # a flag for each
+RATES = ("lr", "lr-biases")  # the flags that a factor of a run's rate multiplies
 EITHER = ("seeds", "evaluations", "device", "basis")  # of the run, else of its tier
 
 
@@ -86,10 +89,10 @@ def load(path: Path) -> dict[str, Planned]:
     found: dict[str, dict[str, Any]] = {}
     tiers = documents.read_yaml(path, "plan")["tiers"]
     for tier, of_tier in tiers.items():
-        for name, run in of_tier["runs"].items():
+        for name, run, factor in expanded(path, of_tier):
             if name in found or name in tiers:
                 raise UserError(f"{path}: the name {name} appears twice")
-            found[name] = merged(f"{path}: {name}", name, tier, of_tier, run)
+            found[name] = merged(f"{path}: {name}", name, tier, of_tier, run, factor)
     answers = resolved(json.dumps([run.pop("asked") for run in found.values()]))
     return {
         name: Planned(**run, flags=answer["flags"], config=answer["config"])
@@ -97,8 +100,25 @@ def load(path: Path) -> dict[str, Planned]:
     }
 
 
+def expanded(path: Path, of_tier: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """The runs of a tier with their names and the factors of their rates."""
+    prefix, rates = of_tier.get("prefix", ""), of_tier.get("rates")
+    factors = of_tier.get("factors") or {}
+    if unknown := set(factors) - set(of_tier["runs"]):
+        raise UserError(f"{path}: factors of {', '.join(sorted(unknown))}, no run of its tier")
+    for name, run in of_tier["runs"].items():
+        for rate in rates or [None]:
+            factor = factors.get(name, 1) * (rate or 1)
+            yield prefix + name + (f"-x{rate:g}" if rate else ""), run, factor
+
+
 def merged(
-    where: str, name: str, tier: str, of_tier: dict[str, Any], run: dict[str, Any]
+    where: str,
+    name: str,
+    tier: str,
+    of_tier: dict[str, Any],
+    run: dict[str, Any],
+    factor: float = 1,
 ) -> dict[str, Any]:
     """The fields of a run with its tier's, and under `asked` what slurm/check.py is to resolve."""
     fields = {key: run.get(key, of_tier.get(key)) for key in EITHER}
@@ -115,10 +135,16 @@ def merged(
     values |= {"batch-size": of_tier.get("batch"), **(of_tier.get("flags") or {})}
     values |= families.get(cards.load()[recipe].family) or {}
     own = run.get("flags") or {}
+    if factor != 1:
+        whole = values | own
+        if "lr" not in whole:
+            raise UserError(f"{where}: a factor of its rate, and it has no lr")
+        own = own | {n: float(f"{factor * whole[n]:.6g}") for n in RATES if n in whole}
     spare = [f for f in of_tier.get("optional") or [] if f in values and f not in own]
     optional = {flag: flags_of({flag: values.pop(flag)}, name) for flag in spare}
     asked = [f"recipes/{recipe}.py", flags_of(values | own, name), None, optional]
-    own_fields = {"name": name, "tier": tier, "recipe": recipe, "hours": run["hours"]}
+    hours = float(f"{run['hours'] * of_tier.get('hours-factor', 1):.3g}")
+    own_fields = {"name": name, "tier": tier, "recipe": recipe, "hours": hours}
     return {**own_fields, **fields, "asked": asked}
 
 
