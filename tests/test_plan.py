@@ -56,6 +56,27 @@ def test_a_run_has_its_tiers_flags_its_familys_and_its_own_over_them():
     assert merged["seeds"] == [3] and merged["device"] == "CPU"
 
 
+def test_a_tier_may_run_each_of_its_runs_at_several_rates():
+    run = {"recipe": "barlow_twins", "flags": {"lr": 0.02, "lr-biases": 0.01}, "hours": 2}
+    tier = {"dataset": "photos", "prefix": "rate-", "rates": [0.25, 4], "hours-factor": 0.5}
+    tier |= {"runs": {"a": run, "b": run}, "factors": {"b": 2}, "flags": {"epochs": 3}}
+    tier |= {"seeds": [0], "evaluations": ["knn"], "device": "CPU", "basis": "measured"}
+    found = {n: (one, factor) for n, one, factor in plan.expanded(REAL, tier)}
+    assert {n: factor for n, (_, factor) in found.items()} == {
+        "rate-a-x0.25": 0.25,
+        "rate-a-x4": 4,
+        "rate-b-x0.25": 0.5,
+        "rate-b-x4": 8,
+    }
+    merged = plan.merged("here", "a", "t", tier, *found["rate-b-x4"])
+    words = "--dataset photos --epochs 3 --lr 0.16 --lr-biases 0.08"
+    assert merged["asked"][1] == words.split() and merged["hours"] == 1
+    with pytest.raises(UserError, match="here: a factor of its rate, and it has no lr"):
+        plan.merged("here", "a", "t", tier, {"recipe": "nnclr", "hours": 1}, 4)
+    with pytest.raises(UserError, match="factors of c, no run of its tier"):
+        [*plan.expanded(REAL, tier | {"factors": {"c": 2}})]
+
+
 def changed(tmp_path, change):
     """The golden plan with its tier photos changed."""
     tiers = yaml.safe_load((golden_set.GOLDEN / "plan.yaml").read_text())["tiers"]
