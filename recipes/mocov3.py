@@ -34,7 +34,7 @@ from common.config import (
     Share,
 )
 from common.distributed import average_gradients, gather, rank
-from common.errors import command
+from common.errors import UserError, command
 from common.fast.micro_batch import Pieces
 from common.models import (
     build_encoder,
@@ -76,7 +76,7 @@ class Config(RunConfig):
     momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1; App. A; code: --moco-m-cos
     temperature: Positive = 1.0  # T; App. A; code (its default); ViTs 0.2, Sec. 5
     predictor: bool = True  # no: the query is the projection itself; Sec. 6.2
-    freeze_patch_embedding: bool = False  # ViTs: yes, Sec. 4.2; code: --stop-grad-conv1
+    freeze_patch_embedding: bool = False  # ViTs only: yes, Sec. 4.2; code: --stop-grad-conv1
     zero_init_residual: bool = True  # last batch norm of each block; code
     projector_hidden: PositiveInt = 4096  # Sec. 5; code: --moco-mlp-dim
     predictor_hidden: PositiveInt = 4096  # Sec. 5; code: --moco-mlp-dim
@@ -160,11 +160,13 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """Rate, decay and momentum of the length, where no flag or preset gives them."""
+    """Rate, decay and momentum of the length, where no flag or preset gives them; UserError for
+    a patch embedding to freeze where there is none.
+    """
     length = next((n for n in LENGTHS if config.epochs <= n), max(LENGTHS))
     changes = {n: v for n, v in LENGTHS[length].items() if getattr(config, n) is None}
-    if not config.arch.startswith("vit"):
-        changes["freeze_patch_embedding"] = False  # there is none
+    if config.freeze_patch_embedding and not config.arch.startswith("vit"):
+        raise UserError(f"--freeze-patch-embedding: {config.arch} has none, leave it out")
     return dataclasses.replace(config, **changes)
 
 

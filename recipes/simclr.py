@@ -190,8 +190,14 @@ def views_of(config: Config) -> list[View]:
 
 def resolve(config: Config) -> Config:
     """With the base rate of --dataset and --lr-scaling where --lr is not given; UserError if no
-    source has one.
+    source has one, and for a --lr-batch that --lr-scaling does not read.
     """
+    preset = PRESETS.get(config.dataset, {})
+    if config.lr_scaling == "sqrt" and config.lr_batch != preset.get("lr_batch", Config.lr_batch):
+        raise UserError(
+            f"--lr-batch {config.lr_batch}: --lr-scaling sqrt does not read it, --lr is times "
+            "sqrt(--batch-size); leave it out"
+        )
     if config.lr is not None:
         return config
     rates = RATES.get(config.dataset, RATES["imagenet"])

@@ -14,6 +14,7 @@ from replay import BATCH, EPOCHS, STEPS, STEPS_PER_EPOCH, watched_run, with_torc
 from test_micro_batch import tiny_vit
 from torch import nn
 
+from common.errors import UserError
 from recipes import mocov3, snclr
 
 SMALL = ["--image-size", "32", "--warmup-epochs", "1"]
@@ -157,6 +158,14 @@ def test_a_resnets_rate_decay_and_momentum_are_those_of_the_length(epochs, expec
     config = mocov3.parse_arguments(["--epochs", str(epochs)])
     assert (config.lr, config.weight_decay, config.momentum) == expected
     assert config.settings == {}
+
+
+def test_a_resnet_has_no_patch_embedding_to_freeze():
+    said = "^--freeze-patch-embedding: resnet50 has none, leave it out$"
+    with pytest.raises(UserError, match=said):
+        mocov3.parse_arguments(["--freeze-patch-embedding"])
+    config = mocov3.parse_arguments(["--arch", "vit_small", "--no-freeze-patch-embedding"])
+    assert config.settings == {"freeze_patch_embedding": False}
 
 
 SHARED = dict(batch_size=4096, momentum_schedule="cosine", crop_interpolation="bilinear")

@@ -70,6 +70,15 @@ def test_two_ranks_train_as_one_in_float64(method, tmp_path):
     two_ranks_are_one(tmp_path, recipe, *flags)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["vicreg", "barlow_twins"])
+def test_two_ranks_train_both_branches_as_one(recipe, tmp_path):
+    seen, *_ = two_ranks_are_one(tmp_path, recipe, "--second-arch", "same")
+    for part in ("encoder", "second_encoder", "projector", "second_projector"):
+        own = [g for name, g in seen["gradients"].items() if name.startswith(f"{part}.")]
+        assert own and any(g.any() for g in own), part
+
+
 @pytest.mark.parametrize("method", BY_RECIPE)
 def test_first_step_gradients_agree_in_float32(method, tmp_path):
     recipe, flags = smallest(method)

@@ -307,6 +307,13 @@ def test_a_rate_that_no_source_has_must_be_given(dataset):
         simclr.parse_arguments(["--dataset", dataset, "--lr-scaling", "sqrt"])
 
 
+@pytest.mark.parametrize("flags", ["--lr-batch 512", "--dataset photos --lr 0.1 --lr-batch 256"])
+def test_a_batch_of_the_rate_that_sqrt_does_not_read_is_refused(flags):
+    with pytest.raises(UserError, match=r"--lr-scaling sqrt does not read it.*leave it out$"):
+        simclr.parse_arguments([*flags.split(), "--lr-scaling", "sqrt"])
+    assert simclr.parse_arguments(flags.split()).lr_batch == int(flags.split()[-1])
+
+
 def layers(*flags):
     model = simclr.SimCLR(simclr.parse_arguments(["--arch", "resnet18", *flags]))
     described = []
