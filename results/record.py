@@ -242,7 +242,7 @@ def is_of(record: dict[str, Any], run: Any, seed: int) -> bool:
     seeds = record["seeds"]
     if record.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
         seeds = record["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
-    wanted = what_ran(run.config | {"plan": run.name})
+    wanted = what_ran(run.config_of(seed) | {"plan": run.name})
     its = {name: record.get(name) for name in wanted}
     its["pretraining"] = record["pretraining"] | {"copy": None}
     return seeds == [seed] and its == wanted and not is_stopped(record)
@@ -306,8 +306,9 @@ def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
     others = {}
     if None not in before:
         others["random encoder"] = [round(100 * v, 3) for v in before]
+    missing = scored_on(facts[0]["config"], facts[0]["results"].get("unreadable", {}))
     record |= {
-        "dataset": {"name": what["dataset"], "copy": what["copy"], "incomplete": scored_on(facts)},
+        "dataset": {"name": what["dataset"], "copy": what["copy"], "incomplete": missing},
         "protocol": "kNN (k200,t.1)",
         "metric": "top1",
         "others": others,
@@ -316,15 +317,15 @@ def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
     return with_values(record, [100 * v for v in values])
 
 
-def scored_on(facts: Sequence[dict[str, Any]]) -> str | None:
-    """What the monitor's k-NN had of the data set, in words; None for all of it."""
-    config, words = facts[0]["config"], []
-    share = config.get("validation_share", 0.0)
+def scored_on(config: dict[str, Any], unreadable: dict[str, int], votes: bool = True) -> str | None:
+    """What the test, by k-NN's `votes` of the training images or without, had of the data set, in
+    words; None for all of it.
+    """
+    words, share = [], config.get("validation_share", 0.0)
     if share and config.get("scored_on", "held-out") == "held-out":
         words.append(f"{100 * share:g} % of the training images, held out")
-    if config.get("train_images", 0):
+    if votes and config.get("train_images", 0):
         words.append(f"votes of {config['train_images']} images")
-    unreadable = facts[0]["results"].get("unreadable", {})
     words += [f"without {n} {what} images that cannot be read" for what, n in unreadable.items()]
     return ", ".join(words) or None
 

@@ -40,7 +40,11 @@ PLAN = HERE / "plan.yaml"
 STATES = ("recorded", "trained", "running", "unfinished", "missing")
 PATIENCE = 120.0  # seconds that a stopped run may take to save before it is killed
 LOCK = "reproduce.lock"
-# an evaluation's script and flags; k-NN is the run's own, after its last epoch
+# what a run says itself of its last epoch; the other evaluations' scripts and flags
+OWN = {
+    "knn": lambda folder: record.knn_record([folder]),
+    "classifier": lambda folder: record.read(folder / "record.json"),
+}
 EVALUATIONS = {
     "linear": ["eval/linear_probe/run.py", "--measure", "linear"],
     "semi 1%": ["eval/semi_supervised/run.py", "--percent", "1"],
@@ -228,8 +232,11 @@ def value_of(one: dict[str, Any], seed: int) -> float:
 
 
 def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
-    script = ROOT / "recipes" / f"{piece.run.recipe}.py"
-    return [sys.executable, str(script), *piece.flags(shown(folder), data and shown(data))]
+    return [
+        sys.executable,
+        str(ROOT / piece.run.script),
+        *piece.flags(shown(folder), data and shown(data)),
+    ]
 
 
 def shown(path: Path | str) -> str:
@@ -255,9 +262,8 @@ def work_on(
         for evaluation in piece.run.evaluations:
             if evaluation in work.recorded(piece):
                 continue
-            if evaluation == "knn":
-                path = record.add(record.knn_record([folder]), allow_dirty, work.records)
-                print(f"stored {path}")
+            if evaluation in OWN:
+                print(f"stored {record.add(OWN[evaluation](folder), allow_dirty, work.records)}")
                 continue
             evaluate(evaluation, folder, data, deadline, clock, work, allow_dirty)
     finally:

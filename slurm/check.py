@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.config import RunConfig
 from common.errors import UserError, command
 from common.run import documents
 from common.run.folder import changes, facts_of_run, read_config
@@ -49,7 +50,7 @@ def facts_of(
     ranks: int | None,
     optional: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """What a run will do: `checked`, flags with a folder that is `absent` here, and of a recipe its
+    """What a run will do: `checked`, flags with a folder that is `absent` here, and of a run its
     name, folder, flags with those of `optional` that it has, and what its config.yaml will hold.
     """
     facts: dict[str, Any] = {"checked": False, "folder": None, "absent": []}
@@ -72,7 +73,7 @@ def facts_of(
             "with --output"
         )
     facts["absent"] = absent_folders(config)
-    if not script.startswith("recipes/"):
+    if not isinstance(config, RunConfig):  # an evaluation
         return facts
     recipe = Path(script).stem
     folder = default_folder(recipe, config)

@@ -8,6 +8,7 @@ device and basis stand in the tier or in the run. A recipe that lacks one of its
 unless the tier names the flag under `optional`: then it does without. A tier may also have a
 `prefix` of its names, `hours-factor`, by which its runs' hours are multiplied, `factors`, by which
 the rates of the runs named are, and `rates`: each run is then run at each of these factors.
+`{seed}` in a flag stands for the run's seed.
 """
 
 import argparse
@@ -30,7 +31,9 @@ PROTOCOLS = {
     "semi 1%": "semi-sup 1%",
     "semi 10%": "semi-sup 10%",
     "readout": "linear (L-BFGS), standardised",
+    "classifier": "classifier",  # of SCRIPTS alone, which write its record as they end
 }
+SCRIPTS = {"supervised": "eval/supervised.py"}  # runs that are no recipe's, without card and family
 DATA = {"imagenet": "its train/ and val/", "cifar10": "as the recipes' --data"}  # a flag for each
 RATES = ("lr", "lr-biases")  # the flags that a factor of a run's rate multiplies
 EITHER = ("seeds", "evaluations", "device", "basis")  # of the run, else of its tier
@@ -53,6 +56,14 @@ class Planned:
     basis: str
     config: dict[str, Any]
 
+    @property
+    def script(self) -> str:
+        return script_of(self.recipe)
+
+    def config_of(self, seed: int) -> dict[str, Any]:
+        """`config` with this seed in the place of {seed}."""
+        return with_seed(self.config, seed)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -71,9 +82,27 @@ class Piece:
 
     def flags(self, output: str, data: str | None) -> list[str]:
         """The flags of its training."""
-        flags = [*self.run.flags, *(["--data", data] if data else [])]
+        flags = [*with_seed(self.run.flags, self.seed), *(["--data", data] if data else [])]
         flags += ["--seed", str(self.seed), "--plan-name", self.run.name]
         return [*flags, "--output", output]
+
+
+def script_of(recipe: str) -> str:
+    return SCRIPTS.get(recipe, f"recipes/{recipe}.py")
+
+
+def is_run(script: str) -> bool:
+    """Whether a script leaves a run folder, as recipes do."""
+    return script.startswith("recipes/") or script in SCRIPTS.values()
+
+
+def with_seed(item: Any, seed: int) -> Any:
+    """The same with the seed for {seed} in every text of it."""
+    if isinstance(item, dict):
+        return {name: with_seed(part, seed) for name, part in item.items()}
+    if isinstance(item, list):
+        return [with_seed(part, seed) for part in item]
+    return item.replace("{seed}", str(seed)) if isinstance(item, str) else item
 
 
 def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
@@ -127,13 +156,16 @@ def merged(
     if unknown := set(fields["evaluations"]) - set(PROTOCOLS):
         raise UserError(f"{where}: unknown evaluation {', '.join(sorted(unknown))}")
     recipe, families = run["recipe"], of_tier.get("families") or {}
-    if recipe not in cards.load():
-        raise UserError(f"{where}: no recipe {recipe}{nearest_name(recipe, cards.load())}")
+    if recipe not in (known := {**cards.load(), **SCRIPTS}):
+        raise UserError(f"{where}: no recipe {recipe}{nearest_name(recipe, known)}")
+    if "classifier" in fields["evaluations"] and recipe not in SCRIPTS:
+        raise UserError(f"{where}: {recipe} trains no classifier to evaluate")
     if unknown := set(families) - set(cards.FAMILIES):
         raise UserError(f"{where}: its tier has flags of no known family {', '.join(unknown)}")
     values = {"dataset": of_tier["dataset"], "arch": of_tier.get("arch")}
     values |= {"batch-size": of_tier.get("batch"), **(of_tier.get("flags") or {})}
-    values |= families.get(cards.load()[recipe].family) or {}
+    if recipe not in SCRIPTS:
+        values |= families.get(cards.load()[recipe].family) or {}
     own = run.get("flags") or {}
     if factor != 1:
         whole = values | own
@@ -142,7 +174,7 @@ def merged(
         own = own | {n: float(f"{factor * whole[n]:.6g}") for n in RATES if n in whole}
     spare = [f for f in of_tier.get("optional") or [] if f in values and f not in own]
     optional = {flag: flags_of({flag: values.pop(flag)}, name) for flag in spare}
-    asked = [f"recipes/{recipe}.py", flags_of(values | own, name), None, optional]
+    asked = [script_of(recipe), flags_of(values | own, name), None, optional]
     hours = float(f"{run['hours'] * of_tier.get('hours-factor', 1):.3g}")
     own_fields = {"name": name, "tier": tier, "recipe": recipe, "hours": hours}
     return {**own_fields, **fields, "asked": asked}

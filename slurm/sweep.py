@@ -170,7 +170,7 @@ def jobs_of(spec: dict[str, Any]) -> list[Job]:
             name = check_name(name)
             values = {**spec["flags"], **chosen, **own}
             path = script_path(str(script))
-            if path.startswith("recipes/") and "output" not in values:
+            if plan.is_run(path) and "output" not in values:
                 values["output"] = str(documents.expanded(spec["output"]).absolute() / name)
             jobs.append(Job(name, path, flags_of(values, name), values.get("output")))
     names = [job.name for job in jobs]
@@ -189,7 +189,7 @@ def planned_jobs(path: Path, arguments: argparse.Namespace) -> list[Job]:
         if data == "":
             raise UserError(f"{piece.run.name} needs --{piece.dataset} PATH, its images' folder")
         output = str(folder / piece.name)
-        script = script_path(f"recipes/{piece.run.recipe}.py")
+        script = script_path(piece.run.script)
         jobs.append(Job(piece.name, script, piece.flags(output, data), output))
     return jobs
 
@@ -225,7 +225,7 @@ def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
         ended = state is not None and state.state == "FINISHED"
         if state is not None and state.live:
             print(f"{job.name}: {state.state}, job {state.job}")
-        elif same and (done_in(job.folder) if job.script.startswith("recipes/") else ended):
+        elif same and (done_in(job.folder) if plan.is_run(job.script) else ended):
             print(f"{job.name}: finished")
         else:
             left.append(job)

@@ -147,3 +147,29 @@ def test_the_plan_is_a_sweep(tmp_path, monkeypatch, capsys):
         sweep.main([*flags, "--only", "cifar5k"])
     with pytest.raises(UserError, match="say which of its tiers or runs"):
         sweep.main(flags)
+
+
+def control(**changes):
+    """A tier with a control that starts from the run of its own seed."""
+    run = {"recipe": "supervised", "hours": 0.01, "flags": {"init": "runs/plan/a-{seed}"}} | changes
+    tier = {"dataset": "photos", "seeds": [0, 1], "evaluations": ["classifier"], "device": "CPU"}
+    tier |= {"basis": "estimated", "families": {"contrastive": {"lr": 9}}, "runs": {"fine": run}}
+    return {"tiers": {"controls": tier}}
+
+
+def test_a_run_may_be_the_supervised_control_of_its_own_seed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(control()))
+    run = plan.load(tmp_path / "plan.yaml")["fine"]
+    assert run.script == "eval/supervised.py" and run.config["method"] == "supervised"
+    assert run.flags == ["--dataset", "photos", "--init", "runs/plan/a-{seed}"]
+    assert run.config_of(1)["settings"] == {"init": "runs/plan/a-1"}
+    monkeypatch.chdir(tmp_path)
+    flags = ["plan.yaml", "--only", "fine", "--time", "1h", "--dry-run", "--allow-dirty"]
+    assert sweep.main(flags) == 0
+    said = capsys.readouterr().out
+    for seed in (0, 1):
+        line = f"# fine-{seed}: eval/supervised.py --dataset photos --init runs/plan/a-{seed} "
+        assert f"{line}--seed {seed} --plan-name fine --output " in said
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(control(recipe="nnclr")))
+    with pytest.raises(UserError, match="nnclr trains no classifier"):
+        plan.load(tmp_path / "plan.yaml")
