@@ -14,6 +14,7 @@ from results import record
 from slurm.plan import PROTOCOLS, Planned
 
 SIDES = ("better", "worse")
+MOST_PRIMARY = 12  # claims of the lab: each makes the others harder to see
 PURITY = "neighbour_purity"
 SHOWN = {
     "knn": "k-NN",
@@ -37,7 +38,43 @@ def load(path: Path, planned: dict[str, Planned]) -> dict[str, Any]:
         raise UserError(f"{path} names {unknown[0]}, which is no run of plan.yaml")
     if len({*prefixes}) < len(prefixes):
         raise UserError(f"{path}: two tiers have the same prefix")
+    if lab := what.get("lab"):
+        check_lab(str(path), lab, planned)
     return what
+
+
+def check_lab(where: str, lab: dict[str, Any], planned: dict[str, Planned]) -> None:
+    """UserError if the lab names no run of the plan, a claim twice, or too many primary ones."""
+    names = [claim["name"] for claim in lab["claims"]]
+    known = {*planned, *(run.tier for run in planned.values())}
+    if taken := [name for name in names if names.count(name) > 1 or name in known]:
+        raise UserError(f"{where}: lab: {taken[0]} is the name of another claim or of a run too")
+    if (primary := sum(claim["primary"] for claim in lab["claims"])) > MOST_PRIMARY:
+        raise UserError(f"{where}: lab: {primary} primary claims, at most {MOST_PRIMARY}")
+    for name, arm in lab_arms(lab):
+        if arm not in planned:
+            raise UserError(f"{where}: lab: {name} names {arm}, which is no run of plan.yaml")
+    for claim in lab["claims"]:
+        for arm in claim["effect"]:
+            if missing := sorted({*claim["seeds"]} - {*planned[arm].seeds}):
+                text = f"{claim['name']} has seed {missing[0]}, which {arm} has not in plan.yaml"
+                raise UserError(f"{where}: lab: {text}")
+        if claim["measure"] == "views" and {*claim.get("views", {})} != {*claim["effect"]}:
+            raise UserError(f"{where}: lab: {claim['name']}: views must name its effect's runs")
+
+
+def lab_arms(lab: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every (what names it, run of the plan) of the lab: claims, rows of its picture, controls."""
+    found = [(claim["name"], arm) for claim in lab["claims"] for arm in arms_of(claim)]
+    parts = lab.get("parts", ())
+    found += [(part["label"], part[side]) for part in parts for side in ("intact", "broken")]
+    return [*found, *lab.get("controls", {}).items()]
+
+
+def arms_of(claim: dict[str, Any]) -> list[str]:
+    """Every run of the plan that a claim of the lab looks at, each once."""
+    groups = [claim[n] for n in ("effect", "collapse", "intact", "purity") if n in claim]
+    return [*dict.fromkeys([*(arm for group in groups for arm in group), claim["healthy"]])]
 
 
 def recorded(records: Sequence[tuple[str, dict[str, Any]]], planned: dict[str, Planned]) -> Runs:

@@ -1,10 +1,10 @@
-"""The text of cifar10.md: the claims one by one, and the tables of the runs that they compare."""
+"""The text of claims.md: the lab, then the claims on tiers and the tables of their runs."""
 
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from results import tables
+from results import lab_page, tables
 from results.claims import (
     PURITY,
     SHOWN,
@@ -31,13 +31,14 @@ def markdown(joined: Joined) -> str:
         text += tier_table(tier, joined)
         tiers.append("\n\n".join(text))
     return fill(
-        "cifar10.md",
+        "claims.md",
+        lab=lab_page.markdown(joined),
         in_short=tables.prose(in_short(what, runs)),
         claims="\n".join(f"{n}. {text}" for n, text in enumerate(said, 1)),
         tiers="\n\n".join(tiers),
         scans="\n\n".join(scan_table(scan, runs) for scan in what["scans"]),
         purity="\n\n".join(purity_tables(joined)) or "Not run.",
-        figures=tables.pictures(f for f in joined.figures if f.get("page") == "cifar10.md"),
+        figures=tables.pictures(f for f in joined.figures if f.get("page") == "claims.md"),
         published=context_table(joined.published),
     )
 

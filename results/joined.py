@@ -55,7 +55,7 @@ def join(
 
 
 def load_figures(folder: Path) -> list[dict[str, str]]:
-    """figures.yaml: file, caption and command of each picture, and its page: cifar10.md for those
+    """figures.yaml: file, caption and command of each picture, and its page: claims.md for those
     of the claims. UserError for one that is missing.
     """
     listed = folder / "figures.yaml"

@@ -89,16 +89,27 @@ def epochs_until(one: Measured, points: float) -> float:
 
 def effects(claim: dict[str, Any], runs: Runs) -> dict[int, float]:
     """The effect by seed, of the seeds that every arm has and the claim names."""
-    arms = {arm: of_arm(runs, arm) for arm in claim["effect"]}
+    arms = {arm: values_of(claim, arm, runs) for arm in claim["effect"]}
     found = {}
     for seed in claim["seeds"]:
         if all(seed in by_seed for by_seed in arms.values()):
-            values = {arm: value(claim, arm, by_seed[seed]) for arm, by_seed in arms.items()}
-            found[seed] = sum(factor * values[arm] for arm, factor in claim["effect"].items())
+            terms = (factor * arms[arm][seed] for arm, factor in claim["effect"].items())
+            found[seed] = sum(terms)
     return found
 
 
 MEASURES = ("knn", "linear", "gain", "rank", "std")
+UNITS = {"knn": "points of k-NN", "linear": "points of the linear read-out"}
+UNITS |= {"gain": "points of k-NN over random", "top1": "points of top-1"}
+UNITS |= {"rank": "of effective rank", "std": "of std·√D", "views": "views of an image"}
+
+
+def values_of(claim: dict[str, Any], arm: str, runs: Runs) -> dict[int, float]:
+    """The claim's measure of an arm by seed; top1 is that of a classifier's own record."""
+    if claim["measure"] == "top1":
+        by_seed = runs.get(arm, {}).get(PROTOCOLS.get("classifier"), {})
+        return {seed: one["value"] for seed, (_, one) in by_seed.items()}
+    return {seed: value(claim, arm, one) for seed, one in of_arm(runs, arm).items()}
 
 
 def value(claim: dict[str, Any], arm: str, one: Measured) -> float:
@@ -198,6 +209,9 @@ def judge(
     what = interval([*found.values()])
     if adjusted is None:
         return Judged("", found, what)
+    needed = [claim["healthy"], *claim.get("purity", ())]
+    if lacking := [arm for arm in needed if {*claim["seeds"]} - {*of_arm(runs, arm)}]:
+        return Judged(OPEN, found, what, adjusted, f"{lacking[0]} is not run with every seed")
     if why := not_testable(claim, runs):
         return Judged(NOT_TESTABLE, found, what, adjusted, why)
     m, wide = claim["smallest"], interval([*found.values()], 2 * LEVEL)

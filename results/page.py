@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
-from results import claims, summary, tables
+from results import claims, lab, lab_figures, lab_page, summary, tables
 from results.joined import HERE, Joined, fill
 
 
@@ -61,13 +61,15 @@ def html(joined: Joined, said: Sequence[str]) -> str:
     ours = [ours_table(joined), published_table(joined.rows)]
     if any(row.records for row in joined.rows):
         ours.reverse()
-    of_claims = [figure for figure in joined.figures if figure.get("page") == "cifar10.md"]
+    of_claims = [figure for figure in joined.figures if figure.get("page") == "claims.md"]
     others = [figure for figure in joined.figures if figure not in of_claims]
+    of_lab = lab_table(joined), *map(picture, lab_figures.shown(joined))
     templates = HERE / "templates"
     return fill(
         "index.html",
         style=(templates / "index.css").read_text() + "".join(map(column_style, ours)),
         summary="".join(f"<li>{inline(text)}</li>" for text in said),
+        lab="\n".join(of_lab),
         claims="\n".join([claims_table(joined), *map(picture, of_claims)]),
         tables="\n".join(map(section, ours)),
         figures="\n".join(map(picture, others)) or "<p>None so far.</p>",
@@ -115,6 +117,27 @@ def claims_table(joined: Joined) -> str:
     if missing:
         text.append(f"<p><b>Not run yet</b>: {escape(', '.join(missing))}.</p>")
     return "\n".join(text)
+
+
+def lab_table(joined: Joined) -> str:
+    """A row for each primary claim of the lab; empty without a lab."""
+    what = joined.claims.get("lab")
+    if not what:
+        return ""
+    judged = lab.judge_all(what["claims"], joined.runs)
+    heads = "".join(f'<th scope="col">{head}</th>' for head in lab_page.HEAD)
+    body = ""
+    for first, *cells in lab_page.rows(joined, judged, primary=True):
+        body += f'<tr><th scope="row">{inline(first)}</th>'
+        for head, cell in zip(lab_page.HEAD[1:], cells, strict=True):
+            body += f'<td data-label="{head}">{inline(cell)}</td>'
+        body += "</tr>\n"
+    return (
+        "<h3>The lab: fixed before the runs, judged over seeds</h3>"
+        f'<div class="scroll"><table class="claims"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>\n{body}</tbody></table></div><p>Nothing here can refute a claim about ImageNet. "
+        'What the words mean: <a href="claims.md">claims.md</a>.</p>'
+    )
 
 
 def of_tier(tier: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from common.errors import UserError, command
 from common.files import write
-from results import claims_page, compare, curves, page, summary, tables
+from results import claims_page, compare, curves, lab_figures, lab_page, page, summary, tables
 from results.joined import HERE, Joined, fill, load
 
 ROOT = HERE.parent
@@ -37,10 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     joined = load()
     pages = build(joined)
     figures = curves.stale(joined, HERE / "figures")
-    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    of_lab = lab_figures.stale(joined, HERE / "figures")
+    stale = [path for path, text in pages.items() if not is_stored(path, text, arguments.check)]
     if arguments.check:
-        if stale or figures:
-            names = ", ".join(str(path.relative_to(ROOT)) for path in [*stale, *figures])
+        if stale or figures or of_lab:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in [*stale, *figures, *of_lab])
             raise UserError(f"out of date: {names}; run python results/report.py")
         print("the pages and figures say what the records say")
         return None
@@ -48,7 +49,20 @@ def main(argv: list[str] | None = None) -> None:
         write(path, pages[path])
     for path, numbers in figures.items():
         curves.draw(path, numbers)
-    print("\n".join(f"wrote {path}" for path in [*stale, *figures]) or "nothing has changed")
+    for path, numbers in of_lab.items():
+        lab_figures.draw(path, numbers)
+    wrote = [*stale, *figures, *of_lab]
+    print("\n".join(f"wrote {path}" for path in wrote) or "nothing has changed")
+
+
+def is_stored(path: Path, text: str, check: bool) -> bool:
+    """Whether a page has this text. One that was made where the history is may say that commits
+    were checked; a check without the history does not call that stale.
+    """
+    if not path.exists():
+        return False
+    stored = path.read_text()
+    return stored == text or (check and stored == text.replace(*lab_page.HISTORY))
 
 
 def build(
@@ -58,7 +72,7 @@ def build(
     said = summary.sentences(joined)
     pages = {
         folder / "README.md": markdown(joined, said),
-        folder / "cifar10.md": claims_page.markdown(joined),
+        folder / "claims.md": claims_page.markdown(joined),
         folder / "index.html": page.html(joined, said),
     }
     if readme.exists():
@@ -87,7 +101,7 @@ def markdown(joined: Joined, said: Sequence[str]) -> str:
         beside="\n".join(beside(joined.rows)),
         apart="\n".join(under_other_settings(joined.apart, joined.published)),
         not_run="\n".join(not_run(joined.rows)),
-        figures=tables.pictures(f for f in joined.figures if f.get("page") != "cifar10.md"),
+        figures=tables.pictures(f for f in joined.figures if f.get("page") != "claims.md"),
     )
 
 

@@ -4,7 +4,8 @@
     python results/reproduce.py --next --budget 9m --cifar10 PATH    # goes on with it
     python results/reproduce.py --next --only photos-nnclr           # this run and no other
     python results/reproduce.py --next --only photos-nnclr --again   # though it is recorded
-    python results/reproduce.py --all --only lab-pilot --cifar10 PATH    # one after the other
+    python results/reproduce.py --all --only photos                  # a tier, one after the other
+    python results/reproduce.py --all --only CLAIM --cifar10 PATH    # the runs of a lab's claim
 
 --next continues an unfinished run first, else starts the first missing one whose data is given and
 which is planned for such a machine (with a GPU, or on a CPU; --only runs any); it trains, evaluates
@@ -30,7 +31,7 @@ from common.errors import EXIT_STOPPED, Stopped, UserError, command
 from common.run import documents
 from common.run.flags import gpu_is_there
 from common.run.results import is_finished
-from results import record, tables
+from results import claims, record, tables
 from slurm import plan
 from slurm.plan import PROTOCOLS, Piece, Planned
 
@@ -203,6 +204,13 @@ def nothing_of(run: Planned, work: Work, again: bool) -> str:
     return f"{run.name} is recorded already ({having('recorded')}); --again runs it nevertheless"
 
 
+def of_name(everything: dict[str, Planned], name: str) -> list[Planned]:
+    """The runs of this name, tier or claim of the lab."""
+    lab = claims.load(PLAN.with_name("claims.yaml"), everything).get("lab", {"claims": []})
+    arms = {claim["name"]: claims.arms_of(claim) for claim in lab["claims"]}
+    return plan.chosen(everything, arms.get(name, [name]))
+
+
 def recorded_part(run: Planned, work: Work) -> Planned:
     """The run with those of its seeds that are recorded; UserError if none is."""
     seeds = [seed for seed in run.seeds if work.state(Piece(run, seed)) == "recorded"]
@@ -333,7 +341,12 @@ def main(argv: list[str] | None = None) -> None:
         metavar="TIME",
         help="stop and save after so long: 9m, 1.5h, 540 (default: none)",
     )
-    parser.add_argument("--only", default="", metavar="NAME", help="a run or tier of the plan")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="NAME",
+        help="a run or tier of the plan, or a claim of the lab",
+    )
     parser.add_argument(
         "--again",
         action="store_true",
@@ -354,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     everything = plan.load(PLAN)
-    runs = plan.chosen(everything, [arguments.only]) if arguments.only else [*everything.values()]
+    runs = of_name(everything, arguments.only) if arguments.only else [*everything.values()]
     work = stored = Work(arguments.runs.absolute())
     if arguments.list:
         print(listing(runs, work))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from results import claims, tables
+from results import claims, lab, tables
 from results.joined import Joined
 
 UNJUDGED = {
@@ -11,11 +11,13 @@ UNJUDGED = {
     "one seed": "not judged (one seed)",
     "not run": "not run",
 }
+SMALLER = "smaller here than is of interest"  # whatever that is of each claim
 
 
 def sentences(joined: Joined) -> list[str]:
     """Sentences in Markdown: the papers' numbers, their claims, and what our other runs are."""
-    text = [papers_numbers(joined.rows), verdicts(joined.claims, joined.runs)]
+    text = [papers_numbers(joined.rows), *of_lab(joined.claims, joined.runs)]
+    text += [verdicts(joined.claims, joined.runs)]
     return [*text, *other_runs(joined.rows, [r for _, r in joined.apart])]
 
 
@@ -58,6 +60,16 @@ def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
     if any(holds for _, holds, _ in tiers):
         return text
     return f"{text} So far none is shown to hold."
+
+
+def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
+    """The verdicts on the lab's primary claims, counted; nothing without any."""
+    found = what.get("lab", {}).get("claims", [])
+    judged = lab.judge_all(found, runs)
+    words = [judged[claim["name"]].word for claim in found if claim["primary"]]
+    words = [SMALLER if word.startswith(SMALLER[:8]) else word for word in words]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    return [f"Of the lab's {len(words)} primary claims: **{counts}**."] if words else []
 
 
 def ones_of(tier: dict, what: dict[str, Any], runs: claims.Runs) -> list[tables.Record]:

@@ -283,7 +283,7 @@ def on_golden(monkeypatch):
 def test_the_check_names_a_figure_that_is_out_of_date(on_golden):
     name = "claims-photos-curves.png"
     command = f"python results/curves.py photos --output results/figures/{name}"
-    figure = {"file": name, "command": command, "caption": "x", "page": "cifar10.md"}
+    figure = {"file": name, "command": command, "caption": "x", "page": "claims.md"}
     on_golden(with_history("photos-nnclr", 0, 0.3), figures=[figure])
     with pytest.raises(UserError, match=rf"out of date: .*figures/{re.escape(name)};"):
         report.main(["--check"])
@@ -374,5 +374,5 @@ def test_the_two_runs_of_a_claim_differ_in_what_it_claims_only(own):
 def test_the_recipes_pages_link_to_the_claims_and_their_numbers():
     for page in (ROOT / "recipes").glob("*.md"):
         links = re.findall(r"\]\((\.\./results/[^)#]+)", page.read_text())
-        assert "../results/cifar10.md" in links, page
+        assert "../results/claims.md" in links, page
         assert all((page.parent / link).exists() for link in links), page

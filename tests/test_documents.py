@@ -46,7 +46,7 @@ CLUSTER = {"partition": "gpu", "mem_gb": 480, "environment": ["module load cuda"
 CARD = {"methods": {"Mine": {}, "Mine, pulled": {"pull": 1}}, "family": "contrastive"}
 CARD |= {"paper": "x", "chooses": [], "linear": None, "finetune": "gsg", "metrics": {}}
 CARD |= {"smallest": ["--dim", 3]}
-FIGURES = [{"file": "a.png", "caption": "A.", "command": "draw", "page": "cifar10.md"}]
+FIGURES = [{"file": "a.png", "caption": "A.", "command": "draw", "page": "claims.md"}]
 
 
 def read_image_list(path):

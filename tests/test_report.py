@@ -290,7 +290,7 @@ def test_a_changed_record_makes_the_pages_stale(tmp_path):
     before = build(tmp_path)
     record.add(good(value=70.0, values=[70.0], seeds=[0], spread=None), folder=tmp_path / "records")
     after = build(tmp_path)
-    claims_page = tmp_path / "cifar10.md"  # of the plan's runs alone
+    claims_page = tmp_path / "claims.md"  # of the plan's runs alone
     assert {path for path in before if before[path] == after[path]} == {claims_page}
     _, planned = of_run("photos-nnclr", 0, 50.0)
     record.add(planned, folder=tmp_path / "records")
@@ -489,7 +489,7 @@ def test_the_page_loads_the_pictures_beside_it_and_nothing_else(tmp_path):
 
 def with_figures(folder):
     listed = []
-    for name, page_ in (("a", "cifar10.md"), ("b", None)):
+    for name, page_ in (("a", "claims.md"), ("b", None)):
         (folder / "figures" / f"{name}.png").write_bytes(b"\x89PNG" + name.encode())
         one = {"file": f"{name}.png", "caption": f"`{name}` <drawn>", "command": f"draw {name}"}
         listed.append(one | ({"page": page_} if page_ else {}))

@@ -1,0 +1,62 @@
+"""Whether claims were fixed before their runs: a record's commit must hold the claim it speaks to.
+
+The history is asked, by `git show COMMIT:results/claims.yaml`. A checkout without it (a shallow
+clone, an archive) cannot say so, and the page then says that.
+"""
+
+import functools
+import subprocess
+from typing import Any
+
+from common.errors import UserError
+from common.run import documents, environment
+from results.claims import Runs, arms_of
+
+FIELDS = ("effect", "measure", "seeds", "smallest")  # what must not change after a run
+
+
+@functools.cache
+def claims_at(commit: str) -> dict[str, dict[str, Any]] | None:
+    """The lab's claims of a commit by name; None for a commit that the history lacks."""
+    try:
+        text = environment.git("show", f"{commit}:results/claims.yaml")
+    except (OSError, subprocess.CalledProcessError):
+        return {} if is_known(commit) else None
+    what = documents.parsed_yaml(text)
+    return {claim["name"]: claim for claim in (what.get("lab") or {"claims": []})["claims"]}
+
+
+def is_known(commit: str) -> bool:
+    try:
+        environment.git("cat-file", "-e", f"{commit}^{{commit}}")
+        return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def check(claims: list[dict[str, Any]], runs: Runs) -> bool:
+    """Whether each record's commit could be looked at; UserError for a record of a claim's run
+    whose commit does not hold that claim as it is now.
+    """
+    every = True
+    for claim in claims:
+        for arm in arms_of(claim):
+            for name, one in records_of(runs, arm):
+                there = claims_at(one["commit"])
+                every = every and there is not None
+                if there is not None and not is_same(claim, there.get(claim["name"], {})):
+                    raise UserError(
+                        f"records/{name}: its commit {one['commit'][:7]} does not hold the claim "
+                        f"{claim['name']} as claims.yaml has it now ({', '.join(FIELDS)}): run "
+                        f"{arm} at a commit that does"
+                    )
+    return every
+
+
+def records_of(runs: Runs, arm: str) -> list[tuple[str, dict[str, Any]]]:
+    """Every record of a run, with its file's name."""
+    return [one for by_seed in runs.get(arm, {}).values() for one in by_seed.values()]
+
+
+def is_same(claim: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(claim[name] == other.get(name) for name in FIELDS)

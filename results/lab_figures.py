@@ -1,0 +1,248 @@
+"""The lab's pictures, drawn from its records by results/report.py: what each part of a method is
+worth, and every primary claim's effect beside the published one.
+
+A picture carries the digest of its numbers, as those of curves.py; without records there is none.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common.run import pictures
+from results import curves, fixed, lab
+from results.claims import Runs
+from results.joined import Joined
+from slurm.plan import PROTOCOLS
+
+PARTS, EFFECTS = "lab-parts.png", "lab-effects.png"
+COMMAND = "python results/report.py"
+# a verdict's first word or words, and its heading
+ORDER = {lab.SEEN: lab.SEEN, lab.REVERSED: lab.REVERSED, "smaller": "smaller than is of interest"}
+ORDER |= {word: word for word in (lab.OPEN, lab.NOT_TESTABLE)}
+OTHERS = {"rank": "effective rank", "std": "std·√D of the embedding"}
+OTHERS |= {"views": "views of an image until k-NN is 5 points above random"}
+
+
+def shown(joined: Joined) -> list[dict[str, str]]:
+    """The pictures that there are numbers for, as figures.yaml lists others."""
+    captions = {PARTS: parts_caption, EFFECTS: effects_caption}
+    return [
+        {"file": name, "caption": captions[name](numbers), "command": COMMAND, "page": "claims.md"}
+        for name, numbers in numbers_of(joined).items()
+    ]
+
+
+def numbers_of(joined: Joined) -> dict[str, dict[str, Any]]:
+    """All that each picture shows, by its file's name."""
+    what = joined.claims.get("lab")
+    if not what:
+        return {}
+    found = {PARTS: parts_of(what, joined.runs), EFFECTS: effects_of(what, joined.runs)}
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
+    """The pictures that show other numbers than the records have, with theirs."""
+    return {
+        folder / name: numbers
+        for name, numbers in numbers_of(joined).items()
+        if not (folder / name).exists() or curves.shown_by(folder / name) != curves.digest(numbers)
+    }
+
+
+def draw(path: Path, numbers: dict[str, Any]) -> None:
+    {PARTS: draw_parts, EFFECTS: draw_effects}[path.name](path, numbers)
+
+
+def scale(arms: list[str], runs: Runs) -> str:
+    """What the runs were trained on and for how long, where they have it in common."""
+    ones = [one for arm in arms for _, one in fixed.records_of(runs, arm)]
+    said = []
+    for name in ("dataset", "incomplete"):
+        said.append({one["pretraining"][name] for one in ones})
+    said.append({one["arch"] for one in ones})
+    for name, unit in (("batch", "batch {}"), ("epochs", "{} epochs")):
+        said.append({unit.format(f"{one['pretraining'][name]:g}") for one in ones})
+    return ", ".join(min(values) for values in said if len(values) == 1 and None not in values)
+
+
+# -- take one part away ---------------------------------------------------------------------------
+
+
+def parts_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
+    """k-NN by seed, and the mean of the random encoders, of both sides of each row."""
+    rows, arms = [], []
+    for part in what.get("parts", ()):
+        sides = {side: side_of(runs, part[side]) for side in ("intact", "broken")}
+        if any(side["knn"] for side in sides.values()):
+            rows.append({"label": part["label"], "name": part.get("intact_label", ""), **sides})
+            arms += [part["intact"], part["broken"]]
+    controls = {n: near(runs, arm) for n, arm in what.get("controls", {}).items()}
+    controls = {n: round(statistics.fmean(knn), 3) for n, knn in controls.items() if knn}
+    if not rows:
+        return {}
+    return {"title": scale(arms, runs), "controls": controls, "rows": rows}
+
+
+def side_of(runs: Runs, arm: str) -> dict[str, Any]:
+    found = lab.of_arm(runs, arm).values()
+    random = round(statistics.fmean(one.random for one in found), 3) if found else None
+    return {"knn": [one.knn for one in found], "random": random}
+
+
+def near(runs: Runs, arm: str) -> list[float]:
+    """The k-NN of each seed of a control, which has no random encoder to be compared with."""
+    by_seed = runs.get(arm, {}).get(PROTOCOLS["readout"], {})
+    return [by_seed[seed][1]["scores"][0]["value"] for seed in sorted(by_seed)]
+
+
+def parts_caption(numbers: dict[str, Any]) -> str:
+    lines = f" Dashed: {' and '.join(numbers['controls'])}." if numbers["controls"] else ""
+    return (
+        "Take one part away: k-NN on test images, a dot for each seed, filled for the whole method "
+        "and hollow without the part. The short bar is the run's own random encoder, calibrated: a "
+        f"hollow dot at its bar has learned nothing.{lines}"
+    )
+
+
+def draw_parts(path: Path, numbers: dict[str, Any]) -> None:
+    """A row for each part: the whole method above, without the part below."""
+    plt = pictures.headless_pyplot()
+    rows = numbers["rows"]
+    figure, axis = plt.subplots(figsize=(9, 1.9 + 0.55 * len(rows)))
+    styles = {"intact": {"facecolors": "black"}, "broken": {"facecolors": "white"}}
+    labels = {"intact": "whole, a dot per seed", "broken": "without the part"}
+    for y, row in enumerate(rows):
+        if y % 2:
+            axis.axhspan(y - 0.5, y + 0.5, color="0.95", lw=0)
+        for side, at in (("intact", y - 0.17), ("broken", y + 0.17)):
+            knn, random = row[side]["knn"], row[side]["random"]
+            axis.scatter(
+                knn, [at] * len(knn), s=34, edgecolors="black", linewidths=1.1, zorder=3,
+                **styles[side],
+            )  # fmt: skip
+            if random is not None:
+                axis.vlines(random, at - 0.15, at + 0.15, color="0.35", lw=2.5, zorder=2)
+    for side, label in labels.items():
+        axis.scatter([], [], s=34, edgecolors="black", label=label, **styles[side])
+    axis.plot([], [], marker="|", ms=10, mew=2.5, color="0.35", lw=0, label="its random encoder")
+    for (name, value), dashes in zip(numbers["controls"].items(), ("--", ":", "-."), strict=False):
+        axis.axvline(value, color="0.35", ls=dashes, lw=1.3, label=name, zorder=1)
+    axis.set_yticks(range(len(rows)), [named(row) for row in rows], fontsize=9)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("k-NN accuracy on test images, %", fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    place_legend(figure, axis)
+    figure.suptitle(f"Take one part away\n{numbers['title']}", fontsize=11)
+    figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
+    pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
+
+
+def named(row: dict[str, Any]) -> str:
+    return f"{row['label']}\n(whole: {row['name']})" if row["name"] else row["label"]
+
+
+def place_legend(figure, axis) -> None:
+    """Below all panels, in one line."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower center", ncols=len(labels), fontsize=8.5, frameon=False
+    )
+
+
+# -- effects --------------------------------------------------------------------------------------
+
+
+def effects_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
+    """A panel for each unit: the primary claims that are run, by verdict."""
+    judged = lab.judge_all(what["claims"], runs)
+    panels: dict[str, dict[str, list]] = {}
+    of = [c for c in what["claims"] if c["primary"] and judged[c["name"]].effects]
+    for claim in sorted(of, key=lambda claim: rank_of(judged[claim["name"]].word)):
+        found = judged[claim["name"]]
+        unit = OTHERS.get(claim["measure"], "points of accuracy")
+        word = [*ORDER.values()][rank_of(found.word)]
+        line = {"name": claim["name"], "published": claim["published_effect"]}
+        line |= {"smallest": claim["smallest"], "seeds": [*found.effects.values()]}
+        if found.interval:
+            line |= {n: getattr(found.interval, n) for n in ("mean", "low", "high")}
+        panels.setdefault(unit, {}).setdefault(word, []).append(rounded(line))
+    if not panels:
+        return {}
+    arms = [arm for claim in of for arm in claim["effect"]]
+    return {"title": scale(arms, runs), "panels": panels}
+
+
+def rank_of(word: str) -> int:
+    """The place of a verdict in ORDER; "smaller" stands for any smallest effect."""
+    return next(n for n, start in enumerate(ORDER) if word.startswith(start))
+
+
+def rounded(line: dict[str, Any]) -> dict[str, Any]:
+    """To six digits: the last ones of a float differ between machines."""
+
+    def short(value: Any) -> Any:
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    return {n: [*map(short, v)] if isinstance(v, list) else short(v) for n, v in line.items()}
+
+
+def effects_caption(numbers: dict[str, Any]) -> str:
+    return (
+        "The primary claims that have run, by verdict: to the right of 0 is what the paper says. "
+        "Filled: our mean with its 95 % interval, small dots are seeds. Hollow: the published "
+        "effect, at the paper's own scale, so compare the side and not the size. Grey: too small "
+        "to be of interest."
+    )
+
+
+def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
+    """A panel for each unit, in it a line for each claim under its verdict."""
+    plt = pictures.headless_pyplot()
+    panels = {unit: lines_of(by_word) for unit, by_word in numbers["panels"].items()}
+    heights = [len(lines) for lines in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(9, 1.6 + 0.9 * len(panels) + 0.33 * sum(heights)), squeeze=False,
+        gridspec_kw={"height_ratios": [height + 1.5 for height in heights]},
+    )  # fmt: skip
+    for axis, (unit, lines) in zip(axes.flat, panels.items(), strict=True):
+        draw_panel(axis, lines)
+        axis.set_xlabel(f"effect, {unit}", fontsize=9)
+    axis.plot([], [], "ko", ms=7, label="ours, 95 % interval")
+    axis.plot([], [], "o", color="0.45", ms=3, label="a seed")
+    axis.plot([], [], "kD", mfc="white", ms=6, label="published")
+    axis.fill_between([], [], [], color="0.85", label="too small to be of interest")
+    place_legend(figure, axis)
+    figure.suptitle(f"Primary claims; ours: {numbers['title']}", fontsize=11)
+    figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
+    pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
+
+
+def lines_of(by_word: dict[str, list]) -> list[tuple[str, dict[str, Any] | None]]:
+    """(verdict, None), then (claim's name, its numbers) for each claim under it."""
+    found: list = []
+    for word, claims in by_word.items():
+        found += [(word, None), *((claim["name"], claim) for claim in claims)]
+    return found
+
+
+def draw_panel(axis, lines: list[tuple[str, dict[str, Any] | None]]) -> None:
+    axis.axvline(0, color="black", lw=1, zorder=1)
+    for y, (_, claim) in enumerate(lines):
+        if claim is None:
+            continue
+        m, seeds = claim["smallest"], claim["seeds"]
+        axis.fill_between([-m, m], y - 0.36, y + 0.36, color="0.85", lw=0, zorder=0)
+        axis.plot(seeds, [y + 0.24] * len(seeds), "o", color="0.45", ms=3, zorder=2)
+        if "mean" in claim:
+            axis.hlines(y, claim["low"], claim["high"], color="black", lw=2, zorder=3)
+            axis.plot(claim["mean"], y, "ko", ms=7, zorder=4)
+        if claim["published"] is not None:
+            axis.plot(claim["published"], y - 0.24, "kD", mfc="white", ms=6, zorder=5)
+    axis.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=9)
+    for label, (_, claim) in zip(axis.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("normal" if claim else "bold")
+    axis.set_ylim(len(lines) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", alpha=0.3)

@@ -1,0 +1,188 @@
+"""The lab's part of the claims' page: its table, its words, and what its runs were."""
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from results import fixed, lab, lab_figures, tables
+from results.claims import Runs, arms_of, lab_arms
+from results.joined import Joined, fill
+
+# the numbers that the page's words have: results/lab.py judges by these very ones
+CONSTANTS = {
+    name: f"{getattr(lab, name):g}"
+    for name in ("LEVEL", "CONSTANT", "LOW_RANK", "NOTHING", "LEARNED", "TESTABLE")
+}
+CONSTANTS |= {
+    name: getattr(lab, name) for name in ("SEEN", "REVERSED", "OPEN", "NOT_TESTABLE", "NOT_RUN")
+}
+CONSTANTS |= {"SMALLER": lab.SMALLER.replace("{m:g}", "m"), "WIDE": f"{100 - 200 * lab.LEVEL:g}"}
+LEAST = 1e-4  # p values below are not told apart
+HEAD = ("claim", "the paper says", "ours, 95 % interval", "verdict", "command")
+CHECKED = "The commit of each record holds its claim as it stands here; `report.py` refuses others."
+UNCHECKED = (
+    "That the commit of each record holds its claim is **not checked**: its history is not at hand."
+)
+
+
+def markdown(joined: Joined) -> str:
+    """The lab's sections; empty if claims.yaml has no lab."""
+    what = joined.claims.get("lab")
+    if not what:
+        return ""
+    judged = lab.judge_all(what["claims"], joined.runs)
+    secondary = [cells[:3] + cells[4:] for cells in rows(joined, judged, primary=False)]
+    return fill(
+        "lab.md",
+        primary=table(HEAD, rows(joined, judged, primary=True)),
+        figures=tables.pictures(shown) if (shown := lab_figures.shown(joined)) else "",
+        **CONSTANTS,
+        fixed=when_fixed(what, joined.runs),
+        ran=as_list([what_ran(what, joined.runs), *uneven(what["claims"], joined.runs)]),
+        each="\n".join(
+            f"- {each(claim, judged[claim['name']], joined)}" for claim in what["claims"]
+        ),
+        secondary=table(HEAD[:3] + HEAD[4:], secondary) if secondary else "None.",
+    )
+
+
+def as_list(said: Iterable[str]) -> str:
+    return "\n".join(f"- {tables.prose(text)}" for text in said)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    marked = ([tables.Markup(tables.prose(cell)) for cell in line] for line in lines)
+    return tables.table(head, marked)
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def rows(joined: Joined, judged: dict[str, lab.Judged], primary: bool) -> list[list[str]]:
+    """The cells of each claim, as text with **bold** words and `code`."""
+    return [
+        [
+            f"{claim['claim'][0].upper()}{claim['claim'][1:]}",
+            f"{claim['published'].strip()} ({claim['source'].strip()})",
+            ours(claim, judged[claim["name"]]),
+            verdict(judged[claim["name"]]),
+            commands(claim, joined),
+        ]
+        for claim in joined.claims["lab"]["claims"]
+        if claim["primary"] == primary
+    ]
+
+
+def ours(claim: dict[str, Any], found: lab.Judged) -> str:
+    """+4.20 [+3.10, +5.30] points of k-NN, n = 5."""
+    if not found.effects:
+        return "not run"
+    what, unit = found.interval, lab.UNITS[claim["measure"]]
+    if what is None:
+        return f"{statistics.fmean(found.effects.values()):+.2f} {unit}, n = {len(found.effects)}"
+    return f"{what.mean:+.2f} [{what.low:+.2f}, {what.high:+.2f}] {unit}, n = {what.n}"
+
+
+def verdict(found: lab.Judged) -> str:
+    """**open** (9 seeds would settle it); p = 0.21."""
+    text = f"**{found.word}**" + (f" ({found.why})" if found.why else "")
+    if found.interval and found.adjusted is not None:
+        text += f"; p = {found.adjusted:.2g}" if found.adjusted >= LEAST else f"; p < {LEAST:g}"
+    return text
+
+
+def commands(claim: dict[str, Any], joined: Joined) -> str:
+    """What shows the claim in minutes, and what repeats its runs."""
+    data = {joined.plan[arm].config["dataset"] for arm in claim["effect"]} - {"photos"}
+    flags = "".join(f" --{name} PATH" for name in sorted(data))
+    again = f"python results/reproduce.py --all --only {claim['name']}{flags}"
+    return f"`make claim NAME={claim['name']}`; its runs: `{again}`"
+
+
+# -- when, and what ran ---------------------------------------------------------------------------
+
+
+def when_fixed(what: dict[str, Any], runs: Runs) -> str:
+    """When the claims were fixed, the commits that hold them, and what was not kept to."""
+    said = [f"Fixed: {what['fixed'] or 'not yet'}."]
+    every = fixed.check(what["claims"], runs)
+    if commits := sorted({one["commit"][:7] for one in records(what, runs)}):
+        said += [f"Commit: {', '.join(f'`{commit}`' for commit in commits)}."]
+        said += [CHECKED if every else UNCHECKED]
+    if not what["deviations"]:
+        said += ["Deviations: none."]
+    said += [f"Deviation of {d['date']}: {d['text'].strip()}" for d in what["deviations"]]
+    return as_list(said)
+
+
+HISTORY = tuple(as_list([text]) for text in (UNCHECKED, CHECKED))  # the lines, in Markdown
+
+
+def records(what: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
+    """One record of each seed of each run of the lab."""
+    arms = dict.fromkeys(arm for _, arm in lab_arms(what))
+    found = {(arm, one["seeds"][0]): one for arm in arms for _, one in fixed.records_of(runs, arm)}
+    return [*found.values()]
+
+
+def what_ran(what: dict[str, Any], runs: Runs) -> str:
+    """How many runs, their hours, and on what."""
+    found = records(what, runs)
+    if not found:
+        return "Nothing yet."
+    hours = sum(one["hours"] or 0 for one in found)
+    machines = ", ".join(sorted({one["hardware"] for one in found}))
+    return f"{len(found)} runs of one seed each, {hours:.1f} hours of training, on {machines}."
+
+
+def uneven(claims: Sequence[dict[str, Any]], runs: Runs) -> list[str]:
+    """The claims whose runs are not all of one commit, or of one CPU's model."""
+    said = []
+    for claim in claims:
+        ones = [one for arm in claim["effect"] for _, one in fixed.records_of(runs, arm)]
+        for what, of in (("commit", commit), ("CPU or GPU model", model)):
+            if len(several := sorted({of(one) for one in ones})) > 1:
+                text = f"Not all of one {what}: the runs of {claim['name']} ({'; '.join(several)})."
+                said.append(text)
+    if not said and any(runs.get(arm) for claim in claims for arm in claim["effect"]):
+        said = ["All runs that one claim compares are of one commit and of one CPU or GPU model."]
+    return said
+
+
+def commit(one: dict[str, Any]) -> str:
+    return one["commit"][:7]
+
+
+def model(one: dict[str, Any]) -> str:
+    """The hardware without its number of cores and ranks."""
+    return re.sub(r"(, \d+ cores)? x \d+$", "", one["hardware"])
+
+
+def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
+    """What one claim compares, its effects by seed, and its records."""
+    seeds = ", ".join(map(str, claim["seeds"]))
+    text = f"`{claim['name']}`: {formula(claim['effect'])} ({lab.UNITS[claim['measure']]}); seeds "
+    text += f"{seeds}; smallest effect of interest {claim['smallest']:g}; healthy run "
+    text += f"`{claim['healthy']}`."
+    for group in ("collapse", "intact"):
+        if group in claim:
+            text += f" {group.capitalize()}: {', '.join(f'`{arm}`' for arm in claim[group])}."
+    text += f" Against it: {claim['against'].strip()}."
+    if found.effects:
+        text += f" By seed: {', '.join(f'{v:+.2f}' for v in found.effects.values())}."
+    files = dict.fromkeys(
+        n for arm in arms_of(claim) for n, _ in fixed.records_of(joined.runs, arm)
+    )
+    links = ", ".join(f"[{number}](records/{name})" for number, name in enumerate(files, 1))
+    return tables.prose(text) + (f" Records: {links}." if files else "")
+
+
+def formula(effect: dict[str, float]) -> str:
+    """`a` − `b` + 0.5 `c`."""
+    text = ""
+    for arm, factor in effect.items():
+        sign = "−" if factor < 0 else "+"
+        size = "" if abs(factor) == 1 else f"{abs(factor):g} "
+        text += f" {sign} {size}`{arm}`"
+    return text.removeprefix(" + ").strip()
