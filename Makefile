@@ -2,10 +2,15 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-long test-all evaluate detection segmentation lint clean
+.PHONY: demo claim test test-long test-all evaluate detection segmentation lint clean
 
 demo: .venv/installed
 	$(VENV)/python eval/demo.py
+
+# a claim of a paper on photographs, in minutes: make claim NAME=…; without NAME the list of them (a
+# variable NAME of the shell, as some have it, is another)
+claim: .venv/installed
+	$(VENV)/python results/claim.py $(if $(filter command%,$(origin NAME)),$(NAME)) $(FLAGS)
 
 # linear probe and k-NN of a run, by its recipe's protocol: make evaluate RUN=runs/… [FLAGS=…]
 evaluate: .venv/installed

@@ -146,6 +146,21 @@ def test_a_collapse_is_claimed_only_at_every_rate_and_beside_an_intact_arm():
     assert "a has collapsed with seed 14" in found.why
 
 
+def test_top1_is_that_of_a_classifiers_own_record(monkeypatch):
+    monkeypatch.setitem(lab.PROTOCOLS, "classifier", "by itself")
+    found = runs(a=[record()], b=[record()])
+    one = claim(measure="top1")
+    assert lab.effects(one, found) == {}
+    for arm, value in (("a", 80.0), ("b", 71.5)):
+        found[arm]["by itself"] = {10: ("x.json", {"value": value})}
+    assert lab.effects(one, found) == {10: 8.5}
+
+
+def test_a_claim_is_open_without_its_healthy_arm():
+    found = verdict(runs(a=around(60), b=around(40)), claim(healthy="h"))
+    assert found.word == lab.OPEN and found.why == "h is not run with every seed"
+
+
 def test_look_ups_that_find_little_make_a_claim_untestable():
     one = claim(purity={"a": 0.3})
     a = [record(knn=60 + n, purity=0.2) for n in range(5)]

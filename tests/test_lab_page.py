@@ -390,7 +390,7 @@ def lab_folder(tmp_path, monkeypatch):
     what["lab"] = {"fixed": None, "deviations": [], "claims": COMMANDS}
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump(what))
     monkeypatch.setattr(command, "HERE", tmp_path)
-    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(reproduce, "PLAN", tmp_path / "plan.yaml")
     return tmp_path
 
@@ -471,6 +471,24 @@ def test_the_command_prints_numbers_a_picture_and_that_it_judges_nothing(
     bars = [line for line in said.splitlines() if "###" in line]
     assert [bar.count("#") for bar in bars] == [39, 27]
     assert all(bar.index("|") == len("guided  ") + 27 for bar in bars)
+
+
+@pytest.mark.long
+def test_a_claim_is_trained_on_photos(lab_folder, monkeypatch, capsys):
+    small = ["--train-images", "126", "--epochs", "1"]
+    asked = command.on_photos
+    monkeypatch.setattr(
+        command,
+        "on_photos",
+        lambda *what: {arm: (recipe, [*f, *small]) for arm, (recipe, f) in asked(*what).items()},
+    )
+    command.main(["guides"])
+    said = capsys.readouterr().out
+    assert "guided − plain: " in said and "One seed judges nothing" in said
+    assert {path.name for path in (lab_folder / "runs" / "guides-0").iterdir()} == {
+        "guided",
+        "plain",
+    }
 
 
 def test_reproduce_takes_a_claim_for_its_runs(lab_folder):
