@@ -4,12 +4,13 @@ worth, and every primary claim's effect beside the published one.
 A picture carries the digest of its numbers, as those of curves.py; without records there is none.
 """
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
 
 from common.run import pictures
-from results import curves, fixed, lab
+from results import curves, fixed, lab, tables
 from results.claims import Runs
 from results.joined import Joined
 from slurm.plan import PROTOCOLS
@@ -57,13 +58,11 @@ def draw(path: Path, numbers: dict[str, Any]) -> None:
 def scale(arms: list[str], runs: Runs) -> str:
     """What the runs were trained on and for how long, where they have it in common."""
     ones = [one for arm in arms for _, one in fixed.records_of(runs, arm)]
-    said = []
-    for name in ("dataset", "incomplete"):
-        said.append({one["pretraining"][name] for one in ones})
+    said = [{tables.data_cell(one["pretraining"], "dataset") for one in ones}]
     said.append({one["arch"] for one in ones})
     for name, unit in (("batch", "batch {}"), ("epochs", "{} epochs")):
         said.append({unit.format(f"{one['pretraining'][name]:g}") for one in ones})
-    return ", ".join(min(values) for values in said if len(values) == 1 and None not in values)
+    return ", ".join(min(values) for values in said if len(values) == 1)
 
 
 # -- take one part away ---------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def near(runs: Runs, arm: str) -> list[float]:
 
 
 def parts_caption(numbers: dict[str, Any]) -> str:
-    lines = f" Dashed: {' and '.join(numbers['controls'])}." if numbers["controls"] else ""
+    lines = f" Lines: {' and '.join(numbers['controls'])}." if numbers["controls"] else ""
     return (
         "Take one part away: k-NN on test images, a dot for each seed, filled for the whole method "
         "and hollow without the part. The short bar is the run's own random encoder, calibrated: a "
@@ -126,7 +125,9 @@ def draw_parts(path: Path, numbers: dict[str, Any]) -> None:
     for side, label in labels.items():
         axis.scatter([], [], s=34, edgecolors="black", label=label, **styles[side])
     axis.plot([], [], marker="|", ms=10, mew=2.5, color="0.35", lw=0, label="its random encoder")
-    for (name, value), dashes in zip(numbers["controls"].items(), ("--", ":", "-."), strict=False):
+    for (name, value), dashes in zip(
+        numbers["controls"].items(), itertools.cycle(("--", ":", "-.")), strict=False
+    ):
         axis.axvline(value, color="0.35", ls=dashes, lw=1.3, label=name, zorder=1)
     axis.set_yticks(range(len(rows)), [named(row) for row in rows], fontsize=9)
     axis.set_ylim(len(rows) - 0.5, -0.5)
