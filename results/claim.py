@@ -30,7 +30,7 @@ TIER = "photos"
 # what the lab sets for its encoder and images; photos has its own, unless the claim is about it
 SIZES = {"projector-hidden", "output-dim", "predictor-hidden", "projector-layers"}
 SIZES |= {"lr", "lr-biases"}
-EPOCHS = 3  # of a family that the tier does not name
+EPOCHS = 3  # of what is of no family that the tier names
 SIDES = 2  # a claim of more runs has fewer epochs: four minutes for all of them
 HERE_TOO = {"knn", "gain", "rank", "std"}  # measures of a run without its read-out
 WIDTH = 40  # of the text's bars
@@ -62,7 +62,7 @@ def show(claim: dict[str, Any], planned: dict[str, plan.Planned], seed: int) -> 
     found = {}
     for arm, (recipe, flags) in arms.items():
         folder = RUNS / f"{claim['name']}-{seed}" / arm
-        line = [str(ROOT / "recipes" / f"{recipe}.py"), *flags, "--seed", str(seed)]
+        line = [str(ROOT / plan.script_of(recipe)), *flags, "--seed", str(seed)]
         done = subprocess.run([sys.executable, *line, "--output", str(folder)])
         if done.returncode:
             raise UserError(f"{arm} ended with exit code {done.returncode}, see above")
@@ -86,8 +86,9 @@ def on_photos(
     for arm, flags in own.items():
         recipe = planned[arm].recipe
         kept = {flag: value for flag, value in flags.items() if flag not in SIZES - about}
-        family = tiers[TIER]["families"].get(cards.load()[recipe].family, {})
-        epochs = math.ceil(family.get("epochs", EPOCHS) * SIDES / max(SIDES, len(own)))
+        family = cards.load()[recipe].family if recipe in cards.load() else ""
+        few = tiers[TIER]["families"].get(family, {}).get("epochs", EPOCHS)
+        epochs = math.ceil(few * SIDES / max(SIDES, len(own)))
         kept |= {"epochs": round(epochs * planned[arm].config["epochs"] / least)}
         run = {"recipe": recipe, "flags": kept | {"geometry-points": 1}, "hours": 0}
         asked.append(plan.merged("plan.yaml", arm, TIER, tiers[TIER], run)["asked"])
@@ -96,7 +97,8 @@ def on_photos(
         arm: (planned[arm].recipe, answer["flags"])
         for arm, answer in zip(own, answers, strict=True)
     }
-    if len({json.dumps(line) for line in lines.values()}) < len(lines):
+    same = len({json.dumps(line) for line in lines.values()}) < len(lines)
+    if same or any("init" in flags for flags in own.values()):  # one that starts from the lab's run
         raise UserError(
             f"{claim['name']} has no version on photos: its runs differ in what is the lab's own"
         )

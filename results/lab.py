@@ -107,7 +107,7 @@ UNITS |= {"rank": "of effective rank", "std": "of std·√D", "views": "views of
 def values_of(claim: dict[str, Any], arm: str, runs: Runs) -> dict[int, float]:
     """The claim's measure of an arm by seed; top1 is that of a classifier's own record."""
     if claim["measure"] == "top1":
-        by_seed = runs.get(arm, {}).get(PROTOCOLS.get("classifier"), {})
+        by_seed = runs.get(arm, {}).get(PROTOCOLS["classifier"], {})
         return {seed: one["value"] for seed, (_, one) in by_seed.items()}
     return {seed: value(claim, arm, one) for seed, one in of_arm(runs, arm).items()}
 

@@ -76,11 +76,10 @@ def parts_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
         if any(side["knn"] for side in sides.values()):
             rows.append({"label": part["label"], "name": part.get("intact_label", ""), **sides})
             arms += [part["intact"], part["broken"]]
-    controls = {n: near(runs, arm) for n, arm in what.get("controls", {}).items()}
-    controls = {n: round(statistics.fmean(knn), 3) for n, knn in controls.items() if knn}
     if not rows:
         return {}
-    return {"title": scale(arms, runs), "controls": controls, "rows": rows}
+    controls = [line_of(n, runs.get(arm, {})) for n, arm in what.get("controls", {}).items()]
+    return {"title": scale(arms, runs), "controls": dict(filter(None, controls)), "rows": rows}
 
 
 def side_of(runs: Runs, arm: str) -> dict[str, Any]:
@@ -89,10 +88,17 @@ def side_of(runs: Runs, arm: str) -> dict[str, Any]:
     return {"knn": [one.knn for one in found], "random": random}
 
 
-def near(runs: Runs, arm: str) -> list[float]:
-    """The k-NN of each seed of a control, which has no random encoder to be compared with."""
-    by_seed = runs.get(arm, {}).get(PROTOCOLS["readout"], {})
-    return [by_seed[seed][1]["scores"][0]["value"] for seed in sorted(by_seed)]
+def line_of(name: str, by_protocol: dict[str, Any]) -> tuple[str, float] | None:
+    """A control's k-NN, the mean over its seeds; of one that was not read out, its own top-1."""
+    if near := [one["scores"][0]["value"] for one in ones(by_protocol, "readout")]:
+        return name, round(statistics.fmean(near), 3)
+    if own := [one["value"] for one in ones(by_protocol, "classifier")]:
+        return f"{name} (top-1)", round(statistics.fmean(own), 3)
+    return None
+
+
+def ones(by_protocol: dict[str, Any], evaluation: str) -> list[dict[str, Any]]:
+    return [one for _, one in by_protocol.get(PROTOCOLS[evaluation], {}).values()]
 
 
 def parts_caption(numbers: dict[str, Any]) -> str:

@@ -146,13 +146,12 @@ def test_a_collapse_is_claimed_only_at_every_rate_and_beside_an_intact_arm():
     assert "a has collapsed with seed 14" in found.why
 
 
-def test_top1_is_that_of_a_classifiers_own_record(monkeypatch):
-    monkeypatch.setitem(lab.PROTOCOLS, "classifier", "by itself")
+def test_top1_is_that_of_a_classifiers_own_record():
     found = runs(a=[record()], b=[record()])
     one = claim(measure="top1")
     assert lab.effects(one, found) == {}
     for arm, value in (("a", 80.0), ("b", 71.5)):
-        found[arm]["by itself"] = {10: ("x.json", {"value": value})}
+        found[arm][lab.PROTOCOLS["classifier"]] = {10: ("x.json", {"value": value})}
     assert lab.effects(one, found) == {10: 8.5}
 
 

@@ -272,6 +272,11 @@ def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls(
     assert first["broken"]["random"] == 30.0 and second["label"] == "the b of c"
     assert numbers["controls"] == {"supervised": pytest.approx(34.96)}  # of 34, 35.4, …
     assert numbers["title"] == "photos, tiny, batch 64, 3 epochs"
+    others = [item for item in invented_records() if not item[0].startswith("e-")]
+    own = [record_of("e", s, 0.0, False, protocol="classifier", value=v) for s, v in ((10, 81.0),
+           (11, 83.0))]  # fmt: skip
+    numbers = lab_figures.numbers_of(join(others + own))[lab_figures.PARTS]
+    assert numbers["controls"] == {"supervised (top-1)": 82.0}
 
 
 def test_effects_of_different_units_have_panels_of_their_own_in_order_of_verdict():
@@ -368,6 +373,8 @@ LAB_TIER = """
       long: {recipe: simsiam_gsg, flags: {gsg: false, predictor: false, epochs: 40}, hours: 0.1}
       narrow: {recipe: simsiam_gsg, flags: {gsg: false, projector-hidden: 64}, hours: 0.1}
       wide: {recipe: simsiam_gsg, flags: {gsg: false, projector-hidden: 128}, hours: 0.1}
+      labels: {recipe: supervised, flags: {train-images: 500}, hours: 0.1}
+      tuned: {recipe: supervised, flags: {train-images: 500, init: "runs/plain-{seed}"}, hours: 0.1}
       slow: {recipe: simsiam_gsg, flags: {gsg: false}, hours: 0.1}
       fast: {recipe: simsiam_gsg, flags: {gsg: false}, hours: 0.1}
 """
@@ -376,6 +383,8 @@ COMMANDS = [
     invented("longer", {"long": 1, "plain": -1}, seeds=[10, 11]),
     invented("wider", {"wide": 1, "narrow": -1}, seeds=[10, 11]),
     invented("faster", {"fast": 1, "slow": -1}, seeds=[10, 11]),
+    invented("labels-help", {"labels": 1, "plain": -1}, seeds=[10, 11]),
+    invented("tunes", {"tuned": 1, "labels": -1}, seeds=[10, 11]),
     invented("four", {"guided": 1, "plain": -1, "wide": 1, "narrow": -1}, seeds=[10, 11]),
 ]
 
@@ -425,12 +434,15 @@ def test_a_claim_on_photos_keeps_what_sets_its_runs_apart(lab_folder):
     assert (found["plain"]["--epochs"], found["long"]["--epochs"]) == ("3", "6")
     found = flags_of("wider")  # of which a size is what the claim is about
     assert [one["--projector-hidden"] for one in found.values()] == ["128", "64"]
+    found = flags_of("labels-help")
+    assert found["labels"]["--epochs"] == "3" and "--cosine-per" not in found["labels"]
     assert {one["--epochs"] for one in flags_of("four").values()} == {"2"}
 
 
 def test_a_claim_without_a_version_on_photos_says_so(lab_folder):
-    with pytest.raises(UserError, match=r"^faster has no version on photos: [^\n]+$"):
-        command.main(["faster"])
+    for name in ("faster", "tunes"):
+        with pytest.raises(UserError, match=rf"^{name} has no version on photos: [^\n]+$"):
+            command.main([name])
 
 
 def test_the_claims_are_listed_and_an_unknown_one_is_a_mistake(lab_folder, capsys):
