@@ -30,6 +30,8 @@ TIER = "photos"
 # what the lab sets for its encoder and images; photos has its own, unless the claim is about it
 SIZES = {"projector-hidden", "output-dim", "predictor-hidden", "projector-layers"}
 SIZES |= {"lr", "lr-biases"}
+LENGTHS = {"epochs", "warmup-epochs"}  # photos has its own, epochs in the runs' proportion
+FOREIGN = {"init", "subset-seed"}  # another run of the lab, another draw of its images
 EPOCHS = 3  # of what is of no family that the tier names
 SIDES = 2  # a claim of more runs has fewer epochs: four minutes for all of them
 HERE_TOO = {"knn", "gain", "rank", "std"}  # measures of a run without its read-out
@@ -85,7 +87,9 @@ def on_photos(
     asked = []
     for arm, flags in own.items():
         recipe = planned[arm].recipe
-        kept = {flag: value for flag, value in flags.items() if flag not in SIZES - about}
+        kept = {
+            flag: value for flag, value in flags.items() if flag not in (SIZES - about) | LENGTHS
+        }
         family = cards.load()[recipe].family if recipe in cards.load() else ""
         few = tiers[TIER]["families"].get(family, {}).get("epochs", EPOCHS)
         epochs = math.ceil(few * SIDES / max(SIDES, len(own)))
@@ -98,7 +102,7 @@ def on_photos(
         for arm, answer in zip(own, answers, strict=True)
     }
     same = len({json.dumps(line) for line in lines.values()}) < len(lines)
-    if same or any("init" in flags for flags in own.values()):  # one that starts from the lab's run
+    if same or any(FOREIGN & {*flags} for flags in own.values()):
         raise UserError(
             f"{claim['name']} has no version on photos: its runs differ in what is the lab's own"
         )

@@ -370,7 +370,10 @@ LAB_TIER = """
     runs:
       plain: {recipe: simsiam_gsg, flags: {gsg: false, predictor: false, lr: 0.1}, hours: 0.1}
       guided: {recipe: simsiam_gsg, flags: {gsg: true, predictor: false, lr: 0.1}, hours: 0.1}
-      long: {recipe: simsiam_gsg, flags: {gsg: false, predictor: false, epochs: 40}, hours: 0.1}
+      long:
+        recipe: simsiam_gsg
+        flags: {gsg: false, predictor: false, epochs: 40, warmup-epochs: 2}
+        hours: 0.1
       narrow: {recipe: simsiam_gsg, flags: {gsg: false, projector-hidden: 64}, hours: 0.1}
       wide: {recipe: simsiam_gsg, flags: {gsg: false, projector-hidden: 128}, hours: 0.1}
       labels: {recipe: supervised, flags: {train-images: 500}, hours: 0.1}
@@ -432,6 +435,7 @@ def test_a_claim_on_photos_keeps_what_sets_its_runs_apart(lab_folder):
         assert not {"--train-images", "--arch", "--lr"} & {*found[arm]}
     found = flags_of("longer")
     assert (found["plain"]["--epochs"], found["long"]["--epochs"]) == ("3", "6")
+    assert "--warmup-epochs" not in found["long"]
     found = flags_of("wider")  # of which a size is what the claim is about
     assert [one["--projector-hidden"] for one in found.values()] == ["128", "64"]
     found = flags_of("labels-help")
