@@ -275,7 +275,7 @@ def apart_cells(name: str, r: tables.Record, published) -> list[Cell]:
     epochs = tables.number_cell(what["epochs"])
     speed = r["images_per_second"]
     on = tables.data_cell(r["dataset"])
-    settings, budget = ", ".join(tables.settings_words(r)), f"{data}, {epochs} epochs"
+    settings, budget = tables.settings_cell(r), f"{data}, {epochs} epochs"
     why = tables.why_apart(r, published, settings=False)
     return [
         Cell(escape(r["method"]), brief="; ".join(t for t in (settings, budget) if t)),

@@ -88,6 +88,7 @@ def base_arch(record: Record) -> str:
     return record["arch"].removesuffix("_mocov3") if official else record["arch"]
 
 
+MOST_SETTINGS = 4  # in a row of a table
 SAME = ("method", "recipe", "arch", "pretraining", "dataset", "protocol", "metric", "settings")
 SAME += ("epoch", "assumed", "dirty")
 
@@ -293,9 +294,17 @@ def settings_words(of: dict[str, Any]) -> list[str]:
     return words
 
 
+def settings_cell(of: dict[str, Any]) -> str:
+    """The settings in a row; many of them by the name of the plan's run, which has them."""
+    words = settings_words(of)
+    if len(words) <= MOST_SETTINGS or not of.get("plan"):
+        return ", ".join(words)
+    return f"{of['plan']} of plan.yaml, {len(words)} settings"
+
+
 def method_cell(of: dict[str, Any]) -> str:
     """SNCLR, neighbours 0."""
-    return ", ".join([of["method"], *settings_words(of)])
+    return ", ".join([of["method"], *filter(None, [settings_cell(of)])])
 
 
 def notes_of(rows: Iterable[dict[str, Any]]) -> list[str]:
