@@ -149,11 +149,13 @@ def difference(record: Record, row: dict[str, Any]) -> float | None:
 
 def why_apart(record: Record, published: list[dict[str, Any]], settings: bool = True) -> str:
     """What keeps a record from standing beside a published number, in a few words; `settings`
-    False where a column of their own has them.
+    False where columns of their own have them and which images there were.
     """
     what, on = record["pretraining"], record["dataset"]
-    reasons = [text for text in (what["copy"], what["incomplete"]) if text]
-    reasons += [t for t in (on["copy"], on["incomplete"]) if t and t not in reasons]
+    reasons = [text for data in (what, on) for text in (data["copy"], data["incomplete"]) if text]
+    if not settings:
+        parts = (what["incomplete"], on["incomplete"])
+        reasons = ["part of the images" if text in parts else text for text in reasons]
     if record["epoch"] != "last":
         reasons.append(record["epoch"])
     same = [
@@ -299,7 +301,7 @@ def settings_cell(of: dict[str, Any]) -> str:
     words = settings_words(of)
     if len(words) <= MOST_SETTINGS or not of.get("plan"):
         return ", ".join(words)
-    return f"{of['plan']} of plan.yaml, {len(words)} settings"
+    return f"plan: {of['plan']}"
 
 
 def method_cell(of: dict[str, Any]) -> str:

@@ -193,6 +193,7 @@ def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
     assert_states_are_close(pairs)
 
 
+@pytest.mark.long
 def test_code_ranks_on_one_process_are_the_released_codes_ranks(tmp_path, monkeypatch):
     """--code-ranks 2 on one process is the released rule on two, --code-ranks 1 is not."""
     hard = [*FLAGS, *HARD]

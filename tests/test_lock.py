@@ -12,6 +12,7 @@ from common.run import lock
 FLAGS = [*SMALL, "--queue-size", "128"]
 
 
+@pytest.mark.long
 def test_a_second_start_says_who_writes_and_loses_nothing(tmp_path):
     first = Script("recipes/nnsiam.py", *FLAGS, "--output", tmp_path, merged=True)
     try:

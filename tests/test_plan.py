@@ -157,6 +157,7 @@ def control(**changes):
     return {"tiers": {"controls": tier}}
 
 
+@pytest.mark.long
 def test_a_run_may_be_the_supervised_control_of_its_own_seed(tmp_path, monkeypatch, capsys):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(control()))
     run = plan.load(tmp_path / "plan.yaml")["fine"]

@@ -95,6 +95,7 @@ def test_first_step_gradients_agree_in_float32(method, tmp_path):
             assert worst <= bound, f"{name}: off by {worst}, allowed {bound}"
 
 
+@pytest.mark.long
 def test_the_k_nn_of_two_ranks_is_that_of_one(tmp_path):
     """Spread over ranks, merged: the same accuracy."""
     flags = ["--precision", "fp64", "--max-steps", "1", "--knn-every", "1", "--train-images", "180"]

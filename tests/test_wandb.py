@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,11 @@ def test_project_entity_group_and_tags_are_flags_that_change_no_hash(tmp_path):
     flags = ["--wandb-project", "p", "--wandb-entity", "e", "--wandb-group", "g"]
     flags += ["--wandb-tags", "a, b"]
     start(tmp_path, *flags).finish()
-    (run,) = [r.run for r in sent(tmp_path) if r.WhichOneof("record_type") == "run"][:1]
+    deadline, runs = time.monotonic() + 20, []
+    while not runs and time.monotonic() < deadline:  # wandb's own process writes the file
+        runs = [r.run for r in sent(tmp_path) if r.WhichOneof("record_type") == "run"]
+        time.sleep(0.1)
+    run = runs[0]
     assert (run.project, run.entity, run.run_group) == ("p", "e", "g")
     assert [*run.tags] == ["a", "b"]
     plain = snclr.parse_arguments(["--dataset", "photos"])
