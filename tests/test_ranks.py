@@ -88,8 +88,9 @@ def test_first_step_gradients_agree_in_float32(method, tmp_path):
     np.testing.assert_allclose(step_losses(two), step_losses(one), rtol=1e-5, atol=1e-7)
     assert seen_one["gradients"] and seen_one["losses"]
     for name, expected in seen_one["gradients"].items():
-        # the first convolution's gradient is 1e-5 off its float64 value on one rank, 7e-6 on two
-        bound = 2e-5 * expected.abs().max() + 2e-7
+        bound = 1e-5 * expected.abs().max() + 1e-7
+        if name == "encoder.0.weight":  # oneDNN's is itself 1e-5 off its float64 value on one rank
+            bound *= 2
         for seen in seen_two:
             worst = (seen["gradients"][name] - expected).abs().max()
             assert worst <= bound, f"{name}: off by {worst}, allowed {bound}"
