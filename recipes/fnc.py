@@ -106,7 +106,7 @@ PRESETS = {
     # ours, chosen on held-out patches: fnc.md
     "photos": PHOTOS
     | {
-        "lr": 0.06,
+        "lr": 0.03,
         "lr_scaling": "linear",
         "lr_batch": 64,
         "optimizer": "sgd",
