@@ -15,6 +15,7 @@ from scipy import stats
 
 from common.errors import UserError
 from results.claims import Runs
+from results.record import FAILED
 from slurm.plan import PROTOCOLS
 
 LEVEL = 0.05
@@ -205,7 +206,7 @@ def judge(
         return Judged(NOT_RUN, found)
     missing = len(claim["seeds"]) - len(found)
     if len(found) < 2 or missing:
-        return Judged(OPEN, found, None, adjusted, f"{missing} of {len(claim['seeds'])} seeds lack")
+        return Judged(OPEN, found, None, adjusted, without(claim, runs, missing))
     what = interval([*found.values()])
     if adjusted is None:
         return Judged("", found, what)
@@ -225,6 +226,17 @@ def judge(
         settled = seeds_to_settle([*found.values()], m)
         why = f"{settled} seeds would settle it" if settled else "more than 1000 seeds are needed"
     return Judged(OPEN, found, what, adjusted, why)
+
+
+def without(claim: dict[str, Any], runs: Runs, missing: int) -> str:
+    """How many seeds lack, and which runs of them failed."""
+    failed = [
+        f"{arm} failed with seed {seed}"
+        for arm in claim["effect"]
+        for seed in sorted(runs.get(arm, {}).get(FAILED, {}))
+    ]
+    text = f"{missing} of {len(claim['seeds'])} seeds lack"
+    return text + (f": {', '.join(failed)}" if failed else "")
 
 
 def not_testable(claim: dict[str, Any], runs: Runs) -> str:
