@@ -395,6 +395,32 @@ def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
     assert "epochs was 2, is 3" in capsys.readouterr().err
 
 
+def test_the_first_features_alone_are_a_smaller_encoder():
+    encoder, _ = load_encoder("random", "tiny", 32)
+    first, images = script.FirstFeatures(encoder, 11).eval(), torch.randn(5, 3, 32, 32)
+    assert first.embed_dim == 11
+    assert torch.equal(first(images), encoder.eval()(images)[:, :11])
+    with pytest.raises(UserError, match="--first-features 65: the encoder has 64"):
+        script.FirstFeatures(encoder, 65)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cached", [["--cache-features"], []])
+def test_probe_and_k_nn_of_the_first_features(cached, shortest, tmp_path):
+    """As of an encoder that has no others, and a setting of both records."""
+    flags = ["--protocol", "simclr", "--lrs", "0.3", "--epochs", "1", *cached]
+    found = probe(tmp_path / "a", "--backbone", shortest, *flags, "--first-features", "11")
+    whole = probe(tmp_path / "b", "--backbone", shortest, *flags)
+    assert found["settings"] == whole["settings"] | {"first_features": 11}
+    assert found["value"] != whole["value"]
+    assert problems(found) == [] or found["commit"] == "unknown"
+    knn = record_of(tmp_path / "a", "record-knn.json")
+    assert knn["settings"] == found["settings"]
+    encoder, _ = load_encoder(shortest)
+    expected = knn_by_hand(lambda images: encoder(images)[:, :11])
+    assert knn["value"] == pytest.approx(100 * expected, abs=1e-3)
+
+
 @pytest.mark.long
 def test_without_an_output_it_lies_in_the_run(shortest):
     flags = ["--backbone", shortest, "--epochs", "1", "--lrs", "0.1", "--protocol", "gsg"]

@@ -41,6 +41,18 @@ BYOL = Protocol(
     interpolation="bicubic",
     init="haiku",
 )
+# SimCLR App. B.6, as its B.5 but for rate and epochs: Nesterov, 0.1 * batch / 256, batch 4096, 90
+# epochs, no warm-up, no weight decay; cosine per step, bicubic and a head of zeros as in its code
+# and the command of its README
+SIMCLR = Protocol(
+    "nesterov",
+    (0.1,),
+    batch=4096,
+    epochs=90,
+    schedule="step",
+    interpolation="bicubic",
+    init="zeros",
+)
 # moco-v3 main_lincls.py: SGD, 0.1 and 3 (its CONFIG.md for ViT), batch 1024, cosine per epoch
 MOCOV3 = Protocol("sgd", (0.1,), batch=1024, epochs=90, vit_lrs=(3.0,))
 # vicreg README.md (--lr-head 0.02) and evaluate.py; its App. C.2 states the same but for the crops
@@ -54,18 +66,9 @@ PROTOCOLS = {
     "gsg": Protocol("larc", (0.1,), batch=4096, epochs=90),  # gsg main_lincls.py --lars
     "mocov3": MOCOV3,
     "byol": BYOL,
-    # SimCLR App. B.6, as its B.5 but for rate and epochs: Nesterov, 0.1 * batch / 256, batch 4096,
-    # 90 epochs, no warm-up, no weight decay; cosine per step, bicubic and a head of zeros as in its
-    # code and the command of its README
-    "simclr": Protocol(
-        "nesterov",
-        (0.1,),
-        batch=4096,
-        epochs=90,
-        schedule="step",
-        interpolation="bicubic",
-        init="zeros",
-    ),
+    "simclr": SIMCLR,
+    # DirectCLR's paper states none, and trains "with a standard recipe of SimCLR" (Sec. 6.2)
+    "directclr": replace(SIMCLR, assumed=True),
     "vicreg": replace(VICREG, crop_min=0.2),  # VICReg App. C.2: crops of 20 to 100 %
     "vicreg-code": VICREG,
     # barlowtwins README.md and evaluate.py, which do not scale the rate
