@@ -212,6 +212,22 @@ def test_learning_rates_follow_the_papers():
     assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n != "vicreg")
 
 
+def test_the_triplets_warm_up_multiplies_its_cosine():
+    """mmcv: linear per step over 10 epochs from 1e-4, of the rate that the epoch's cosine has."""
+    for name, lr in (("triplet", 0.04), ("triplet-short", 0.15)):
+        protocol = PROTOCOLS[name]
+        assert (protocol.optimizer, protocol.lrs, protocol.batch) == ("sgd", (lr,), 256)
+        assert (protocol.epochs, protocol.weight_decay, protocol.warmup_epochs) == (100, 0.0, 10)
+        assert (protocol.schedule, protocol.assumed) == ("epoch", False)
+    for step in (0, 1, 29, 30, 31, 299):
+        epoch = step // 3
+        expected = (1 + math.cos(math.pi * epoch / 100)) / 2
+        if epoch < 10:
+            expected *= 1 - (1 - step / 30) * (1 - 1e-4)
+        assert schedule("epoch", step, 3, 100, 10) == pytest.approx(expected, rel=1e-12)
+    assert schedule("epoch", 0, 3, 100, 10) == pytest.approx(1e-4)
+
+
 def test_first_weights():
     normal = linear_weights(1000, 200, "normal 0.01", 3)
     assert normal.std() == pytest.approx(0.01, rel=0.02)

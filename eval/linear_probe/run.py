@@ -260,7 +260,10 @@ class Probe:
             each.sum().backward()
             distributed.average_gradients(heads)
             optimizer.step(
-                scaled * schedule(protocol.schedule, step, steps_per_epoch, config.epochs)
+                scaled
+                * schedule(
+                    protocol.schedule, step, steps_per_epoch, config.epochs, protocol.warmup_epochs
+                )
             )
             sums += each.detach()
             if (step + 1) % steps_per_epoch == 0:
@@ -343,6 +346,8 @@ class Probe:
             "tried": {"lr": first["lrs"]},
             "chosen_on": words,
         }
+        if protocol.warmup_epochs:
+            hyperparameters["warmup_epochs"] = protocol.warmup_epochs
         others = {"top5": [r["top5"] for r in results]}
         if len(first["lrs"]) > 1:
             others["held-out top1 of each lr"] = first["held_out_top1"]
