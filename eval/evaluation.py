@@ -103,7 +103,7 @@ class Evaluation:
     """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
 
     calibrates = True  # an encoder that was never trained, on its training images
-    settings: Mapping[str, Any] = MappingProxyType({})  # of the record, beside those of the run
+    own_settings: Mapping[str, Any] = MappingProxyType({})  # of the record, beside the run's
     tf32 = False  # whether fp32 lets a GPU's convolutions round their inputs to 10 bits
 
     def __init__(self, config: Any):
@@ -404,8 +404,8 @@ class Evaluation:
         config = self.config
         seeds = [*range(config.seed, config.seed + len(values))]
         found = self.encoder_fields()
-        if self.settings:
-            found["settings"] = found.get("settings", {}) | {**self.settings}
+        if self.own_settings:
+            found["settings"] = found.get("settings", {}) | {**self.own_settings}
         hyperparameters = hyperparameters | {
             "evaluation": {
                 "commit": self.store.commit,

@@ -67,7 +67,6 @@ class Config(RunConfig):
     # since its regular expression for norms misses their names
     adapt_shortcuts: bool = False
     batch_size: PositiveInt = 4096  # global batch; code's file name; what it says: 196 x 8 x 4
-
     # the deputy's ranks, first-last, 1 is the hardest; code: 2-10; slides: 2 to 2k + 1
     ranks: str = "2-10"
     gamma: Positive = 2.0  # factor of the positive's distance; code
@@ -210,9 +209,8 @@ def rate_at(config: Config, lr: float, step: int, steps_per_epoch: int, total: i
     """Half a cosine from the first step on, which the warm-up multiplies (code)."""
     moved = step if config.cosine_per == "step" else step - step % steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
-    return warmup_cosine(moved, total, 0, lr) * warmup_cosine(
-        min(step, warmup), warmup, warmup, 1.0, start=WARMUP_START
-    )
+    line = warmup_cosine(min(step, warmup), warmup, warmup, 1.0, start=WARMUP_START)
+    return line * warmup_cosine(moved, total, 0, lr)
 
 
 def views_of(config: Config) -> list[View]:

@@ -122,7 +122,7 @@ class Probe:
         self.lrs = self.rates()
         if config.first_features:
             self.job.encoder = FirstFeatures(self.job.encoder, config.first_features)
-            self.job.settings = {"first_features": config.first_features}
+            self.job.own_settings = {"first_features": config.first_features}
         check_batch(config.batch_size, self.job.ranks)
         self.job.encoder.requires_grad_(False)
         self.stored: dict[tuple, Tensor] = {}
