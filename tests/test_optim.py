@@ -12,6 +12,7 @@ from common.models import build_encoder, mlp
 from common.optim import (
     LARS,
     ClassicLARS,
+    UnguardedLARS,
     build_optimizer,
     momentum_to_one,
     scaled_lr,
@@ -233,6 +234,48 @@ def test_classic_lars_is_simclrs_code_while_the_rate_moves(momentum, wd):
         compare(weights, hands)
 
 
+class OpenSelfSupByHand:
+    """One tensor under OpenSelfSup's optimizers.py: lars_exclude is `not adapted`, with decay 0."""
+
+    def __init__(self, weight, adapted):
+        self.w, self.v, self.adapted = weight.numpy().copy(), np.zeros(weight.shape), adapted
+
+    def step(self, g, lr, momentum, wd, trust=0.001):
+        g, rate = g.numpy(), lr
+        if self.adapted:
+            below = norm(g) + wd * norm(self.w)
+            rate = lr * trust * norm(self.w) / below if below else 0.0  # the code stops there
+            g = g + wd * self.w
+        self.v = momentum * self.v + rate * g
+        self.w = self.w - self.v
+
+
+@pytest.mark.parametrize("adapted", [None, True, False])
+@pytest.mark.parametrize("wd", [0.0, 1e-6, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_unguarded_lars_is_openselfsups_while_the_rate_moves(momentum, wd, adapted):
+    zeros = [torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+    weights = [nn.Parameter(w) for w in [*draw(0), *zeros]]
+    adapts = [w.ndim > 1 if adapted is None else adapted for w in weights]
+    hands = [OpenSelfSupByHand(w.detach(), a) for w, a in zip(weights, adapts, strict=True)]
+    group = {"params": weights} | ({} if adapted is None else {"adapted": adapted})
+    optimizer = build_optimizer("unguarded_lars", [group], 0.5, momentum, wd)
+    assert type(optimizer) is UnguardedLARS
+    for step in range(8):
+        rate = warmup_cosine(step, 8, 3, 4.8, start=4.8e-4)
+        set_lr(optimizer, rate)
+        gradients = draw(10 + step, [*SHAPES, (2, 2), (3,)])
+        gradients[0] *= step != 2  # no gradient: the decay alone, or nothing
+        give(weights, gradients)
+        optimizer.step()
+        for hand, gradient in zip(hands, gradients, strict=True):
+            hand.step(gradient, rate, momentum, wd)
+        compare(weights, hands)
+    for weight, a in zip(weights[-2:], adapts[-2:], strict=True):
+        assert weight.any() != a  # zeros never move, if they are adapted
+    assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
+
+
 def test_where_the_rate_stands_matters_only_while_it_moves():
     def train(kind, rates):
         weights = [nn.Parameter(w) for w in draw(5)]
@@ -302,7 +345,7 @@ def test_excluding_by_name_as_simclr_and_byol_do_is_excluding_one_dimension(arch
 
 # -- build_optimizer and set_lr -------------------------------------------------------------------
 
-NAMES = ["lars", "classic_lars", "sgd", "adamw"]
+NAMES = ["lars", "classic_lars", "unguarded_lars", "sgd", "adamw"]
 
 
 def small_model():
