@@ -203,6 +203,7 @@ def test_learning_rates_follow_the_papers():
         ("vicreg", 0.02, 0.2),
         ("vicreg-code", 0.02, 0.08),
         ("barlow", 0.3, 0.08),
+        ("swav", 0.3, 0.08),
     ):
         protocol = PROTOCOLS[name]
         assert (protocol.optimizer, protocol.lrs) == ("sgd", (lr,))

@@ -70,6 +70,8 @@ PROTOCOLS = {
     "vicreg-code": VICREG,
     # barlowtwins README.md and evaluate.py, which do not scale the rate
     "barlow": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
+    # swav eval_linear.py: 8 GPUs of 32, its rate not scaled
+    "swav": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
     # no source at hand states NNCLR's; BYOL's stands for it
     "nnclr": replace(BYOL, assumed=True),
 }
