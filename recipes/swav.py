@@ -53,13 +53,12 @@ class Config(RunConfig):
     """
 
     prototypes: PositiveInt = 3000  # K; code
-    epsilon: Positive = 0.05  # of Sinkhorn: smaller codes are sharper; code (README: 0.03 at need)
-    sinkhorn_iterations: Count = 3  # code
+    epsilon: Positive = 0.05  # of Sinkhorn, smaller: sharper codes; code (0.03 against collapse)
+    sinkhorn_iterations: Count = 3  # balancing steps for each code; code
     temperature: Positive = 0.1  # of the predictions; code
     # steps from the start in which prototypes get no gradient; code: 313, an epoch at batch 4096
     freeze_prototypes_steps: Count = 313
-    # past embeddings of each large crop that join Sinkhorn, for small batches; 0: none, the code's;
-    # code: 3840 at batch 256
+    # past embeddings of each large crop that join Sinkhorn, 0: none; code: 3840 at batch 256
     queue_size: Count = 0
     queue_start_epoch: Count = 15  # with --queue-size: whole epochs before it is filled; code
     multi_crop: bool = True  # add small crops, which predict codes and have none; code; no ViT
@@ -68,7 +67,7 @@ class Config(RunConfig):
     # with --multi-crop: the area that parts small from large crops, instead of --crop-min; code
     multi_crop_scale: Share = 0.14
 
-    epochs: PositiveInt = 800  # code
+    epochs: PositiveInt = 800  # its longest; code
     batch_size: PositiveInt = 4096  # global batch; code
     lr: NotNegative = 4.8  # highest rate, as it is; code; 0.6 at batch 256
     lr_batch: Count = 0  # the batch that --lr is given for, 0: not scaled, as the code
@@ -78,12 +77,12 @@ class Config(RunConfig):
     weight_decay: NotNegative = 1e-6  # code; LARC decays every tensor
     warmup_epochs: NotNegative = 10  # code; none at batch 256
     warmup_start: Share = 0.0625  # first rate of a warm-up, a share of the highest; code: 0.3
-    projector_hidden: PositiveInt = 2048  # code
-    output_dim: PositiveInt = 128  # code
+    projector_hidden: PositiveInt = 2048  # its one hidden layer; code
+    output_dim: PositiveInt = 128  # of embeddings and prototypes; code
     views: ViewName = "simclr"  # code: the same for all crops; cifar: GSG App. B.2
     jitter_strength: NotNegative = 1.0  # factor of --views' colours; code: s
     crop_min: Share = 0.08  # smallest share of the area without --multi-crop; code
-    crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # code
+    crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # of crops; code
 
 
 # ours: two views, as every recipe has on small images
