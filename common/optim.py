@@ -134,8 +134,42 @@ def decayed_and_scaled(
     return updates
 
 
+class UnguardedLARS(ClassicLARS):
+    """LARS as OpenSelfSup has it, the code of the truncated triplet (optimizers.py), and TWIST's:
+    the rate inside the momentum, the two norms apart, and no guard.
+
+    u = g + weight_decay * w, scaled by trust * |w| / (|g| + weight_decay * |w|), so that a tensor
+    of zeros never moves; of groups with `adapted` False u = g, of those with True every tensor is
+    adapted, without the key those of two or more dimensions. Where the code would divide by 0, u is
+    0 itself, and stays.
+    """
+
+    def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        updates = [w.grad for w in weights]
+        adapted = group.get("adapted")
+        wide = [n for n, w in enumerate(weights) if (w.ndim > 1 if adapted is None else adapted)]
+        if not wide:
+            return updates
+        chosen, decay = [weights[n] for n in wide], group["weight_decay"]
+        grads = [updates[n] for n in wide]
+        weight_norms = torch.stack(torch._foreach_norm(chosen))
+        sums = torch.stack(torch._foreach_norm(grads)) + decay * weight_norms
+        ratios = group["trust_coefficient"] * weight_norms / sums
+        ratios = torch.where(sums > 0, ratios, torch.zeros_like(ratios))
+        scaled = torch._foreach_add(grads, chosen, alpha=decay)
+        torch._foreach_mul_(scaled, list(ratios.unbind()))
+        for n, update in zip(wide, scaled, strict=True):
+            updates[n] = update
+        return updates
+
+
 # the papers' layer-wise adaptations, by the names of --optimizer
-ADAPTIVE = {"lars": LARS, "classic_lars": ClassicLARS, "larc": LARC}
+ADAPTIVE = {
+    "lars": LARS,
+    "classic_lars": ClassicLARS,
+    "unguarded_lars": UnguardedLARS,
+    "larc": LARC,
+}
 
 
 def warmup_cosine(
@@ -184,8 +218,8 @@ def weights_and_biases(
 def build_optimizer(
     name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`lars`, `classic_lars`, `larc`, `sgd` or `adamw` over parameters or parameter groups; frozen
-    tensors are left out.
+    """`lars`, `classic_lars`, `unguarded_lars`, `larc`, `sgd` or `adamw` over parameters or
+    parameter groups; frozen tensors are left out.
 
     sgd and adamw decay every tensor they get, biases and norms included: SimSiam's and MoCo-v3's
     code does so. adamw's betas are (0.9, 0.999), PyTorch's and MoCo-v3's.

@@ -198,6 +198,9 @@ def test_learning_rates_follow_the_papers():
         90,
     )
     assert (simclr.schedule, simclr.weight_decay, simclr.assumed) == ("step", 0.0, False)
+    twist, own = PROTOCOLS["twist"], PROTOCOLS["twist-code"]
+    assert twist.assumed and (twist.lrs, twist.batch, twist.init) == ((0.1,), 4096, "zeros")
+    assert own.lrs[0] * own.batch / 256 == 0.2 and (own.epochs, own.weight_decay) == (100, 0.0)
     assert len(GRID) == 10 and 1.0 in GRID
     for name, lr, crop_min in (
         ("vicreg", 0.02, 0.2),

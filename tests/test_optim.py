@@ -13,6 +13,7 @@ from common.optim import (
     LARC,
     LARS,
     ClassicLARS,
+    UnguardedLARS,
     build_optimizer,
     momentum_to_one,
     scaled_lr,
@@ -217,6 +218,49 @@ def test_classic_lars_is_simclrs_code_while_the_rate_moves(momentum, wd):
         compare(weights, hands)
 
 
+class TWISTByHand(ByHand):
+    """TWIST's lars.py (LARS_OPENSELF) with biases and norms excluded."""
+
+    def step(self, g, lr, momentum, wd, trust):
+        g = g.numpy()
+        rate = lr
+        if self.w.ndim >= 2:
+            w_norm, g_norm = norm(self.w), norm(g)
+            rate = lr * (trust * w_norm / (g_norm + wd * w_norm))
+            g = g + wd * self.w
+        self.v = momentum * self.v + rate * g
+        self.w = self.w - self.v
+
+
+@pytest.mark.parametrize("wd", [0.0, 1.5e-6, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_unguarded_lars_is_twists_code_while_the_rate_moves(momentum, wd):
+    """A zero weight never moves; a zero gradient leaves the decay, if there is any."""
+    weights = [nn.Parameter(w) for w in [*draw(0), torch.zeros(2, 2, dtype=torch.float64)]]
+    hands = [TWISTByHand(w.detach()) for w in weights]
+    optimizer = build_optimizer("unguarded_lars", weights, 0.5, momentum, wd)
+    assert type(optimizer) is UnguardedLARS
+    for step in range(8):
+        rate = warmup_cosine(step, 8, 3, 4.0, end=0.004)
+        set_lr(optimizer, rate)
+        gradients = draw(10 + step, [*SHAPES, (2, 2)])
+        gradients[0] *= 1e-9 if wd == 0 else step != 2
+        give(weights, gradients)
+        optimizer.step()
+        for hand, gradient in zip(hands, gradients, strict=True):
+            hand.step(gradient, rate, momentum, wd, 0.001)
+        compare(weights, hands)
+        assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
+    assert not weights[-1].any()
+
+
+def test_unguarded_lars_stands_still_where_all_is_zero():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros(2, 2)
+    UnguardedLARS([weight], 0.5, weight_decay=0.1).step()
+    assert not weight.any()
+
+
 class LARCByHand(ByHand):
     """apex's LARC.py without clipping around torch.optim.SGD, as SwAV's main_swav.py has them."""
 
@@ -322,7 +366,7 @@ def test_excluding_by_name_as_simclr_and_byol_do_is_excluding_one_dimension(arch
 
 # -- build_optimizer and set_lr -------------------------------------------------------------------
 
-NAMES = ["lars", "classic_lars", "larc", "sgd", "adamw"]
+NAMES = ["lars", "classic_lars", "unguarded_lars", "larc", "sgd", "adamw"]
 
 
 def small_model():

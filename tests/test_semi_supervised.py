@@ -165,6 +165,10 @@ def test_settings_of_the_papers():
         {1: (0.005,)},
     )
     assert PROTOCOLS["snclr"].assumed and PROTOCOLS["nnclr"].assumed
+    twist = PROTOCOLS["twist"]
+    assert twist.head_lrs == {1: (0.2,), 10: (0.2,)}
+    assert twist.encoder_lrs == {1: (0.04,), 10: (0.02,)}
+    assert (twist.epochs[10], twist.batch[1], twist.assumed) == ((20,), 256, False)
     for name, crop_min in (("vicreg", 0.2), ("vicreg-code", 0.08)):
         protocol = PROTOCOLS[name]
         assert protocol.head_lrs == {1: (0.08,), 10: (0.1,)}

@@ -41,6 +41,18 @@ BYOL = Protocol(
     interpolation="bicubic",
     init="haiku",
 )
+# SimCLR App. B.6, as its B.5 but for rate and epochs: Nesterov, 0.1 * batch / 256, batch 4096, 90
+# epochs, no warm-up, no weight decay; cosine per step, bicubic and a head of zeros as in its code
+# and the command of its README
+SIMCLR = Protocol(
+    "nesterov",
+    (0.1,),
+    batch=4096,
+    epochs=90,
+    schedule="step",
+    interpolation="bicubic",
+    init="zeros",
+)
 # moco-v3 main_lincls.py: SGD, 0.1 and 3 (its CONFIG.md for ViT), batch 1024, cosine per epoch
 MOCOV3 = Protocol("sgd", (0.1,), batch=1024, epochs=90, vit_lrs=(3.0,))
 # vicreg README.md (--lr-head 0.02) and evaluate.py; its App. C.2 states the same but for the crops
@@ -54,24 +66,17 @@ PROTOCOLS = {
     "gsg": Protocol("larc", (0.1,), batch=4096, epochs=90),  # gsg main_lincls.py --lars
     "mocov3": MOCOV3,
     "byol": BYOL,
-    # SimCLR App. B.6, as its B.5 but for rate and epochs: Nesterov, 0.1 * batch / 256, batch 4096,
-    # 90 epochs, no warm-up, no weight decay; cosine per step, bicubic and a head of zeros as in its
-    # code and the command of its README
-    "simclr": Protocol(
-        "nesterov",
-        (0.1,),
-        batch=4096,
-        epochs=90,
-        schedule="step",
-        interpolation="bicubic",
-        init="zeros",
-    ),
+    "simclr": SIMCLR,
     "vicreg": replace(VICREG, crop_min=0.2),  # VICReg App. C.2: crops of 20 to 100 %
     "vicreg-code": VICREG,
     # barlowtwins README.md and evaluate.py, which do not scale the rate
     "barlow": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
     # swav eval_linear.py: 8 GPUs of 32, its rate not scaled
     "swav": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
+    # TWIST's paper was not at hand; SimCLR's stands for it
+    "twist": replace(SIMCLR, assumed=True),
+    # TWIST's README and evaluate.py: 0.2 at batch 1024, not scaled
+    "twist-code": Protocol("sgd", (0.05,), batch=1024, epochs=100),
     # no source at hand states NNCLR's; BYOL's stands for it
     "nnclr": replace(BYOL, assumed=True),
 }
