@@ -39,6 +39,7 @@ def load(folder: Path = HERE) -> Joined:
         planned,
         claims.load(folder / "claims.yaml", planned),
         load_figures(folder / "figures"),
+        record.load_failures(folder / "records"),
     )
 
 
@@ -48,9 +49,10 @@ def join(
     planned: dict[str, plan.Planned],
     what: dict[str, Any],
     figures: Sequence[dict[str, str]] = (),
+    failures: Sequence[tuple[str, dict[str, Any]]] = (),
 ) -> Joined:
     rows, apart = tables.join(published, records)
-    runs = claims.recorded(records, planned)
+    runs = claims.recorded([*records, *failures], planned)
     return Joined(published, rows, apart, planned, what, runs, [*figures])
 
 

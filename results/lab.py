@@ -15,6 +15,7 @@ from scipy import stats
 
 from common.errors import UserError
 from results.claims import Runs
+from results.record import FAILED
 from slurm.plan import PROTOCOLS
 
 LEVEL = 0.05
@@ -205,7 +206,7 @@ def judge(
         return Judged(NOT_RUN, found)
     missing = len(claim["seeds"]) - len(found)
     if len(found) < 2 or missing:
-        return Judged(OPEN, found, None, adjusted, f"{missing} of {len(claim['seeds'])} seeds lack")
+        return Judged(OPEN, found, None, adjusted, without(claim, runs, missing))
     what = interval([*found.values()])
     if adjusted is None:
         return Judged("", found, what)
@@ -217,7 +218,7 @@ def judge(
     m, wide = claim["smallest"], interval([*found.values()], 2 * LEVEL)
     if adjusted < LEVEL and what.mean < 0:
         return Judged(REVERSED, found, what, adjusted)
-    if adjusted < LEVEL and not (why := not_collapsed(claim, runs)):
+    if adjusted < LEVEL and not (why := contradicted(claim, runs)):
         return Judged(SEEN, found, what, adjusted)
     if adjusted >= LEVEL and -m < wide.low and wide.high < m:
         return Judged(SMALLER.format(m=m), found, what, adjusted)
@@ -225,6 +226,17 @@ def judge(
         settled = seeds_to_settle([*found.values()], m)
         why = f"{settled} seeds would settle it" if settled else "more than 1000 seeds are needed"
     return Judged(OPEN, found, what, adjusted, why)
+
+
+def without(claim: dict[str, Any], runs: Runs, missing: int) -> str:
+    """How many seeds lack, and which runs of them failed."""
+    failed = [
+        f"{arm} failed with seed {seed}"
+        for arm in claim["effect"]
+        for seed in sorted(runs.get(arm, {}).get(FAILED, {}))
+    ]
+    text = f"{missing} of {len(claim['seeds'])} seeds lack"
+    return text + (f": {', '.join(failed)}" if failed else "")
 
 
 def not_testable(claim: dict[str, Any], runs: Runs) -> str:
@@ -242,9 +254,10 @@ def not_testable(claim: dict[str, Any], runs: Runs) -> str:
     return ""
 
 
-def not_collapsed(claim: dict[str, Any], runs: Runs) -> str:
+def contradicted(claim: dict[str, Any], runs: Runs) -> str:
     """What speaks against a claimed collapse: a broken run, at any of its rates, that has not
-    collapsed, or a healthy one that has. Empty if none does or no collapse is claimed.
+    collapsed, or a healthy one that has; or against a run that is to learn nothing: that it has.
+    Empty if none does or nothing of that is claimed.
     """
     for arm in claim.get("collapse", ()):
         found = of_arm(runs, arm)
@@ -252,6 +265,10 @@ def not_collapsed(claim: dict[str, Any], runs: Runs) -> str:
             return f"{arm} is not run"
         if whole := [seed for seed, one in found.items() if not one.collapsed]:
             return f"{arm} has not collapsed with seed {', '.join(map(str, whole))}"
+    for arm in claim.get("unlearned", ()):
+        found = of_arm(runs, arm)
+        if learned := [seed for seed, one in found.items() if one.gain >= NOTHING]:
+            return f"{arm} has learned something with seed {', '.join(map(str, learned))}"
     for arm in claim.get("intact", ()):
         if bad := [seed for seed, one in of_arm(runs, arm).items() if one.collapsed]:
             return f"{arm} has collapsed with seed {', '.join(map(str, bad))}"

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from results import fixed, lab, lab_figures, tables
+from results import fixed, lab, lab_figures, lab_rates, record, tables
 from results.claims import Runs, arms_of, lab_arms
 from results.joined import Joined, fill
 
@@ -39,7 +39,10 @@ def markdown(joined: Joined) -> str:
         figures=tables.pictures(shown) if (shown := lab_figures.shown(joined)) else "",
         **CONSTANTS,
         fixed=when_fixed(what, joined.runs),
-        ran=as_list([what_ran(what, joined.runs), *uneven(what["claims"], joined.runs)]),
+        ran=as_list(
+            [what_ran(what, joined.runs), *uneven(what["claims"], joined.runs), *failed(joined)]
+        ),
+        rates=lab_rates.markdown(joined),
         each="\n".join(
             f"- {each(claim, judged[claim['name']], joined)}" for claim in what["claims"]
         ),
@@ -150,6 +153,15 @@ def uneven(claims: Sequence[dict[str, Any]], runs: Runs) -> list[str]:
     return said
 
 
+def failed(joined: Joined) -> list[str]:
+    """The runs that ended in a loss or gradient that is no number."""
+    return [
+        f"**Failed**: `{arm}`, seed {seed}: {one['error']}."
+        for arm, by_protocol in joined.runs.items()
+        for seed, (_, one) in sorted(by_protocol.get(record.FAILED, {}).items())
+    ]
+
+
 def commit(one: dict[str, Any]) -> str:
     return one["commit"][:7]
 
@@ -165,7 +177,7 @@ def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
     text = f"`{claim['name']}`: {formula(claim['effect'])} ({lab.UNITS[claim['measure']]}); seeds "
     text += f"{seeds}; smallest effect of interest {claim['smallest']:g}; healthy run "
     text += f"`{claim['healthy']}`."
-    for group in ("collapse", "intact"):
+    for group in ("collapse", "unlearned", "intact"):
         if group in claim:
             text += f" {group.capitalize()}: {', '.join(f'`{arm}`' for arm in claim[group])}."
     text += f" Against it: {claim['against'].strip()}."

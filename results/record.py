@@ -38,6 +38,7 @@ DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"
 PLACES = {field.name for field in dataclasses.fields(RunConfig) if is_free(RunConfig, field.name)}
 HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
 HISTORY += ("images_per_second",)
+FAILED = "failed"  # the protocol of a run that has no numbers, and the folder of their records
 STARTS = ("command", "versions", "devices")  # what a record takes from environment.json
 
 
@@ -204,6 +205,46 @@ def of_checkpoint(
     return found
 
 
+def of_failure(run: Path) -> dict[str, Any]:
+    """The record of a run that ended in a loss or gradient that is no number: what ran, and why it
+    has no values.
+    """
+    found = documents.read_json(run / results.FAILED, "failed")
+    config = documents.read_yaml(run / "config.yaml", "config", ("recipe", "dataset", "seed"))
+    start = documents.read_json(run / environment.NAME, "environment", STARTS)
+    return {
+        **what_ran(config),
+        "seeds": [config["seed"]],
+        "protocol": FAILED,
+        "error": found["error"],
+        "epoch": round(found["epoch"], 4),
+        "commit": start["commit"],
+        "dirty": start["dirty"] is not False,
+        "command": [start["command"]],
+        "hardware": f"{start['devices']['name']} x {start['devices']['ranks']}",
+        "hours": round(found["hours"], 4),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def add_failure(record: dict[str, Any], allow_dirty: bool, folder: Path) -> Path:
+    """Stores the record of a failed run of the plan; UserError if its tree had changes."""
+    if record["dirty"] and not allow_dirty:
+        raise UserError(
+            "the run started from a tree with uncommitted changes: commit and run again"
+        )
+    path = folder / FAILED / f"{record['plan']}-{record['seeds'][0]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def load_failures(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
+    """Every record of a failed run with its file's name below `folder`."""
+    paths = sorted((folder / FAILED).glob("*.json"))
+    return [(f"{FAILED}/{path.name}", documents.read_json(path, "failure")) for path in paths]
+
+
 def what_ran(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record that a run's config.yaml decides; `epochs` are the scheduled ones."""
     what = {
@@ -242,10 +283,12 @@ def is_of(record: dict[str, Any], run: Any, seed: int) -> bool:
     seeds = record["seeds"]
     if record.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
         seeds = record["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
+    if record.get("plan") != run.name or seeds != [seed]:
+        return False
     wanted = what_ran(run.config_of(seed) | {"plan": run.name})
     its = {name: record.get(name) for name in wanted}
     its["pretraining"] = record["pretraining"] | {"copy": None}
-    return seeds == [seed] and its == wanted and not is_stopped(record)
+    return its == wanted and not is_stopped(record)
 
 
 def is_stopped(record: dict[str, Any]) -> bool:

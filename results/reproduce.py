@@ -30,7 +30,7 @@ from typing import Any
 from common.errors import EXIT_STOPPED, Stopped, UserError, command
 from common.run import documents
 from common.run.flags import gpu_is_there
-from common.run.results import is_finished
+from common.run.results import FAILED, is_finished
 from results import claims, record, tables
 from slurm import plan
 from slurm.plan import PROTOCOLS, Piece, Planned
@@ -51,6 +51,7 @@ EVALUATIONS = {
     "semi 1%": ["eval/semi_supervised/run.py", "--percent", "1"],
     "semi 10%": ["eval/semi_supervised/run.py", "--percent", "10"],
     "readout": ["eval/readout/run.py"],
+    "untrained": ["eval/readout/run.py", "--untrained"],
 }
 
 
@@ -63,9 +64,10 @@ class Work:
 
     def stored(self) -> list[tuple[str, dict[str, Any]]]:
         """Every record; read again only if a file has changed."""
-        files = sorted((p, p.stat().st_mtime_ns) for p in self.records.glob("*.json"))
+        files = sorted((p, p.stat().st_mtime_ns) for p in self.records.rglob("*.json"))
         if self.read[0] != files:
-            self.read = files, record.load_all(self.records)
+            both = record.load_all(self.records) + record.load_failures(self.records)
+            self.read = files, both
         return self.read[1]
 
     def folder(self, piece: Piece) -> Path:
@@ -82,7 +84,8 @@ class Work:
         return [e for e in piece.run.evaluations if PROTOCOLS[e] in done]
 
     def state(self, piece: Piece) -> str:
-        if set(self.recorded(piece)) >= set(piece.run.evaluations):
+        found = self.found(piece)
+        if record.FAILED in found or {PROTOCOLS[e] for e in piece.run.evaluations} <= {*found}:
             return "recorded"
         folder = self.folder(piece)
         if is_locked(folder):
@@ -266,7 +269,14 @@ def work_on(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LOCK).write_text(str(os.getpid()))
     try:
-        until(training_command(piece, folder, data), deadline, clock)  # a finished one says so
+        try:
+            until(training_command(piece, folder, data), deadline, clock)  # a finished one says so
+        except UserError:
+            if not (folder / FAILED).exists():
+                raise  # not what training came to, but something to mend
+            failed = record.add_failure(record.of_failure(folder), allow_dirty, work.records)
+            print(f"stored {failed}: training failed, which is a result too")
+            return
         for evaluation in piece.run.evaluations:
             if evaluation in work.recorded(piece):
                 continue
@@ -318,6 +328,13 @@ def until(line: list[str], deadline: float, clock: Callable[[], float] = time.mo
         raise UserError(f"{shown} ended with exit code {process.returncode}, see above")
 
 
+def interrupt_on_sigterm() -> None:
+    """Makes SIGTERM what Ctrl-C is, so that the run below is asked to save and none goes on alone;
+    Python's default for it ends this process only.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def seconds(text: str) -> float:
     """'9m' -> 540; s, m and h, or plain seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
@@ -366,6 +383,7 @@ def main(argv: list[str] | None = None) -> None:
         help="record runs of a tree with changes too; shows in the tables",
     )
     arguments = parser.parse_args(argv)
+    interrupt_on_sigterm()
     everything = plan.load(PLAN)
     runs = of_name(everything, arguments.only) if arguments.only else [*everything.values()]
     work = stored = Work(arguments.runs.absolute())

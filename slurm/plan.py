@@ -31,6 +31,7 @@ PROTOCOLS = {
     "semi 1%": "semi-sup 1%",
     "semi 10%": "semi-sup 10%",
     "readout": "linear (L-BFGS), standardised",
+    "untrained": "linear (L-BFGS), standardised, untrained",
     "classifier": "classifier",  # of SCRIPTS alone, which write its record as they end
 }
 SCRIPTS = {"supervised": "eval/supervised.py"}  # runs that are no recipe's, without card and family

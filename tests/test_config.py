@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import typing
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import ROOT, run_script
 
 from common.config import RunConfig, later
 from common.errors import UserError
+from common.run import flags as machinery
 from common.run.flags import changed_fields, config_hash, parse
 from recipes.snclr import PRESETS, Config, resolve
 
@@ -576,3 +578,28 @@ def test_settings_of_a_file_count_as_those_of_flags(config_file):
     file = config_file("dataset: photos\ntemperature: 0.3\nsettings: {lr: 5}\nmethod: x\nplan: y\n")
     assert snclr(*file).settings == {"temperature": 0.3}
     assert snclr(*file, "--temperature", "0.2").settings == {}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_plain_flags_are_read_as_tyro_reads_them(recipe, monkeypatch):
+    """Every field, each with a value of its type, and words that only tyro may judge."""
+    module = importlib.import_module(f"recipes.{recipe}")
+    argv = []
+    for name, value in dataclasses.asdict(module.Config()).items():
+        flag, hint = name.replace("_", "-"), machinery.hints_of(module.Config)[name]
+        if isinstance(value, bool):
+            argv.append([f"--no-{flag}" if value else f"--{flag}"])
+        elif typing.get_origin(hint) is typing.Literal:
+            argv.append([f"--{flag}", str(typing.get_args(hint)[-1])])
+        else:
+            argv += [[f"--{flag}", text] for text in ("3", "0.25", "1e-3", "1_0", "None", "-1", "")]
+            argv += [[f"--{flag}"], [f"--{flag}=3"], [f"--{flag}", " 7"], [f"--{flag}", "inf"]]
+    plain = 0
+    for words in argv:
+        if (found := machinery.plain_values(module.Config, words)) is not None:
+            plain += 1
+            with monkeypatch.context() as patch:
+                patch.setattr(machinery, "plain_values", lambda *_: None)
+                expected = machinery.parse_flags(module.Config, module.Config(), words)
+            assert dataclasses.replace(module.Config(), **found) == expected, words
+    assert plain > len(dataclasses.fields(module.Config))

@@ -52,7 +52,16 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readout") / "run"
     flags = ["--train-images", "900", "--subset-seed", "1", "--validation-share", "0.1"]
     flags += ["--scored-on", "test", "--epochs", "1", "--batch-size", "180", "--knn-every", "1"]
-    flags += ["--geometry-points", "1", "--workers", "0", "--output", folder]
+    flags += [
+        "--snapshot-epochs",
+        "0",
+        "--geometry-points",
+        "1",
+        "--workers",
+        "0",
+        "--output",
+        folder,
+    ]
     done = run_script("recipes/nnclr.py", *small("nnclr"), *flags)
     assert done.returncode == 0, done.stderr
     assert "held-out" not in done.stdout  # its k-NN is of the test images
@@ -97,3 +106,21 @@ def test_pixels_are_a_control(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "record.json").read_text())
     assert "geometry" not in found and "random encoder" not in found["others"]
+
+
+@pytest.mark.long
+def test_what_a_run_began_from_is_read_as_the_run_itself_read_it(run, tmp_path):
+    done = run_script("eval/readout/run.py", "--backbone", run, "--untrained", "--workers", "0")
+    assert done.returncode == 0, done.stderr
+    folder = run / "eval" / "readout-untrained-photos"
+    found = json.loads((folder / "record.json").read_text())
+    assert found["protocol"] == "linear (L-BFGS), standardised, untrained"
+    before = 100 * results.read(run)["knn_before"]
+    assert found["scores"][0]["value"] == pytest.approx(before, abs=1e-3)  # calibrated alike
+    others = found["others"]
+    assert others["random encoder"] == [pytest.approx(before, abs=1e-3)]
+    assert others["as initialised"] != others["pixels"] != others["random encoder"]
+    assert {"as initialised, linear", "pixels, linear", "k-NN k20"} <= set(others)
+    flags = ["--backbone", "pixels", "--image-size", "32", "--dataset", "photos", "--untrained"]
+    flags += ["--validation-share", "0.1", "--output", tmp_path]
+    assert "--snapshot-epochs 0" in only_error(run_script("eval/readout/run.py", *flags))

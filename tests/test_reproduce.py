@@ -1,5 +1,6 @@
 """Doing the plan: states, what comes next, a budget on a fake clock, a run that dies half-way."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -110,6 +111,24 @@ def test_a_run_that_does_not_answer_is_killed(monkeypatch):
     with pytest.raises(Stopped):
         reproduce.until([sys.executable, "-c", ignores], 500.0, ticking)
     assert time.monotonic() - began < 30
+
+
+def test_sigterm_stops_the_run_below_too(tmp_path):
+    """Its child answers SIGTERM by a file and code 75, as a run that saves does."""
+    child = "import pathlib, signal, sys, time;"
+    child += f"saved = pathlib.Path({str(tmp_path / 'saved')!r});"
+    child += "signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), sys.exit(75)));"
+    child += f"pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
+    code = "import sys; from common.errors import command; from results import reproduce;"
+    code += "reproduce.interrupt_on_sigterm();"
+    code += f"line = [sys.executable, '-c', {child!r}];"
+    code += "sys.exit(command(lambda: reproduce.until(line, float('inf'))))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 75 and (tmp_path / "saved").exists()
 
 
 def test_a_command_that_fails_is_a_mistake_that_names_it():
@@ -279,3 +298,25 @@ def test_records_of_the_plan_name_no_folder_outside_the_repository(planned):
 @pytest.mark.parametrize(("text", "expected"), [("540", 540), ("9m", 540), ("1.5h", 5400)])
 def test_times(text, expected):
     assert reproduce.seconds(text) == expected
+
+
+@pytest.mark.long
+def test_a_run_that_diverges_is_recorded_and_not_tried_again(work, small, monkeypatch):
+    piece = Piece(dataclasses.replace(small, flags=[*small.flags, "--lr", "1e30"]), 0)
+    wanted = piece.run.config | {"lr": 1e30}
+    wanted["settings"] = wanted["settings"] | {"lr": 1e30}
+    piece = Piece(dataclasses.replace(piece.run, config=wanted), 0)
+    reproduce.work_on(piece, work, None, float("inf"), allow_dirty=True)
+    assert work.state(piece) == "recorded" and not record.load_all(work.records)
+    ((name, one),) = record.load_failures(work.records)
+    assert name == "failed/photos-small-0.json" and one["seeds"] == [0]
+    assert re.match(r"the loss is \S+ and its gradient \S+ at step \d+", one["error"])
+    (work.folder(piece) / "failed.json").unlink()
+    with pytest.raises(UserError, match="ended with exit code"):  # another mistake is to be mended
+        reproduce.work_on(
+            Piece(dataclasses.replace(piece.run, flags=["--dataset", "nothing"]), 1),
+            work,
+            None,
+            float("inf"),
+            allow_dirty=True,
+        )

@@ -6,6 +6,7 @@ for `--arch` and `--dataset`, `--config file.yaml`, and the flags.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -134,7 +135,11 @@ def last_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
-    """tyro's parse, with its boxed message turned into one line."""
+    """tyro's parse, with its boxed message turned into one line. Plain flags are read without it:
+    it takes 40 ms to build its parser, and a plan has hundreds of command lines to check.
+    """
+    if (values := plain_values(config_class, argv)) is not None:
+        return dataclasses.replace(default, **values)
     import tyro
 
     said = io.StringIO()
@@ -158,6 +163,48 @@ def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
         raise UserError(" ".join(text) or "the flags cannot be read") from None
 
 
+def plain_values(config_class: type, argv: Sequence[str]) -> dict[str, Any] | None:
+    """The values of flags that are all `--name value`, `--name` or `--no-name` of plain types; None
+    for anything else, and for every value that tyro might refuse or read in another way.
+    """
+    hints, values, words = hints_of(config_class), {}, iter(argv)
+    for word in words:
+        if not word.startswith("--") or "=" in word:
+            return None
+        name = word[2:].replace("-", "_")
+        negated = name.removeprefix("no_")
+        if hints.get(name) is bool:
+            values[name] = True
+        elif name not in hints and hints.get(negated) is bool:
+            values[negated] = False
+        elif (value := plain_value(hints.get(name), next(words, "-"))) is not None:
+            values[name] = value
+        else:
+            return None
+    return values
+
+
+def plain_value(hint: Any, text: str) -> int | float | str | None:
+    """Text as a whole number, a finite number, one of some words, or itself; else None."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = {*typing.get_args(hint)} - {types.NoneType}
+        hint = options.pop() if len(options) == 1 and text != "None" else None
+    if text.startswith("-"):
+        return None
+    if typing.get_origin(hint) is Literal:
+        return text if text in typing.get_args(hint) else None
+    if hint is int:
+        return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+    if hint is float:
+        return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", text) else None
+    return text if hint is str else None
+
+
+@functools.cache
+def hints_of(config_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(config_class)
+
+
 def read_config_file(config_class: type, path: str) -> dict[str, Any]:
     """The values of a YAML file, each checked against its field."""
     if not path:
@@ -173,7 +220,7 @@ def read_config_file(config_class: type, path: str) -> dict[str, Any]:
 
 def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
     """`value` as the type of field `name`; UserError with the choices where it cannot be."""
-    hints = typing.get_type_hints(config_class)
+    hints = hints_of(config_class)
     if name not in hints:
         hint = nearest_name(name, hints)
         raise UserError(f"{where}: no such flag{hint}")
@@ -243,8 +290,8 @@ def snapshot_epochs(config: Any) -> set[int]:
 
 def is_free(config_class: type, name: str) -> bool:
     """Whether a field may change when a run is continued."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    return name in fields and bool(fields[name].metadata.get("free"))
+    field = config_class.__dataclass_fields__.get(name)
+    return field is not None and bool(field.metadata.get("free"))
 
 
 def values_before(config: Any) -> dict[str, Any]:
@@ -264,7 +311,7 @@ def is_float(hint: Any) -> bool:
 
 def config_hash(config: Any) -> str:
     """12 hexadecimal digits over the fields that enter the numbers."""
-    hints = typing.get_type_hints(type(config))
+    hints = hints_of(type(config))
     added = values_before(config)
     values = {n: v for n, v in numbers_of(config).items() if n not in added or v != added[n]}
     # 10 and 10.0 are the same number of epochs

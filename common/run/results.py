@@ -16,6 +16,7 @@ from common.run import documents, environment, metrics
 
 NAME = "results.json"
 BACKBONE = "backbone.safetensors"
+FAILED = "failed.json"  # of a run whose loss or gradient was no number
 NUMBERS = ("recipe", "epoch", "step", "loss", "loss_first", "knn", "knn_before", "hours")
 NUMBERS += ("images_per_second", "dataset", "commit", "dirty", "config_hash", "backbone_sha256")
 
@@ -71,6 +72,14 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
         "backbone_sha256": checksum(folder / BACKBONE),
     }
     files.write(folder / NAME, json.dumps(found, indent=2) + "\n")
+
+
+def write_failure(folder: Path, error: str, at: dict[str, Any], seconds: float) -> None:
+    """Notes that training ended in a loss or gradient that is no number, so that this can be
+    recorded as other ends are; `at` has its step and epoch.
+    """
+    found = {"error": error, "epoch": at["epoch"], "step": at["step"], "hours": seconds / 3600}
+    files.write(folder / FAILED, json.dumps(found, indent=2) + "\n")
 
 
 def say(folder: Path) -> None:

@@ -250,6 +250,7 @@ class Run:
                 r for r in kept if r["kind"] == "step" and r.get("epoch") == epoch
             ]
             environment.note_start(self.folder, description)
+            (self.folder / results.FAILED).unlink(missing_ok=True)  # it is tried again
         self.wandb = metrics.Wandb(
             self.config.wandb and self.rank == 0 and not finished,
             self.folder,
@@ -471,10 +472,13 @@ class Run:
             self.wandb.log(good)
         if len(good) < len(records):
             bad = next(r for r in records if not {"loss", "grad_norm"} <= set(metrics.finite(r)))
+            what = f"the loss is {bad['loss']} and its gradient {bad['grad_norm']} at step "
+            what += f"{bad['step']} (epoch {bad['epoch']})"
+            if self.rank == 0:
+                results.write_failure(self.folder, what, bad, self.seconds)
             raise UserError(
-                f"the loss is {bad['loss']} and its gradient {bad['grad_norm']} at step "
-                f"{bad['step']} (epoch {bad['epoch']}): the "
-                f"checkpoint of step {self.last_saved_step} is kept; try a lower --lr or fp32",
+                f"{what}: the checkpoint of step {self.last_saved_step} is kept; try a lower --lr "
+                "or fp32",
             )
         if good:
             self.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)

@@ -3,6 +3,7 @@
     python eval/readout/run.py --backbone runs/simsiam_gsg/cifar10-resnet_lab-10
     python eval/readout/run.py --backbone pixels --image-size 32 --dataset cifar10 \
         --data PATH --train-images 10000 --validation-share 0.04     # a control
+    python eval/readout/run.py --backbone RUN --untrained     # what the run began from, and pixels
 
 Both read what the run trained on: the linear classifier learns from these images, its penalty is
 chosen on the images that the run held out, and each is scored on every test image. No paper's
@@ -16,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import distributed
+from common.augment import View, two_views
 from common.config import Count, PartialShare
 from common.data.images import Images, subset
 from common.data.splits import balanced, held_out_share
@@ -26,7 +28,9 @@ from common.errors import UserError, command
 from common.files import write
 from common.knn import gather_shares, knn_accuracy
 from common.run import documents, geometry, metrics, results
+from common.run.calibrate import calibrated
 from common.run.flags import parse
+from eval.encoders import Pixels, load_encoder
 from eval.evaluation import RECORD, Evaluation, EvaluationConfig
 from eval.transfer.classifier import Split, score
 from eval.transfer.scores import top1
@@ -39,6 +43,8 @@ KS = (200, 20)
 TEMPERATURE = 0.1
 # of the sum over images of the cross-entropy; 13 from 1e-2 to 1e4, best on the way in all of ours
 DECAYS = tuple(np.logspace(-2, 4, 13))
+UNTRAINED = f"{PROTOCOL}, untrained"
+BEGINNING = "snapshots/epoch-0000.pt"  # of a run with --snapshot-epochs 0
 PART = ("train_images", "subset_seed", "validation_share")  # of the data set, as the run's flags
 
 
@@ -50,6 +56,9 @@ class ReadoutConfig(EvaluationConfig):
     subset_seed: Count | None = None  # which ones; default: the run's own
     # the share held out, for the penalty; default: the run's own
     validation_share: PartialShare | None = None
+    # read what a run with --snapshot-epochs 0 began from instead: its random encoder, calibrated
+    # and as initialised, and pixels
+    untrained: bool = False
 
 
 class Readout(Evaluation):
@@ -75,20 +84,20 @@ class Readout(Evaluation):
             train = subset(train, balanced(train, config.train_images, config.subset_seed))
         return train, test
 
-    def split(self, images: Images, what: str) -> Split:
-        rows = gather_shares(self.features(images, what), len(images))
+    def split(self, images: Images, what: str, encoder: nn.Module | None = None) -> Split:
+        rows = gather_shares(self.features(images, what, encoder), len(images))
         return Split(rows, torch.from_numpy(images.labels))
 
-    def measure(self) -> None:
-        """All numbers, and their record."""
-        train, held = self.split(self.train, "training"), self.split(self.held, "held out")
-        test = self.split(self.test, "test")
+    def read(self, encoder: nn.Module | None = None) -> tuple[float, dict[str, float], dict]:
+        """Linear accuracy, k-NN by k, and hyperparameters, of this encoder or another."""
+        train = self.split(self.train, "training", encoder)
+        held = self.split(self.held, "held out", encoder)
+        test = self.split(self.test, "test", encoder)
         votes = {f"k{k}": knn(train, test, k) for k in KS}
         scaled = [standardised(part, train.features) for part in (train, held, test)]
         fit, tried = choose(*scaled[:2], self.classes)
         if fit.decay in (DECAYS[0], DECAYS[-1]):
             self.warn(f"the penalty {fit.decay:g} is at the edge of those tried")
-        value = score(fit, scaled[2], top1)
         hyperparameters = {
             "penalty": float(f"{fit.decay:.4g}"),
             "tried": tried,
@@ -96,6 +105,11 @@ class Readout(Evaluation):
             "read": f"{len(self.train)} training images",
             "converged": fit.converged,
         }
+        return score(fit, scaled[2], top1), votes, hyperparameters
+
+    def measure(self) -> None:
+        """All numbers, and their record."""
+        value, votes, hyperparameters = self.read()
         others = {f"k-NN {name}": [found] for name, found in votes.items()}
         scores = [{"protocol": KNN, "metric": "top1", "values": [votes["k200"]]}]
         path = self.write_record(
@@ -105,6 +119,24 @@ class Readout(Evaluation):
             found = record.read(path) | history_of(self.facts["run"])
             write(path, record.text_of(found))
 
+    def measure_untrained(self) -> None:
+        """What the run began from, calibrated, in its record; beside it as initialised, and the
+        pixels.
+        """
+        config = self.config
+        fresh, _ = load_encoder(str(self.facts["run"] / BEGINNING), config.arch, config.image_size)
+        fresh.to(self.device, self.dtype)
+        how = self.facts["config"]["seed"], self.workers, self.autocast
+        trained = calibrated(fresh, self.train, views_of(self.facts["config"]), *how)
+        value, votes, hyperparameters = self.read(trained)
+        others: dict[str, Any] = {"k-NN k20": [votes["k20"]]} | self.said()
+        pixels = Pixels(config.image_size).to(self.device, self.dtype)
+        for name, encoder in (("as initialised", fresh.eval()), ("pixels", pixels)):
+            linear, near, _ = self.read(encoder)
+            others |= {name: [near["k200"]], f"{name}, linear": [round(linear, 3)]}
+        scores = [{"protocol": KNN, "metric": "top1", "values": [votes["k200"]]}]
+        self.write_record(UNTRAINED, [value], hyperparameters, others, False, scores=scores)
+
     def said(self) -> dict[str, Any]:
         """The k-NN of the run's own random encoder, if the run scored it on the test images."""
         if self.facts["run"] is None:
@@ -113,6 +145,12 @@ class Readout(Evaluation):
         if before is None or self.facts["config"].get("scored_on") != "test":
             return {}
         return {"random encoder": [round(100 * before, 3)]}
+
+
+def views_of(config: dict[str, Any]) -> list[View]:
+    """The two views of a run, by its config.yaml."""
+    how = (config[n] for n in ("crop_min", "crop_interpolation", "jitter_strength"))
+    return [*two_views(config["views"], config["image_size"], *how)]
 
 
 def knn(train: Split, test: Split, k: int) -> float:
@@ -154,10 +192,16 @@ def parse_arguments(argv: list[str] | None = None) -> ReadoutConfig:
 
 def main(argv: list[str] | None = None) -> None:
     job = Readout(parse_arguments(argv))
-    job.begin("readout")
+    untrained = job.config.untrained
+    if untrained and not ((run := job.facts["run"]) and (run / BEGINNING).is_file()):
+        raise UserError(
+            f"--untrained: {job.config.backbone} is no run that keeps what it began from: train "
+            "with --snapshot-epochs 0"
+        )
+    job.begin("readout-untrained" if untrained else "readout")
     with job.working():
         if not job.is_written():
-            job.measure()
+            job.measure_untrained() if untrained else job.measure()
     if job.rank == 0:
         found = documents.read_json(job.folder / RECORD, "record", ("scores",))
         near = found["scores"][0]["value"]

@@ -1,0 +1,116 @@
+"""The lab's choices before its claims, on held-out images: each run's rate, and the pilot."""
+
+import math
+import statistics
+from typing import Any
+
+from results import tables
+from results.claims import Runs
+from results.joined import Joined
+from results.record import FAILED
+from slurm.plan import PROTOCOLS
+
+GRID, PILOT = "rate-", "pilot-"  # how their names begin in the plan
+MEASURES = ("knn", "classifier")  # what a run of the grid is chosen by, the first that it has
+
+
+def markdown(joined: Joined) -> str:
+    """What the page says of both; a sentence if nothing has run."""
+    grid, pilot = rates_of(joined), pilot_of(joined)
+    if not grid:
+        return "Nothing has run yet."
+    said = [GRID_SAYS, grid_table(grid)]
+    if pilot:
+        said += [PILOT_SAYS, pilot_table(pilot)]
+    return "\n\n".join(said)
+
+
+GRID_SAYS = (
+    "Every run of a claim, those with a part taken away too, had the same budget: a quarter of its "
+    "family's rate, that rate and four times it, half the length, one seed. Points of k-NN on "
+    "2 000 held-out images above the calibrated random encoder (classifiers: percent right); "
+    "**bold** is the rate that the claims use, the best of the three."
+)
+PILOT_SAYS = (
+    "The pilot: whole methods at the rates chosen and at full length, seeds 0 to 2, on the same "
+    "held-out images."
+)
+
+
+def rates_of(joined: Joined) -> dict[str, dict[float, float | None]]:
+    """Each run's number at each factor of its rate, None where it failed; of runs whose three are
+    all recorded.
+    """
+    found: dict[str, dict[float, float | None]] = {}
+    for name in joined.plan:
+        if not name.startswith(GRID):
+            continue
+        arm, _, factor = name.removeprefix(GRID).rpartition("-x")
+        if joined.runs.get(name):
+            found.setdefault(arm, {})[float(factor)] = number_of(joined.runs, name)
+    planned = [name.removeprefix(GRID).rpartition("-x")[0] for name in joined.plan]
+    return {arm: by for arm, by in found.items() if len(by) == planned.count(arm)}
+
+
+def number_of(runs: Runs, name: str) -> float | None:
+    """The gain of a run's first seed; of a classifier its accuracy; None of a failed one."""
+    by_protocol = runs[name]
+    if FAILED in by_protocol:
+        return None
+    evaluation = next(e for e in MEASURES if PROTOCOLS[e] in by_protocol)
+    one = next(one for _, one in by_protocol[PROTOCOLS[evaluation]].values())
+    return gain(one) if evaluation == "knn" else one["value"]
+
+
+def gain(one: dict[str, Any]) -> float:
+    return one["value"] - one["others"]["random encoder"][0]
+
+
+def best(by_factor: dict[float, float | None]) -> float:
+    """The factor of the best number, of equals the one nearest to 1."""
+    known = {f: -math.inf if v is None else v for f, v in by_factor.items()}
+    return max(known, key=lambda f: (known[f], -abs(math.log(f))))
+
+
+def grid_table(found: dict[str, dict[float, float | None]]) -> str:
+    factors = sorted({f for by in found.values() for f in by})
+    head = ("run", *(f"rate x {f:g}" for f in factors))
+    lines = []
+    for arm, by in found.items():
+        cells = [cell(by[f], by, f == best(by)) for f in factors]
+        lines.append([tables.Markup(f"`{arm}`"), *map(tables.Markup, cells)])
+    return tables.table(head, lines)
+
+
+def cell(value: float | None, by: dict[float, float | None], chosen: bool) -> str:
+    text = "failed" if value is None else f"{value:+.1f}"
+    return f"**{text}**" if chosen else text
+
+
+def pilot_of(joined: Joined) -> dict[str, list[dict[str, Any]]]:
+    """The records of each run of the pilot."""
+    found = {}
+    for name in joined.plan:
+        by_seed = joined.runs.get(name, {}).get(PROTOCOLS["knn"], {})
+        if name.startswith(PILOT) and by_seed:
+            found[name.removeprefix(PILOT)] = [one for _, (_, one) in sorted(by_seed.items())]
+    return found
+
+
+def pilot_table(found: dict[str, list[dict[str, Any]]]) -> str:
+    head = ("run", "seeds", "k-NN", "above random", "spread of it", "training, min")
+    lines = []
+    for arm, ones in found.items():
+        gains = [gain(one) for one in ones]
+        spread = f"{statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+        lines.append(
+            [
+                tables.Markup(f"`{arm}`"),
+                str(len(ones)),
+                f"{statistics.fmean(one['value'] for one in ones):.1f}",
+                f"{statistics.fmean(gains):+.1f}",
+                spread,
+                f"{60 * statistics.fmean(one['hours'] for one in ones):.1f}",
+            ]
+        )
+    return tables.table(head, lines)
