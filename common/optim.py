@@ -98,6 +98,28 @@ class ClassicLARS(LARS):
         torch._foreach_sub_(weights, velocities)
 
 
+class LARC(LARS):
+    """LARS around SGD as SwAV's code has it: apex's LARC without clipping (trust 0.001).
+
+    Every tensor, biases and norms included: u = g + weight_decay * w, scaled by trust * |w| /
+    (|g| + weight_decay * |w| + 1e-8); the plain gradient, without decay, where |w| or |g| is 0, as
+    of a bias at its start. Then v = momentum * v + u and w = w - lr * v.
+    """
+
+    def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        grads, decay = [w.grad for w in weights], group["weight_decay"]
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        grad_norms = torch.stack(torch._foreach_norm(grads))
+        ratios = group["trust_coefficient"] * weight_norms
+        ratios = ratios / (grad_norms + decay * weight_norms + 1e-8)
+        adapts = (weight_norms > 0) & (grad_norms > 0)
+        ratios = torch.where(adapts, ratios, torch.ones_like(ratios))
+        updates = torch._foreach_mul(weights, list((decay * adapts.to(ratios.dtype)).unbind()))
+        torch._foreach_add_(updates, grads)
+        torch._foreach_mul_(updates, list(ratios.unbind()))
+        return updates
+
+
 def decayed_and_scaled(
     weights: list[Tensor], grads: list[Tensor], decay: float, trust_coefficient: float
 ) -> list[Tensor]:
@@ -143,7 +165,12 @@ class UnguardedLARS(ClassicLARS):
 
 
 # the papers' layer-wise adaptations, by the names of --optimizer
-ADAPTIVE = {"lars": LARS, "classic_lars": ClassicLARS, "unguarded_lars": UnguardedLARS}
+ADAPTIVE = {
+    "lars": LARS,
+    "classic_lars": ClassicLARS,
+    "unguarded_lars": UnguardedLARS,
+    "larc": LARC,
+}
 
 
 def warmup_cosine(
@@ -192,8 +219,8 @@ def weights_and_biases(
 def build_optimizer(
     name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`lars`, `classic_lars`, `unguarded_lars`, `sgd` or `adamw` over parameters or parameter
-    groups; frozen tensors are left out.
+    """`lars`, `classic_lars`, `unguarded_lars`, `larc`, `sgd` or `adamw` over parameters or
+    parameter groups; frozen tensors are left out.
 
     sgd and adamw decay every tensor they get, biases and norms included: SimSiam's and MoCo-v3's
     code does so. adamw's betas are (0.9, 0.999), PyTorch's and MoCo-v3's.

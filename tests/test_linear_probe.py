@@ -204,11 +204,15 @@ def test_learning_rates_follow_the_papers():
     assert code.lrs[0] * code.batch / 256 == pytest.approx(0.005 * math.sqrt(1024))
     assert (code.batch, code.view(224).scale, code.assumed) == (1024, (0.2, 1.0), False)
     assert replace(code, lrs=simclr.lrs, batch=simclr.batch, crop_min=0.08) == simclr
+    twist, own = PROTOCOLS["twist"], PROTOCOLS["twist-code"]
+    assert twist.assumed and (twist.lrs, twist.batch, twist.init) == ((0.1,), 4096, "zeros")
+    assert own.lrs[0] * own.batch / 256 == 0.2 and (own.epochs, own.weight_decay) == (100, 0.0)
     assert len(GRID) == 10 and 1.0 in GRID
     for name, lr, crop_min in (
         ("vicreg", 0.02, 0.2),
         ("vicreg-code", 0.02, 0.08),
         ("barlow", 0.3, 0.08),
+        ("swav", 0.3, 0.08),
     ):
         protocol = PROTOCOLS[name]
         assert (protocol.optimizer, protocol.lrs) == ("sgd", (lr,))
