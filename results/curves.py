@@ -20,6 +20,7 @@ from PIL import Image
 from common import cards
 from common.errors import UserError, command
 from common.run import documents, pictures
+from common.run.help import in_80_columns
 from results import claims
 from results.joined import Joined, load
 
@@ -81,6 +82,8 @@ def draw(path: Path, numbers: dict[str, Any]) -> None:
             drawn = [lines[metric] for lines in methods.values()]
             draw_panel(axis, dict(zip(methods, drawn, strict=True)))
             axis.set_title(f"{label}, {family}", fontsize=10)
+            if metric in pictures.SHARES:
+                pictures.in_percent(axis)
             if not any(lines["mean"] for lines in drawn):
                 axis.clear()
                 axis.axis("off")
@@ -147,11 +150,12 @@ def tiers(joined: Joined) -> dict[str, dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tier", help="whose curves: a tier of claims.yaml, as photos")
-    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    parser.add_argument("--output", type=Path, required=True, help="picture: .png, .pdf or .svg")
     arguments = parser.parse_args(argv)
+    pictures.check_target(arguments.output)
     joined = load()
     known = tiers(joined)
     if arguments.tier not in known:
