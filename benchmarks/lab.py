@@ -10,6 +10,7 @@ same images in memory, PyTorch's loader, NTXentLoss; no evaluation. Each whole r
 its own, timed from outside, in turns; lightly's with 0, 1 and 2 workers, of which the best counts.
 Then apart, in one process each: input (views without a step) and step (the same batches again and
 again). Medians over rounds, in images per second; a run alone is ours without k-NN and geometry.
+`--where simclr` (or nnclr) says instead where the time of our run goes, part by part.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ from torch import Tensor, nn
 from common.data.loaders import RankBatches, view_loader
 from common.data.sets import load_dataset
 from common.data.splits import parts
+from common.fast.micro_batch import Pieces
 from common.models import build_encoder
 from common.run import run
 from common.run.environment import describe
 from common.run.help import in_80_columns
+from common.support_set import SupportSet
 from recipes import simclr
 from slurm import plan
 
@@ -60,8 +63,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours")
     parser.add_argument("--json", type=Path, default=RESULTS / "lab.json", help="for the figures")
+    parser.add_argument("--where", choices=("simclr", "nnclr"), help="where our run's time goes")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)  # a process of its own
     arguments = parser.parse_args()
+    if arguments.where:
+        torch.set_num_threads(arguments.threads)
+        return print(where(arguments))
     if importlib.util.find_spec("lightly") is None:
         sys.exit("error: lightly is not installed: pip install lightly==1.6.0")
     torch.set_num_threads(arguments.threads)
@@ -85,9 +92,9 @@ def main() -> None:
     arguments.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
 
-def flags_of(arguments: argparse.Namespace) -> list[str]:
+def flags_of(arguments: argparse.Namespace, name: str = PLANNED) -> list[str]:
     """The plan's flags of the run, with this benchmark's length, images and precision."""
-    flags = [*plan.load(ROOT / "results" / "plan.yaml")[PLANNED].flags, "--seed", "0"]
+    flags = [*plan.load(ROOT / "results" / "plan.yaml")[name].flags, "--seed", "0"]
     flags += ["--epochs", str(arguments.epochs), "--warmup-epochs", "0"]
     flags += ["--precision", arguments.precision]
     if arguments.cifar10:
@@ -265,6 +272,52 @@ def step_of_ours(config: simclr.Config, flags: list[str]) -> float:
     return (STEPS - 1) * config.batch_size / (times[-1] - times[WARM_UP])
 
 
+def where(arguments: argparse.Namespace) -> str:
+    """Seconds and share of each part of a whole run in this process, its loader included."""
+    recipe = importlib.import_module(f"recipes.{arguments.where}")
+    spent: dict[str, float] = {}
+    began = time.monotonic()
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            started = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.monotonic() - started
+
+        return call
+
+    def loader(*args, **kwargs) -> Iterator:
+        batches = iter(view_loader(*args, **kwargs))
+        spent.setdefault("start, k-NN of the random encoder included", time.monotonic() - began)
+        following = timed("input, waited for", lambda: next(batches, None))
+        while (batch := following()) is not None:
+            yield batch
+
+    for name, owner, method in TIMED:
+        setattr(owner, method, timed(name, getattr(owner, method)))
+    run.view_loader = loader
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        recipe.main([*flags_of(arguments, f"lab-{arguments.where}"), "--output", folder])
+    whole = time.monotonic() - began
+    spent["heads, loss and the rest"] = whole - sum(spent.values())
+    lines = ["| part | seconds | share |", "|---|---|---|"]
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        lines.append(f"| {name} | {seconds:.1f} | {seconds / whole:.0%} |")
+    return "\n".join([*lines, f"| whole | {whole:.1f} | |"])
+
+
+TIMED = (
+    ("encoder, forward", Pieces, "__call__"),
+    ("backward", Tensor, "backward"),
+    ("optimizer", torch.optim.SGD, "step"),
+    ("monitors", run.Run, "log"),
+    ("k-NN after epochs", run.Run, "end_epoch"),
+    ("look-ups and queue", SupportSet, "nearest"),
+    ("look-ups and queue", SupportSet, "enqueue"),
+    ("end: export, pictures", run.Run, "finish"),
+)
 PARTS = {f"whole, lightly, {n} workers": whole_of_lightly(n) for n in WORKERS}
 PARTS |= {"input, ours": input_of_ours}
 PARTS |= {f"input, lightly, {n} workers": input_of_lightly(n) for n in WORKERS}

@@ -73,7 +73,9 @@ def lab_arms(lab: dict[str, Any]) -> list[tuple[str, str]]:
 
 def arms_of(claim: dict[str, Any]) -> list[str]:
     """Every run of the plan that a claim of the lab looks at, each once."""
-    groups = [claim[n] for n in ("effect", "collapse", "intact", "purity") if n in claim]
+    groups = [
+        claim[n] for n in ("effect", "collapse", "unlearned", "intact", "purity") if n in claim
+    ]
     return [*dict.fromkeys([*(arm for group in groups for arm in group), claim["healthy"]])]
 
 

@@ -12,7 +12,9 @@ from common.errors import UserError
 from common.run import documents, environment
 from results.claims import Runs, arms_of
 
-FIELDS = ("effect", "measure", "seeds", "smallest")  # what must not change after a run
+# what must not change after a run
+FIELDS = ("effect", "measure", "seeds", "smallest", "primary", "healthy", "collapse", "unlearned")
+FIELDS += ("intact", "purity", "views")
 
 
 @functools.cache
@@ -59,4 +61,4 @@ def records_of(runs: Runs, arm: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def is_same(claim: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(claim[name] == other.get(name) for name in FIELDS)
+    return all(claim.get(name) == other.get(name) for name in FIELDS)

@@ -218,7 +218,7 @@ def judge(
     m, wide = claim["smallest"], interval([*found.values()], 2 * LEVEL)
     if adjusted < LEVEL and what.mean < 0:
         return Judged(REVERSED, found, what, adjusted)
-    if adjusted < LEVEL and not (why := not_collapsed(claim, runs)):
+    if adjusted < LEVEL and not (why := contradicted(claim, runs)):
         return Judged(SEEN, found, what, adjusted)
     if adjusted >= LEVEL and -m < wide.low and wide.high < m:
         return Judged(SMALLER.format(m=m), found, what, adjusted)
@@ -254,9 +254,10 @@ def not_testable(claim: dict[str, Any], runs: Runs) -> str:
     return ""
 
 
-def not_collapsed(claim: dict[str, Any], runs: Runs) -> str:
+def contradicted(claim: dict[str, Any], runs: Runs) -> str:
     """What speaks against a claimed collapse: a broken run, at any of its rates, that has not
-    collapsed, or a healthy one that has. Empty if none does or no collapse is claimed.
+    collapsed, or a healthy one that has; or against a run that is to learn nothing: that it has.
+    Empty if none does or nothing of that is claimed.
     """
     for arm in claim.get("collapse", ()):
         found = of_arm(runs, arm)
@@ -264,6 +265,10 @@ def not_collapsed(claim: dict[str, Any], runs: Runs) -> str:
             return f"{arm} is not run"
         if whole := [seed for seed, one in found.items() if not one.collapsed]:
             return f"{arm} has not collapsed with seed {', '.join(map(str, whole))}"
+    for arm in claim.get("unlearned", ()):
+        found = of_arm(runs, arm)
+        if learned := [seed for seed, one in found.items() if one.gain >= NOTHING]:
+            return f"{arm} has learned something with seed {', '.join(map(str, learned))}"
     for arm in claim.get("intact", ()):
         if bad := [seed for seed, one in of_arm(runs, arm).items() if one.collapsed]:
             return f"{arm} has collapsed with seed {', '.join(map(str, bad))}"

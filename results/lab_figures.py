@@ -78,7 +78,9 @@ def parts_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
             arms += [part["intact"], part["broken"]]
     if not rows:
         return {}
-    controls = [line_of(n, runs.get(arm, {})) for n, arm in what.get("controls", {}).items()]
+    arms_of = what.get("controls", {})
+    controls = [line_of(n, runs.get(arm, {})) for n, arm in arms_of.items()]
+    controls += [line for arm in arms_of.values() for line in untrained(runs.get(arm, {}))]
     return {"title": scale(arms, runs), "controls": dict(filter(None, controls)), "rows": rows}
 
 
@@ -95,6 +97,18 @@ def line_of(name: str, by_protocol: dict[str, Any]) -> tuple[str, float] | None:
     if own := [one["value"] for one in ones(by_protocol, "classifier")]:
         return f"{name} (top-1)", round(statistics.fmean(own), 3)
     return None
+
+
+def untrained(by_protocol: dict[str, Any]) -> list[tuple[str, float]]:
+    """k-NN of what a control began from, but for the calibrated encoder, which each row has."""
+    found = ones(by_protocol, "untrained")
+    names = (
+        {"random encoder, as initialised": "as initialised", "pixels": "pixels"} if found else {}
+    )
+    return [
+        (name, round(statistics.fmean(one["others"][key][0] for one in found), 3))
+        for name, key in names.items()
+    ]
 
 
 def ones(by_protocol: dict[str, Any], evaluation: str) -> list[dict[str, Any]]:

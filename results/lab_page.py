@@ -177,7 +177,7 @@ def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
     text = f"`{claim['name']}`: {formula(claim['effect'])} ({lab.UNITS[claim['measure']]}); seeds "
     text += f"{seeds}; smallest effect of interest {claim['smallest']:g}; healthy run "
     text += f"`{claim['healthy']}`."
-    for group in ("collapse", "intact"):
+    for group in ("collapse", "unlearned", "intact"):
         if group in claim:
             text += f" {group.capitalize()}: {', '.join(f'`{arm}`' for arm in claim[group])}."
     text += f" Against it: {claim['against'].strip()}."

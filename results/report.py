@@ -11,7 +11,6 @@ other records have tables of their own.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -238,88 +237,13 @@ def links(names: str) -> tables.Markup:
 
 
 def root_part(joined: Joined, said: Sequence[str]) -> str:
-    """The root README's part: the papers' ImageNet numbers with ours if there are any, and our own
-    runs.
-    """
-    main_rows = [
-        row
-        for row in joined.rows
-        if tables.is_aim(row.published)
-        and (row.published["protocol"], row.published["dataset"]) == ("linear", "ImageNet-1k")
-        and row.published["metric"] == "top1"
-    ]
-    main_rows.sort(key=lambda row: tables.published_order(row.published))
-    notes = tables.notes_of(row.published for row in main_rows)
-    head = ("method", "encoder", "epochs", "batch", "published", "source", "ours")
-    cells = []
-    for row in main_rows:
-        p = row.published
-        ours = ", ".join(summary_cell(r, p) for _, r in row.records) or "not run yet"
-        left = [tables.method_cell(p), p["arch"], *tables.budget_cells(p)]
-        cells.append([*left, tables.published_cell(p), source_cell(p, notes), ours])
+    """The root README's part: what the records come to, and the lab's pictures."""
+    figures = lab_figures.shown(joined)
     return fill(
         "root.md",
         summary=as_list(said),
-        table="\n".join([tables.table(head, cells), "", *footnotes(notes)]),
-        runs="\n".join(whole_runs(joined.rows, joined.apart)),
+        figures=tables.pictures(figures, "results/figures") if figures else "",
     ).rstrip()
-
-
-def whole_runs(rows: Sequence[tables.Row], apart: Sequence[tuple[str, dict]]) -> list[str]:
-    """Our runs on whole data sets, the short ones by themselves."""
-    papers = summary.shortest(rows)
-    whole = [(name, r) for name, r in apart if is_whole(r["pretraining"])]
-    short = [item for item in whole if summary.is_short(item[1], papers)]
-    long = [item for item in whole if item not in short]
-    text = []
-    if long:
-        text += ["Our runs under other settings, beside which no paper has a number:\n"]
-        text += [*side_by_side(long), ""]
-    if short:
-        budget = summary.budget_of([r for _, r in short])
-        text += [f"Short runs ({budget}) that test the code and not the methods, beside which no"]
-        text += ["paper has a number:\n", *side_by_side(short), ""]
-    return text
-
-
-def summary_cell(record: tables.Record, row: dict[str, Any]) -> str:
-    """Our number, with the settings that the published one's source leaves open: 75.10
-    (multi crop).
-    """
-    told = tables.stated(record, row)
-    settings = {n: v for n, v in (record.get("settings") or {}).items() if n not in told}
-    more = tables.settings_words({"settings": settings})
-    return tables.percent(record["value"]) + (f" ({', '.join(more)})" if more else "")
-
-
-def is_whole(pretraining: dict[str, Any]) -> bool:
-    """Whether a run saw a whole data set: photos and subsets have pages of their own."""
-    return pretraining["dataset"] != "photos" and pretraining["incomplete"] is None
-
-
-def side_by_side(apart: Sequence[tuple[str, dict]]) -> list[str]:
-    """One row for each encoder, one column for each protocol that any of them was scored by."""
-    columns: dict[tuple, str] = {}
-    rows: dict[tuple, dict[str, list[str]]] = {}
-    stopped: dict[tuple, str] = {}
-    for _, r in sorted(apart, key=lambda item: apart_order(item[1])):
-        what, name = r["pretraining"], r["protocol"]
-        if r["dataset"]["name"] != what["dataset"]:
-            name += f", {r['dataset']['name']}"
-        columns[(tables.protocol_order(r["protocol"]), name)] = name
-        encoder = (tables.method_cell(r), r["arch"], tables.data_cell(what, "dataset"))
-        encoder += (tables.number_cell(what["epochs"]),)
-        seeds = len(r["values"])
-        value = tables.percent(r["value"]) + (f" ({seeds} seeds)" if seeds > 1 else "")
-        rows.setdefault(encoder, {}).setdefault(name, []).append(value)
-        if early := re.search(r"stopped after \S+ of \S+ scheduled epochs", r.get("note", "")):
-            stopped[encoder] = f" ({early[0]})"
-    names = [columns[key] for key in sorted(columns)]
-    cells = [
-        [*row[:3], row[3] + stopped.get(row, ""), *(", ".join(found.get(n, [])) for n in names)]
-        for row, found in rows.items()
-    ]
-    return [tables.table(("method", "encoder", "trained on", "epochs", *names), cells)]
 
 
 def in_readme(readme: str, text: str) -> str:

@@ -329,6 +329,13 @@ def until(line: list[str], deadline: float, clock: Callable[[], float] = time.mo
         raise UserError(f"{shown} ended with exit code {process.returncode}, see above")
 
 
+def interrupt_on_sigterm() -> None:
+    """Makes SIGTERM what Ctrl-C is, so that the run below is asked to save and none goes on alone;
+    Python's default for it ends this process only.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def seconds(text: str) -> float:
     """'9m' -> 540; s, m and h, or plain seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
@@ -377,6 +384,7 @@ def main(argv: list[str] | None = None) -> None:
         help="record runs of a tree with changes too; shows in the tables",
     )
     arguments = parser.parse_args(argv)
+    interrupt_on_sigterm()
     everything = plan.load(PLAN)
     runs = of_name(everything, arguments.only) if arguments.only else [*everything.values()]
     work = stored = Work(arguments.runs.absolute())

@@ -251,11 +251,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([texts[0], f"|{'---|' * len(head)}", *texts[1:]])
 
 
-def pictures(figures: Iterable[dict[str, str]]) -> str:
-    """Each picture with its caption and command, in Markdown."""
+def pictures(figures: Iterable[dict[str, str]], folder: str = "figures") -> str:
+    """Each picture of a folder with its caption and command, in Markdown."""
     text = []
     for figure in figures:
-        text += [f"![{plain(figure['caption'].replace('`', ''))}](figures/{figure['file']})"]
+        text += [f"![{plain(figure['caption'].replace('`', ''))}]({folder}/{figure['file']})"]
         command = " ".join(figure["command"].replace("`", "'").split())
         text += [f"{prose(figure['caption'])} `{command}`"]
     return "\n\n".join(text) or "None so far."

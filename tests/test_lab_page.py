@@ -330,6 +330,8 @@ def test_a_record_whose_commit_has_another_claim_is_refused(history):
 @pytest.mark.parametrize("field", fixed.FIELDS)
 def test_none_of_what_decides_a_verdict_may_change(field, history):
     values = {"effect": {"a": 1, "c": -1}, "measure": "gain", "seeds": SEEDS[:4], "smallest": 5}
+    values |= {"primary": False, "healthy": "b", "collapse": ["d"], "unlearned": ["d"]}
+    values |= {"intact": ["b"], "purity": {"a": 0.5}, "views": {"a": 2, "b": 2}}
     commit = history(with_claim(**{field: values[field]}))
     with pytest.raises(UserError, match="does not hold the claim is-seen"):
         fixed.check(LAB["claims"], join(invented_records(commit=commit)).runs)

@@ -118,9 +118,6 @@ def test_a_setting_that_the_source_leaves_open_may_have_any_value(tmp_path):
     cells = sorted([cell.strip() for cell in li.split("|")[1:-1]][::6][:2] for li in lines)
     assert cells == [["NNCLR", "74.00"], ["NNCLR, multi crop", "75.10"]]
     assert "multi crop, temperature 0.2" in apart
-    line = next(li for li in pages[tmp_path / "ROOT.md"].splitlines() if "| 75.6 |" in li)
-    ours = {text.strip() for text in line.split("|")[-2].split(",")}
-    assert ours == {"74.00", "75.10 (multi crop)"}
     assert "NNCLR, multi crop" in pages[tmp_path / "index.html"]
 
 
@@ -263,9 +260,7 @@ def test_pages_of_golden_records(tmp_path):
     assert "not available to us" not in compared and "73.38" not in text.split("not run yet\n")[1]
     root = pages[tmp_path / "ROOT.md"]
     assert root.startswith("# Title\n") and root.endswith("\nrest\n") and "an old table" not in root
-    assert (
-        "| SNCLR | vit_small | 300 | 4096 | 73.38 | SNCLR Sec. 4.3 (of Table 4) | 73.00 |" in root
-    )
+    assert "| not run yet |" not in root and "results/README.md" in root
     for path, page in pages.items():
         path.write_text(page)
     assert build(tmp_path) == pages  # made anew: the same
@@ -466,20 +461,15 @@ def test_numbers_not_run_stand_in_one_table_with_their_notes(tmp_path):
     assert "None so far" in "".join(report.beside([]))
 
 
-def test_a_run_that_was_stopped_says_so_in_the_readme(tmp_path):
+def test_a_run_that_was_stopped_says_so(tmp_path):
     golden(tmp_path)
     data = {"dataset": "CIFAR-10", "copy": None, "incomplete": None, "epochs": 3.0, "batch": 128}
     early = good(method="NNSiam", pretraining=data, hardware="AMD EPYC, 2 cores x 1")
     note = "stopped after 3 of 8 scheduled epochs"
     record.add(early | {"note": note}, folder=tmp_path / "records")
-    quick = early | {"protocol": "linear (stored features)", "note": "a quick look"}
-    record.add(quick, folder=tmp_path / "records")
-    root = build(tmp_path)[tmp_path / "ROOT.md"]
-    short = root.split("Short runs (")[1]
-    assert f"| NNSiam | vit_small | CIFAR-10 | 3 ({note}) |" in short
-    assert "that test the code and not the methods" in short
-    assert "| SNCLR |" not in short  # 200 and 300 epochs are not short
-    assert "Our runs under other settings" in root.split("Short runs (")[0]
+    _, apart = parts(build(tmp_path)[tmp_path / "README.md"])
+    (line,) = [li for li in apart.splitlines() if li.startswith("| NNSiam | vit_small | CIFAR-10")]
+    assert note in line
 
 
 # -- the html page --------------------------------------------------------------------------------

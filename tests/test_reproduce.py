@@ -113,6 +113,24 @@ def test_a_run_that_does_not_answer_is_killed(monkeypatch):
     assert time.monotonic() - began < 30
 
 
+def test_sigterm_stops_the_run_below_too(tmp_path):
+    """Its child answers SIGTERM by a file and code 75, as a run that saves does."""
+    child = "import pathlib, signal, sys, time;"
+    child += f"saved = pathlib.Path({str(tmp_path / 'saved')!r});"
+    child += "signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), sys.exit(75)));"
+    child += f"pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
+    code = "import sys; from common.errors import command; from results import reproduce;"
+    code += "reproduce.interrupt_on_sigterm();"
+    code += f"line = [sys.executable, '-c', {child!r}];"
+    code += "sys.exit(command(lambda: reproduce.until(line, float('inf'))))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 75 and (tmp_path / "saved").exists()
+
+
 def test_a_command_that_fails_is_a_mistake_that_names_it():
     with pytest.raises(UserError, match=r"ended with exit code 3"):
         reproduce.until([sys.executable, "-c", "import sys; sys.exit(3)"], float("inf"))
