@@ -116,7 +116,7 @@ def draw(path: Path, names: list[str], runs: list[dict[str, Any]]) -> None:
     panels = [c for c in CURVES if any(c[0] in r for run in runs for r in epochs_of(run))]
     if not panels:
         raise UserError("--output: none of these runs has an epoch to draw")
-    figure, axes = pictures.grid(plt, len(panels), 3, (4.2, 3))
+    figure, axes = pictures.grid(plt, pictures.even_rows(len(panels), 3), (4.2, 3))
     # ten colours, then the same ones dashed
     styles = [{"c": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]} for i in range(len(runs))]
     for axis, (metric, label) in zip(axes, panels, strict=True):

@@ -16,6 +16,8 @@ from common.errors import UserError
 from common.run import checkpoint, pictures
 from common.run import neighbours as look
 from eval.figures import ablation, neighbours, tsne
+from results import compare, curves
+from results.claims import PURITY
 
 TINY_HEADS = ["--projector-hidden", "64", "--predictor-hidden", "64", "--output-dim", "32"]
 RECIPES = {
@@ -193,7 +195,7 @@ def test_ablation_gathers_seeds_by_value_and_shows_the_papers_points(tmp_path):
 @pytest.mark.parametrize("panels", range(1, 12))
 def test_no_place_of_a_grid_is_empty(panels):
     plt = pictures.headless_pyplot()
-    figure, axes = pictures.grid(plt, panels, 3, (4, 3))
+    figure, axes = pictures.grid(plt, pictures.even_rows(panels, 3), (4, 3))
     assert len(axes) == len(figure.axes) == panels
     rows = {}
     for axis in axes:
@@ -254,6 +256,34 @@ def test_vector_figures_are_vectors_and_the_same_each_time(ending, tmp_path):
     assert b"/Subtype /Image" not in found[0] and b"<image" not in found[0]
     if ending == "svg":
         assert b"a title" in found[0]  # letters stay letters
+
+
+@pytest.mark.pictures
+def test_curves_of_records_have_no_empty_panel_and_k_nn_in_percent(monkeypatch):
+    line = {"mean": [(1, 0.5), (2, 0.6)], "seeds": [[(1, 0.5), (2, 0.6)]]}
+    none = {"mean": [], "seeds": []}
+    lines = {"knn": line, "neighbour_purity": line, "effective_rank": line}
+    families = {"contrastive": {"A": lines}, "non-contrastive": {"B": lines | {PURITY: none}}}
+    numbers = {"title": "title", "families": families}
+    figure = drawn(monkeypatch, lambda: curves.draw("x.png", numbers))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 5 and all(len(axis.lines) for axis in figure.axes)
+    assert not any("retrieved" in t and t.endswith("non-contrastive") for t in titles)
+    for axis in figure.axes:
+        shares = "rank" not in axis.get_title()
+        assert all(t.get_text().endswith("%") == shares for t in axis.get_yticklabels())
+
+
+@pytest.mark.pictures
+def test_compared_runs_have_k_nn_in_percent_and_no_empty_panel(monkeypatch):
+    runs = [{"metrics": lines_of_run(steps)} for steps in (4, 6)]
+    figure = drawn(monkeypatch, lambda: compare.draw("x.png", ["a", "b"], runs))
+    labels = {a.get_title(): [t.get_text() for t in a.get_yticklabels()] for a in figure.axes}
+    assert {*labels} == {"loss", "k-NN accuracy"}
+    assert all(text.endswith("%") for text in labels["k-NN accuracy"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    with pytest.raises(UserError, match="none of these runs has an epoch"):
+        compare.draw("x.png", ["a"], [{"metrics": []}])
 
 
 def test_a_picture_in_no_known_format_is_refused(tmp_path):

@@ -489,7 +489,7 @@ def dtd_online(server, tmp_path, monkeypatch):
 
 
 def test_prepare_without_flags_says_what_it_would_download(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"nothing was downloaded: say --all for these 11\.1 GB"):
+    with pytest.raises(UserError, match=r"nothing was downloaded: say --all for these 10\.9 GB"):
         prepare.main([])
     lines = {li.split()[0]: li for li in capsys.readouterr().out.splitlines()}
     assert {*lines} == {"dataset", *manifest.DATASETS}

@@ -61,7 +61,8 @@ def names_used(statement: ast.stmt) -> set[str]:
 
 def part_of(name: str, path: Path, wanted: set[str]) -> ModuleType:
     """A module with what defines the names `wanted`, and with what these need in turn."""
-    body = ast.parse(path.read_text(), str(path)).body
+    tree = ast.parse(path.read_text(), str(path))
+    body = tree.body
     needed, new = set(), {*wanted}
     while new:
         needed |= new
@@ -69,7 +70,7 @@ def part_of(name: str, path: Path, wanted: set[str]) -> ModuleType:
         imports = (ast.Import, ast.ImportFrom)
         new = {n for s in users if not isinstance(s, imports) for n in names_used(s)} - needed
     module = ModuleType(f"part of {name}")
-    module.__file__ = str(path)
+    module.__file__, module.__doc__ = str(path), ast.get_docstring(tree, clean=False)
     sys.modules[module.__name__] = module  # where dataclasses and typing look names up
     for statement in body:
         if not (bound := names_bound(statement) & needed):
@@ -107,7 +108,7 @@ def answer(path: Path) -> None:
 
     def parse() -> None:
         try:
-            part_of(path.stem, path, {ENTRY}).parse_arguments()
+            part_of(path.stem, path, {ENTRY}).parse_arguments(None)
         except (UserError, SystemExit):
             raise
         except Exception:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import io
+import re
 import sys
 import textwrap
 import tokenize
@@ -150,8 +151,8 @@ def shortened(line: str) -> list[str]:
     if len(line) <= WIDTH:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()))
-    command, _, comment = line.strip().partition("  #")
-    above = shortened(f"{indent}# {comment.strip()}") if comment else []
+    command, *comment = re.split(r"(?<=\S)\s+# *", line.strip(), maxsplit=1)
+    above = shortened(f"{indent}# {comment[0]}") if comment else []
     parts = textwrap.wrap(
         command.strip(),
         WIDTH - 2,

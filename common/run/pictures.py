@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def draw_curves(
     logged = [*dict.fromkeys(name for record in records for name in record)]
     shown = [*PANELS[:-1], *own.items(), PANELS[-1]]
     panels = [(lines, label) for p, label in shown if (lines := lines_of(p, logged))]
-    figure, axes = grid(plt, len(panels), 3, (4, 2.7))
+    figure, axes = grid(plt, even_rows(len(panels), 3), (4, 2.7))
     scale = per_epoch or 1.0
     for axis, (lines, label) in zip(axes, panels, strict=True):
         for name, colour in zip(lines, COLOURS, strict=False):
@@ -89,16 +90,20 @@ def draw_curves(
     save(figure, path, plt)
 
 
-def grid(plt, panels: int, most: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    """(figure, an axis for each panel), at most so many in a row and no place left empty: rows
-    differ by one panel, and those of fewer are as wide. `size` of a panel in inches.
-    """
+def even_rows(panels: int, most: int) -> list[int]:
+    """How many panels each row has: at most so many, and rows differ by one."""
     rows = -(-panels // most)
     least, more = divmod(panels, rows)
-    counts = [least + (row < more) for row in range(rows)]
+    return [least + (row < more) for row in range(rows)]
+
+
+def grid(plt, counts: Sequence[int], size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """(figure, an axis for each panel) with so many panels in each row, `size` in inches in the
+    fullest; those of a row with fewer are wider, so that no place is empty.
+    """
     columns = math.lcm(*counts)
-    figure = plt.figure(figsize=(size[0] * max(counts), size[1] * rows))
-    cells = figure.add_gridspec(rows, columns)
+    figure = plt.figure(figsize=(size[0] * max(counts), size[1] * len(counts)))
+    cells = figure.add_gridspec(len(counts), columns)
     places = [
         cells[row, number * columns // count : (number + 1) * columns // count]
         for row, count in enumerate(counts)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common.run.early  # noqa: F401  # isort: skip
 from common import cards
 from common.errors import UserError, command, nearest_name
 from common.run import documents, pictures, results

@@ -15,6 +15,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 
 from common import cards

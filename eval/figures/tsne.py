@@ -12,6 +12,7 @@ import math
 import sys
 from pathlib import Path
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 from torch.nn import functional as F
 
@@ -64,7 +65,7 @@ def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
 def draw(path: Path, panels: list[tuple[str, np.ndarray]], labels: np.ndarray, names, title: str):
     """Panels side by side, a colour for each class."""
     plt = pictures.headless_pyplot()
-    figure, axes = pictures.grid(plt, len(panels), 4, (3.6, 3.9))
+    figure, axes = pictures.grid(plt, pictures.even_rows(len(panels), 4), (3.6, 3.9))
     width, height = figure.get_size_inches()
     legend_columns = max(3, int(width / 1.2))
     legend = 0.1 + 0.2 * math.ceil(len(names) / legend_columns)  # inches

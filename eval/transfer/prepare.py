@@ -13,17 +13,19 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 
 from common.errors import UserError, command, make_folder
 from common.run import documents
 from common.run.help import in_80_columns
 from eval.transfer import manifest as manifests
-from eval.transfer.archives import fetch, is_archive, unpack
 from eval.transfer.manifest import DATASETS, Manifest
-from eval.transfer.readers import Pool, read
-from eval.transfer.splits import uneven
+
+if TYPE_CHECKING:
+    from eval.transfer.readers import Pool
 
 
 @dataclass
@@ -36,6 +38,9 @@ class State:
 
 def state_of(manifest: Manifest, root: Path) -> State:
     """What there is of a dataset below `root`."""
+    from eval.transfer.readers import read  # imports torch, which the list need not wait for
+    from eval.transfer.splits import uneven
+
     try:
         pool = read(manifest, root)
     except UserError as error:
@@ -53,7 +58,7 @@ def state_of(manifest: Manifest, root: Path) -> State:
     return State("ready", copy + ", ".join(f"{name} {n}" for name, n in found.items()))
 
 
-def empty_files(pool: Pool) -> list[str]:
+def empty_files(pool: "Pool") -> list[str]:
     """Says how many image files hold nothing, as an interrupted copy leaves them."""
     if not hasattr(pool.images, "paths"):
         return []
@@ -63,6 +68,8 @@ def empty_files(pool: Pool) -> list[str]:
 
 def download(manifest: Manifest, root: Path) -> None:
     """Fetches and unpacks a dataset's archives; UserError for the first that cannot be had."""
+    from eval.transfer.archives import fetch, is_archive, unpack
+
     for archive in manifest.archives:
         folder = root / archive.get("into", ".")
         path = fetch(archive["url"], folder, archive["md5"])
