@@ -69,7 +69,7 @@ def part_of(name: str, path: Path, wanted: set[str]) -> ModuleType:
         users = [s for s in body if names_bound(s) & new]
         imports = (ast.Import, ast.ImportFrom)
         new = {n for s in users if not isinstance(s, imports) for n in names_used(s)} - needed
-    module = ModuleType(f"part of {name}")
+    module = ModuleType(f"{name}: {', '.join(sorted(wanted))}")
     module.__file__, module.__doc__ = str(path), ast.get_docstring(tree, clean=False)
     sys.modules[module.__name__] = module  # where dataclasses and typing look names up
     for statement in body:
