@@ -139,9 +139,9 @@ def test_the_quick_look_reads_flags_as_the_script_does(recipe):
 def test_the_quick_look_leaves_what_is_unforeseen_to_the_script(tmp_path):
     """A fault of its own is never the user's: it says nothing, and the script runs."""
     path = tmp_path / "odd.py"
-    path.write_text("def parse_arguments():\n    return surprise\n")
+    path.write_text("def parse_arguments(argv):\n    return surprise\n")
     early.answer(path)
-    path.write_text("def parse_arguments():\n    raise SystemExit(3)\n")
+    path.write_text("def parse_arguments(argv):\n    raise SystemExit(3)\n")
     with pytest.raises(SystemExit) as end:
         early.answer(path)
     assert end.value.code == 3

@@ -17,7 +17,6 @@ from common.fast.pixels import to_input
 from common.run import pictures
 from common.support_set import SupportSet
 
-LEGEND = 0.55  # inches below the images
 MAX_SIDE = 112  # of a shown image, in pixels
 
 
@@ -84,7 +83,7 @@ def draw(
     figure, axes = plt.subplots(
         len(queries),
         len(widths),
-        figsize=(0.82 * sum(widths), 1.2 * len(queries) + 1.0 + LEGEND),
+        figsize=(0.82 * sum(widths), 1.2 * len(queries) + 1.0),
         squeeze=False,
         gridspec_kw={"width_ratios": widths, "wspace": 0.06, "hspace": 0.45},
     )
@@ -103,8 +102,9 @@ def draw(
                 frame = frame_of(images, query, sample)
                 pictures.show(axes[row, first + 1 + column], image, text, frame)
     figure.suptitle(title, fontsize=10)
-    above, below = 1.0 / figure.get_figheight(), (0.1 + LEGEND) / figure.get_figheight()
-    add_legend(plt, figure, images, moments)
+    legend = add_legend(plt, figure, images, moments)
+    figure.set_figheight(figure.get_figheight() + legend)
+    above, below = 1.0 / figure.get_figheight(), (0.1 + legend) / figure.get_figheight()
     figure.subplots_adjust(left=0.02, right=0.98, bottom=below, top=1 - above)
     height = 1.62 if moments[0].weights is not None else 1.38  # above the first row's numbers
     axes[0, 0].annotate("query", (0.5, height), xycoords="axes fraction", ha="center", fontsize=9)
@@ -117,21 +117,29 @@ def draw(
     pictures.save(figure, path, plt)
 
 
-def add_legend(plt, figure, images: Images, moments: list[Found]) -> None:
-    """Says below the picture what the frames' colours and the numbers above the images mean."""
-    random = any((found.ids < 0).any() for found in moments)
-    grey = "an image without label" if images.labels is None else ""
-    grey += (" or " * bool(grey) + "the queue's random start, no image") if random else ""
+def add_legend(plt, figure, images: Images, moments: list[Found]) -> float:
+    """Says below the picture what the frames' colours and the numbers above the images mean, in as
+    many columns as it is wide; its height in inches.
+    """
     colours = {"tab:green": "the query's label", "tab:red": "another label"}
-    said = ({} if images.labels is None else colours) | ({"grey": grey} if grey else {})
+    said = {} if images.labels is None else colours
+    grey = ["no label"] if images.labels is None else []
+    grey += ["no image: random start"] if any((found.ids < 0).any() for found in moments) else []
+    said = said | ({"grey": " or ".join(grey)} if grey else {})
     patch = plt.matplotlib.patches.Patch
     handles = [patch(facecolor="white", edgecolor=c, lw=2, label=t) for c, t in said.items()]
     weighed = any(found.weights is not None for found in moments)
     number = "cos: cosine with the query" if weighed else "number: cosine with the query"
     numbers = ["w: positiveness, the weight in the loss"] * weighed + [number]
     handles += [plt.Line2D([], [], lw=0, label=text) for text in numbers]
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / 2.4)))
-    figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=8, frameon=False)
+    how = {"loc": "lower center", "fontsize": 8, "frameon": False}
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, ncols=columns, **how)
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    return box.height / figure.dpi
 
 
 def thumbnail(images: Images, sample: int, side: int) -> np.ndarray:
