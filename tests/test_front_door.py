@@ -2,14 +2,17 @@
 
 import ast
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
 import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from conftest import ROOT, SMALL, environment
@@ -195,6 +198,7 @@ def test_ranks_that_are_silent_say_nothing(clock, capsys):
 def on_a_terminal(script: str, *flags: object, **redirected) -> tuple[int, str]:
     """Exit code, and what a terminal is shown by a script whose streams it is."""
     ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows and columns
     streams = {"stdout": its, "stderr": its} | redirected
     process = subprocess.Popen(
         [sys.executable, script, *map(str, flags)], cwd=ROOT, env=here(), stdin=its, **streams
@@ -219,7 +223,7 @@ def test_a_terminal_has_one_bar_and_a_log_beside_it_none(tmp_path):
     code, shown = on_a_terminal("recipes/nnclr.py", *flags, tmp_path / "a")
     assert code == 0, shown
     left = [line.rsplit("\r", 1)[-1] for line in shown.replace("\r\n", "\n").split("\n")]
-    assert sum("nnclr: 100%" in line for line in left) == 1  # a bar, and once when all is done
+    assert sum("nnclr: 100%" in line for line in left) == 1, left  # a bar, once when all is done
     assert ", step " not in shown
     with open(tmp_path / "log", "wb") as log:  # as `> log`, with errors on the terminal
         code, shown = on_a_terminal("recipes/nnclr.py", *flags, tmp_path / "b", stdout=log)
