@@ -12,7 +12,7 @@ FOLDERS = ("benchmarks", "common", "eval", "recipes", "results", "slurm")
 
 # from the bottom up: a module imports from its own floor and from those below
 FLOORS = [
-    {"common.errors", "common.run.documents"},
+    {"common.errors", "common.run.documents", "common.run.help"},
     {
         "common.augment",
         "common.cards",
@@ -22,6 +22,7 @@ FLOORS = [
         "common.models",
         "common.optim",
         "common.pairs",
+        "common.progress",
         "common.support_set",
     },
     {"common.fast"},

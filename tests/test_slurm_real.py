@@ -141,7 +141,7 @@ def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
         assert re.search(r"continues from step \d+ of 60", log), log
         assert_same_runs(folder / name, folder / "whole")
     table = call(repository, tmp_path, "status.py", "three").stdout.splitlines()
-    assert [line.split()[:3] for line in table[1:]] == [
+    assert [line.split()[:3] for line in table[1 : 1 + len(jobs)]] == [
         [name, job, "FINISHED"] for name, job in jobs.items()
     ]
     again = call(repository, tmp_path, "sweep.py", "three.yaml")
