@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -225,9 +226,8 @@ def resolve(config: Config) -> Config:
 
 
 def parse_arguments(argv: list[str] | None = None) -> Config:
-    """The configuration; UserError for a block, ranks or a resizing that cannot be (not looked for
-    in `resolve`, which also sees the preset's block with another batch).
-    """
+    """The configuration; UserError for a block, ranks or resizing that cannot be (not in `resolve`,
+    which also sees the preset's block with another batch)."""
     config = parse(Config, PRESETS, argv, resolve)
     if config.block and config.batch_size % config.block:
         text = "must divide the global batch, --batch-size"
