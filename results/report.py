@@ -241,7 +241,7 @@ def root_part(joined: Joined, said: Sequence[str]) -> str:
     figures = lab_figures.shown(joined)
     return fill(
         "root.md",
-        summary=as_list(said),
+        summary=as_list(said[:3]),
         figures=tables.pictures(figures, "results/figures") if figures else "",
     ).rstrip()
 

@@ -381,3 +381,19 @@ def test_a_wheel_is_refused_in_one_line(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "build" / "lib").exists()
     assert "runs from its checkout and has no wheel" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = subprocess.run(
+        ["git", "ls-files", "*.md", ":!results/templates"], cwd=ROOT, capture_output=True, text=True
+    )
+    for name in pages.stdout.split():
+        text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not re.match(r"https?:|mailto:|#", link):
+                assert ((ROOT / name).parent / link.split("#")[0]).exists(), f"{name}: {link}"
+
+
+def test_the_first_page_stays_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150 and not any("not run yet |" in line for line in lines)
