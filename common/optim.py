@@ -12,7 +12,8 @@ class LARS(torch.optim.Optimizer):
 
     For a tensor w of two or more dimensions with gradient g: u = g + weight_decay * w, scaled by
     trust_coefficient * |w| / |u| (by 1 where either norm is 0), then v = momentum * v + u and
-    w = w - lr * v. Tensors of one dimension (biases, norms) get neither decay nor scaling.
+    w = w - lr * v. Tensors of one dimension (biases, norms) get neither decay nor scaling, nor do
+    those of a group whose `adapted` is False.
 
     Libraries differ here by orders of magnitude: some scale biases, some divide by
     |g| + weight_decay * |w|, some stop scaling when weight_decay is 0. This is moco-v3's rule
@@ -52,7 +53,7 @@ class LARS(torch.optim.Optimizer):
             if not weights:
                 continue
             updates = [w.grad for w in weights]
-            wide = [n for n, w in enumerate(weights) if w.ndim > 1]
+            wide = [n for n, w in enumerate(weights) if w.ndim > 1 and group.get("adapted", True)]
             if wide:
                 scaled = decayed_and_scaled(
                     [weights[n] for n in wide],

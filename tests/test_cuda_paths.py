@@ -36,6 +36,8 @@ OPTIONS = {
     "nnclr, all": ["--multi-crop", "--small-crops", "1", "--momentum-encoder", "--symmetric-loss"],
     "nnclr, LARS, in pieces": ["--micro-batch", "4", "--optimizer", "lars"],
     "snclr, official": ["--follow", "official"],
+    "fnc, official": ["--follow", "official"],
+    "fnc, in pieces": ["--micro-batch", "4", "--cancel", "eliminate"],
     "byol_gsg, AdamW, views by workers": ["--optimizer", "adamw", "--augment-device", "cpu"],
 }
 

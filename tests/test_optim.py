@@ -48,6 +48,23 @@ class ByHand:
         self.w = self.w - lr * self.v
 
 
+def test_a_group_that_is_not_adapted_is_plain_momentum():
+    """Matrices too, as the head in SimCLR's fine-tuning, beside a group that is adapted."""
+    start, gradients = draw(1), draw(2)
+    for kind in (LARS, ClassicLARS):
+        weights = [nn.Parameter(w.clone()) for w in start * 2]
+        own, other = weights[: len(start)], weights[len(start) :]
+        groups = [{"params": own, "adapted": False}, {"params": other}]
+        optimizer = kind(groups, 0.1, momentum=0.9, weight_decay=0.3)
+        give(weights, gradients * 2)
+        optimizer.step()
+        optimizer.step()
+        for w, g, before in zip(own, gradients, start, strict=True):
+            torch.testing.assert_close(w.detach(), before - 0.1 * (1 + 1.9) * g)
+        matrix = next(n for n, w in enumerate(start) if w.ndim > 1)
+        assert not torch.allclose(own[matrix], other[matrix])
+
+
 def give(weights, gradients):
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient.clone()
