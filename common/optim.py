@@ -52,17 +52,7 @@ class LARS(torch.optim.Optimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
                 continue
-            updates = [w.grad for w in weights]
-            wide = [n for n, w in enumerate(weights) if w.ndim > 1 and group.get("adapted", True)]
-            if wide:
-                scaled = decayed_and_scaled(
-                    [weights[n] for n in wide],
-                    [updates[n] for n in wide],
-                    group["weight_decay"],
-                    group["trust_coefficient"],
-                )
-                for n, update in zip(wide, scaled, strict=True):
-                    updates[n] = update
+            updates = self.updates_of(weights, group)
             for weight in weights:
                 if "momentum_buffer" not in self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -70,6 +60,21 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(velocities, group["momentum"])
             self.move(weights, velocities, updates, group["lr"])
         return loss
+
+    def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        """u of each tensor; the gradients themselves stay as they are."""
+        updates = [w.grad for w in weights]
+        wide = [n for n, w in enumerate(weights) if w.ndim > 1 and group.get("adapted", True)]
+        if wide:
+            scaled = decayed_and_scaled(
+                [weights[n] for n in wide],
+                [updates[n] for n in wide],
+                group["weight_decay"],
+                group["trust_coefficient"],
+            )
+            for n, update in zip(wide, scaled, strict=True):
+                updates[n] = update
+        return updates
 
     def move(
         self, weights: list[Tensor], velocities: list[Tensor], updates: list[Tensor], lr: float
@@ -93,6 +98,28 @@ class ClassicLARS(LARS):
         torch._foreach_sub_(weights, velocities)
 
 
+class LARC(LARS):
+    """LARS around SGD as SwAV's code has it: apex's LARC without clipping (trust 0.001).
+
+    Every tensor, biases and norms included: u = g + weight_decay * w, scaled by trust * |w| /
+    (|g| + weight_decay * |w| + 1e-8); the plain gradient, without decay, where |w| or |g| is 0, as
+    of a bias at its start. Then v = momentum * v + u and w = w - lr * v.
+    """
+
+    def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        grads, decay = [w.grad for w in weights], group["weight_decay"]
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        grad_norms = torch.stack(torch._foreach_norm(grads))
+        ratios = group["trust_coefficient"] * weight_norms
+        ratios = ratios / (grad_norms + decay * weight_norms + 1e-8)
+        adapts = (weight_norms > 0) & (grad_norms > 0)
+        ratios = torch.where(adapts, ratios, torch.ones_like(ratios))
+        updates = torch._foreach_mul(weights, list((decay * adapts.to(ratios.dtype)).unbind()))
+        torch._foreach_add_(updates, grads)
+        torch._foreach_mul_(updates, list(ratios.unbind()))
+        return updates
+
+
 def decayed_and_scaled(
     weights: list[Tensor], grads: list[Tensor], decay: float, trust_coefficient: float
 ) -> list[Tensor]:
@@ -106,6 +133,44 @@ def decayed_and_scaled(
     ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, torch.ones_like(ratios))
     torch._foreach_mul_(updates, list(ratios.unbind()))
     return updates
+
+
+class UnguardedLARS(ClassicLARS):
+    """LARS as OpenSelfSup has it, the code of the truncated triplet (optimizers.py), and TWIST's:
+    the rate inside the momentum, the two norms apart, and no guard.
+
+    u = g + weight_decay * w, scaled by trust * |w| / (|g| + weight_decay * |w|), so that a tensor
+    of zeros never moves; of groups with `adapted` False u = g, of those with True every tensor is
+    adapted, without the key those of two or more dimensions. Where the code would divide by 0, u is
+    0 itself, and stays.
+    """
+
+    def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        updates = [w.grad for w in weights]
+        adapted = group.get("adapted")
+        wide = [n for n, w in enumerate(weights) if (w.ndim > 1 if adapted is None else adapted)]
+        if not wide:
+            return updates
+        chosen, decay = [weights[n] for n in wide], group["weight_decay"]
+        grads = [updates[n] for n in wide]
+        weight_norms = torch.stack(torch._foreach_norm(chosen))
+        sums = torch.stack(torch._foreach_norm(grads)) + decay * weight_norms
+        ratios = group["trust_coefficient"] * weight_norms / sums
+        ratios = torch.where(sums > 0, ratios, torch.zeros_like(ratios))
+        scaled = torch._foreach_add(grads, chosen, alpha=decay)
+        torch._foreach_mul_(scaled, list(ratios.unbind()))
+        for n, update in zip(wide, scaled, strict=True):
+            updates[n] = update
+        return updates
+
+
+# the papers' layer-wise adaptations, by the names of --optimizer
+ADAPTIVE = {
+    "lars": LARS,
+    "classic_lars": ClassicLARS,
+    "unguarded_lars": UnguardedLARS,
+    "larc": LARC,
+}
 
 
 def warmup_cosine(
@@ -154,8 +219,8 @@ def weights_and_biases(
 def build_optimizer(
     name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`lars`, `classic_lars`, `sgd` or `adamw` over parameters or parameter groups; frozen tensors
-    are left out.
+    """`lars`, `classic_lars`, `unguarded_lars`, `larc`, `sgd` or `adamw` over parameters or
+    parameter groups; frozen tensors are left out.
 
     sgd and adamw decay every tensor they get, biases and norms included: SimSiam's and MoCo-v3's
     code does so. adamw's betas are (0.9, 0.999), PyTorch's and MoCo-v3's.
@@ -165,9 +230,8 @@ def build_optimizer(
         groups = [{"params": groups}]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    if name in ("lars", "classic_lars"):
-        kind = LARS if name == "lars" else ClassicLARS
-        return kind(groups, lr, momentum=momentum, weight_decay=weight_decay)
+    if name in ADAPTIVE:
+        return ADAPTIVE[name](groups, lr, momentum=momentum, weight_decay=weight_decay)
     # one kernel for all tensors on a GPU
     fused = {"fused": True} if all(p.is_cuda for g in groups for p in g["params"]) else {}
     if name == "sgd":
@@ -175,7 +239,7 @@ def build_optimizer(
     if name == "adamw":
         betas = (0.9, 0.999)
         return torch.optim.AdamW(groups, lr, betas=betas, weight_decay=weight_decay, **fused)
-    raise ValueError(f"unknown optimizer {name}: lars, classic_lars, sgd or adamw")
+    raise ValueError(f"unknown optimizer {name}: {', '.join(ADAPTIVE)}, sgd or adamw")
 
 
 def grad_norm(module: torch.nn.Module) -> Tensor:

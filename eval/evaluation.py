@@ -17,9 +17,10 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -102,6 +103,7 @@ class Evaluation:
     """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
 
     calibrates = True  # an encoder that was never trained, on its training images
+    own_settings: Mapping[str, Any] = MappingProxyType({})  # of the record, beside the run's
     tf32 = False  # whether fp32 lets a GPU's convolutions round their inputs to 10 bits
 
     def __init__(self, config: Any):
@@ -394,6 +396,8 @@ class Evaluation:
         config = self.config
         seeds = [*range(config.seed, config.seed + len(values))]
         found = self.encoder_fields()
+        if self.own_settings:
+            found["settings"] = found.get("settings", {}) | {**self.own_settings}
         hyperparameters = hyperparameters | {
             "evaluation": {
                 "commit": self.store.commit,

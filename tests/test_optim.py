@@ -10,8 +10,10 @@ from torch import nn
 
 from common.models import build_encoder, mlp
 from common.optim import (
+    LARC,
     LARS,
     ClassicLARS,
+    UnguardedLARS,
     build_optimizer,
     momentum_to_one,
     scaled_lr,
@@ -233,6 +235,91 @@ def test_classic_lars_is_simclrs_code_while_the_rate_moves(momentum, wd):
         compare(weights, hands)
 
 
+class OpenSelfSupByHand:
+    """One tensor under OpenSelfSup's optimizers.py: lars_exclude is `not adapted`, with decay 0."""
+
+    def __init__(self, weight, adapted):
+        self.w, self.v, self.adapted = weight.numpy().copy(), np.zeros(weight.shape), adapted
+
+    def step(self, g, lr, momentum, wd, trust=0.001):
+        g, rate = g.numpy(), lr
+        if self.adapted:
+            below = norm(g) + wd * norm(self.w)
+            rate = lr * trust * norm(self.w) / below if below else 0.0  # the code stops there
+            g = g + wd * self.w
+        self.v = momentum * self.v + rate * g
+        self.w = self.w - self.v
+
+
+@pytest.mark.parametrize("adapted", [None, True, False])
+@pytest.mark.parametrize("wd", [0.0, 1e-6, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_unguarded_lars_is_openselfsups_while_the_rate_moves(momentum, wd, adapted):
+    zeros = [torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+    weights = [nn.Parameter(w) for w in [*draw(0), *zeros]]
+    adapts = [w.ndim > 1 if adapted is None else adapted for w in weights]
+    hands = [OpenSelfSupByHand(w.detach(), a) for w, a in zip(weights, adapts, strict=True)]
+    group = {"params": weights} | ({} if adapted is None else {"adapted": adapted})
+    optimizer = build_optimizer("unguarded_lars", [group], 0.5, momentum, wd)
+    assert type(optimizer) is UnguardedLARS
+    for step in range(8):
+        rate = warmup_cosine(step, 8, 3, 4.8, start=4.8e-4)
+        set_lr(optimizer, rate)
+        gradients = draw(10 + step, [*SHAPES, (2, 2), (3,)])
+        gradients[0] *= step != 2  # no gradient: the decay alone, or nothing
+        give(weights, gradients)
+        optimizer.step()
+        for hand, gradient in zip(hands, gradients, strict=True):
+            hand.step(gradient, rate, momentum, wd)
+        compare(weights, hands)
+    for weight, a in zip(weights[-2:], adapts[-2:], strict=True):
+        assert weight.any() != a  # zeros never move, if they are adapted
+    assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
+
+
+def test_unguarded_lars_stands_still_where_all_is_zero():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros(2, 2)
+    UnguardedLARS([weight], 0.5, weight_decay=0.1).step()
+    assert not weight.any()
+
+
+class LARCByHand(ByHand):
+    """apex's LARC.py without clipping around torch.optim.SGD, as SwAV's main_swav.py has them."""
+
+    def step(self, g, lr, momentum, wd, trust):
+        g = g.numpy()
+        w_norm, g_norm = norm(self.w), norm(g)
+        if w_norm != 0 and g_norm != 0:
+            g = (g + wd * self.w) * (trust * w_norm / (g_norm + wd * w_norm + 1e-8))
+        self.v = momentum * self.v + g
+        self.w = self.w - lr * self.v
+
+
+@pytest.mark.parametrize("wd", [0.0, 1e-6, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_larc_is_apexs_around_sgd_while_the_rate_moves(momentum, wd):
+    """Every tensor is decayed and adapted; zero weights and zero gradients are not."""
+    shapes = [*SHAPES, (2, 2), (3,)]
+    start = [*draw(0), torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+    weights = [nn.Parameter(w) for w in start]
+    hands = [LARCByHand(w.detach()) for w in weights]
+    optimizer = build_optimizer("larc", weights, 0.5, momentum, wd)
+    assert type(optimizer) is LARC
+    for step in range(8):
+        rate = warmup_cosine(step, 8, 3, 4.8, start=0.3, end=0.0048)
+        set_lr(optimizer, rate)
+        gradients = draw(10 + step, shapes)
+        gradients[0] *= step != 2
+        gradients[1] *= 1e-9 if step == 3 else 1  # where 1e-8 counts
+        give(weights, gradients)
+        optimizer.step()
+        for hand, gradient in zip(hands, gradients, strict=True):
+            hand.step(gradient, rate, momentum, wd, 0.001)
+        compare(weights, hands)
+        assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
+
+
 def test_where_the_rate_stands_matters_only_while_it_moves():
     def train(kind, rates):
         weights = [nn.Parameter(w) for w in draw(5)]
@@ -302,7 +389,7 @@ def test_excluding_by_name_as_simclr_and_byol_do_is_excluding_one_dimension(arch
 
 # -- build_optimizer and set_lr -------------------------------------------------------------------
 
-NAMES = ["lars", "classic_lars", "sgd", "adamw"]
+NAMES = ["lars", "classic_lars", "unguarded_lars", "larc", "sgd", "adamw"]
 
 
 def small_model():
@@ -331,7 +418,8 @@ def test_frozen_tensors_are_left_out(name, grouped):
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_decay_falls_on_the_right_tensors(name):
     """With zero gradients one step shows the decay alone: lr * wd of every tensor for sgd and
-    adamw, biases and norms included; for lars lr * trust of matrices, nothing of vectors.
+    adamw, biases and norms included; for lars lr * trust of matrices, nothing of vectors; for larc
+    nothing at all.
     """
     model = small_model()
     nn.init.ones_(model[1].bias)
@@ -341,6 +429,7 @@ def test_weight_decay_falls_on_the_right_tensors(name):
     build_optimizer(name, model.parameters(), 0.2, 0.9, 0.3).step()
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
         shrink = 0.2 * 0.001 * (old.ndim > 1) if "lars" in name else 0.2 * 0.3
+        shrink = 0 if name == "larc" else shrink
         np.testing.assert_allclose(new.detach(), old.detach() * (1 - shrink), rtol=1e-12)
 
 

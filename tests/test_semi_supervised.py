@@ -172,6 +172,10 @@ def test_settings_of_the_papers():
     assert 0.04 * fnc.batch[1] / 256 == pytest.approx(0.005 * math.sqrt(1024))
     assert (fnc.lars, fnc.projector_layers, fnc.init, fnc.assumed) == (True, 1, "zeros", False)
     assert replace(fnc.others[10], assumed=False) == PROTOCOLS["simclr"] and fnc.others[10].assumed
+    twist = PROTOCOLS["twist"]
+    assert twist.head_lrs == {1: (0.2,), 10: (0.2,)}
+    assert twist.encoder_lrs == {1: (0.04,), 10: (0.02,)}
+    assert (twist.epochs[10], twist.batch[1], twist.assumed) == ((20,), 256, False)
     for name, crop_min in (("vicreg", 0.2), ("vicreg-code", 0.08)):
         protocol = PROTOCOLS[name]
         assert protocol.head_lrs == {1: (0.08,), 10: (0.1,)}

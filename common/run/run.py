@@ -211,8 +211,8 @@ class Run:
         """
         self.encoder, self.state = encoder, state
         self.labels = None  # of the training images on the device, for the monitors of look-ups
-        for item in state.values():
-            if isinstance(item, SupportSet):
+        for name, item in state.items():
+            if isinstance(item, SupportSet) and name == "queue":  # neighbours are looked up in it
                 self.warn_of_long_queue(item.size)
                 if self.train.labels is not None:
                     self.labels = torch.from_numpy(self.train.labels).to(self.device)

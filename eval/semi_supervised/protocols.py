@@ -93,6 +93,8 @@ PROTOCOLS = {
         schedule="steps",
         init="torch",
     ),
+    # TWIST's README and evaluate.py, whose batch is 256
+    "twist": Protocol({1: (0.2,), 10: (0.2,)}, {1: (0.04,), 10: (0.02,)}, both((20,)), both(256)),
     # ours, for images of 32 pixels and a CPU, and no paper's: batches that 1 % of CIFAR-10 fills
     "small": Protocol(
         both((1.0,)),
