@@ -106,6 +106,8 @@ class RunConfig:
     augment_device: Literal["cpu", "cuda"] | None = later(None, before="cpu")
     max_steps: Count = free(0)  # stop and export after this many steps, schedules as if it went on
     resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
+    # steps between lines of progress; 0: none; default: a line a minute where there is no terminal
+    log_every: Count | None = free(None)
     knn_every: Count = free(10)  # epochs between k-NN evaluations (and one before); 0: none
     checkpoint_minutes: NotNegative = free(15.0)  # minutes between checkpoints within an epoch
     # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
@@ -113,6 +115,7 @@ class RunConfig:
     # measure so many times, spread over the run, how the features of 2 000 test images lie:
     # std, effective rank and singular values of representation and embedding (geometry.jsonl)
     geometry_points: Count = free(0)
+    tensorboard: bool = free(False)  # write the metrics for TensorBoard too, into the run folder
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = free("selfsup-recipes")  # project of --wandb
     wandb_entity: str = free("")  # user or team of --wandb; default: your own

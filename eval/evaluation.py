@@ -17,9 +17,10 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -38,12 +39,12 @@ from common.errors import Stopped, UserError
 from common.fast.center import center_view
 from common.files import write
 from common.knn import extract_features, rank_share
+from common.progress import Progress, duration
 from common.run import checkpoint, documents, environment, metrics
 from common.run.calibrate import calibrated
 from common.run.folder import Folder, changes, choose, finished_record
 from common.run.ranks import start
 from common.run.readable import readable
-from common.run.results import duration
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, in_words, is_random, load_encoder, record_fields
 from results import record
@@ -102,6 +103,7 @@ class Evaluation:
     """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
 
     calibrates = True  # an encoder that was never trained, on its training images
+    own_settings: Mapping[str, Any] = MappingProxyType({})  # of the record, beside the run's
     tf32 = False  # whether fp32 lets a GPU's convolutions round their inputs to 10 bits
 
     def __init__(self, config: Any):
@@ -141,7 +143,7 @@ class Evaluation:
         if script.is_relative_to(environment.REPOSITORY):
             script = script.relative_to(environment.REPOSITORY)
         self.command = " ".join([str(script), *sys.argv[1:]])
-        self.requests, self.bar, self.step = StopRequests(), tqdm(disable=True), 0
+        self.requests, self.bar, self.step = StopRequests(), Progress(0, "", silent=True), 0
         self.last_save = time.monotonic()
 
     def with_defaults(self, config: Any) -> Any:
@@ -325,16 +327,8 @@ class Evaluation:
             yield
         self.bar.close()
 
-    def progress_bar(self, total: int, what: str, unit: str = "step", initial: int = 0) -> tqdm:
-        return tqdm(
-            total=total,
-            initial=initial,
-            unit=unit,
-            desc=what,
-            dynamic_ncols=True,
-            leave=False,
-            disable=None if self.rank == 0 else True,  # None: only on a terminal
-        )
+    def progress_bar(self, total: int, what: str, unit: str = "step", initial: int = 0) -> Progress:
+        return Progress(total, what, unit, initial, silent=self.rank != 0)
 
     def after_step(self, state: Callable[[], dict[str, Any]], last: bool = False) -> None:
         """Answers stop requests and saves where it is time, or where this is a training's `last`
@@ -402,6 +396,8 @@ class Evaluation:
         config = self.config
         seeds = [*range(config.seed, config.seed + len(values))]
         found = self.encoder_fields()
+        if self.own_settings:
+            found["settings"] = found.get("settings", {}) | {**self.own_settings}
         hyperparameters = hyperparameters | {
             "evaluation": {
                 "commit": self.store.commit,

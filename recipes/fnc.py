@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Config(RunConfig):
     which is all that could be read, "code" the authors' at adf5da5.
     """
 
-    follow: Literal["paper", "official"] = "paper"  # official: --loss, --anchors, --memory
+    follow: Literal["paper", "official"] = "paper"  # official: code's --loss, --anchors, --memory
     loss: Literal["paper", "official"] = "paper"  # mean over anchors; code: twice as much
     anchors: Literal["main", "all"] = "main"  # paper: two main views; code: support views too
     # rows of the memory, times --batch-size; 0: neither memory nor momentum encoder; paper: an

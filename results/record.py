@@ -30,6 +30,7 @@ from common.errors import UserError, brief, command
 from common.files import write
 from common.run import documents, environment, metrics, results
 from common.run.flags import is_free
+from common.run.help import in_80_columns
 
 HERE = Path(__file__).resolve().parent
 RECORDS, SCHEMA = HERE / "records", HERE / "schema.json"
@@ -449,7 +450,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="add|knn|check")
     adding = commands.add_parser("add", help="validate and store records that evaluations wrote")

@@ -1,8 +1,9 @@
 """The results pages, made of records and published numbers, never typed.
 
-    python results/report.py                 # writes README.md here, index.html, the root's table,
-                                             # and draws the figures that are made of records
-    python results/report.py --check         # says what is out of date and exits with 1
+    python results/report.py          # writes README.md here, claims.md, index.html,
+                                      # results.csv and the root's table, and draws
+                                      # the figures that are made of records
+    python results/report.py --check  # says what is out of date and exits with 1
     python results/report.py compare RUN [RUN …] [--output compare.png]
 
 A number stands beside a paper's only where data, epochs, batch and protocol are the same; all
@@ -17,7 +18,18 @@ from typing import Any
 
 from common.errors import UserError, command
 from common.files import write
-from results import claims_page, compare, curves, lab_figures, lab_page, page, summary, tables
+from common.run.help import in_80_columns
+from results import (
+    claims_page,
+    compare,
+    curves,
+    lab_figures,
+    lab_page,
+    page,
+    spreadsheet,
+    summary,
+    tables,
+)
 from results.joined import HERE, Joined, fill, load
 
 ROOT = HERE.parent
@@ -29,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["compare"]:
         return compare.main(argv[1:])
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
     arguments = parser.parse_args(argv)
@@ -73,6 +85,7 @@ def build(
         folder / "README.md": markdown(joined, said),
         folder / "claims.md": claims_page.markdown(joined),
         folder / "index.html": page.html(joined, said),
+        folder / spreadsheet.NAME: spreadsheet.text(joined),
     }
     if readme.exists():
         pages[readme] = in_readme(readme.read_text(), root_part(joined, said))
@@ -228,7 +241,7 @@ def root_part(joined: Joined, said: Sequence[str]) -> str:
     figures = lab_figures.shown(joined)
     return fill(
         "root.md",
-        summary=as_list(said),
+        summary=as_list(said[:3]),
         figures=tables.pictures(figures, "results/figures") if figures else "",
     ).rstrip()
 

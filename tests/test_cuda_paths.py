@@ -124,7 +124,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("recipe", "flags"),
     [
         ("nnclr", ["--arch", "resnet18", "--epochs", "30"]),
-        ("snclr", ["--arch", "vit_small"]),
+        ("snclr", ["--arch", "vit_small", "--epochs", "300"]),
     ],
 )
 def test_crops_of_224_pixels(recipe: str, flags: list[str], photographs: Path, tmp_path: Path):

@@ -223,6 +223,22 @@ def test_learning_rates_follow_the_papers():
     assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n not in others)
 
 
+def test_the_triplets_warm_up_multiplies_its_cosine():
+    """mmcv: linear per step over 10 epochs from 1e-4, of the rate that the epoch's cosine has."""
+    for name, lr in (("triplet", 0.04), ("triplet-short", 0.15)):
+        protocol = PROTOCOLS[name]
+        assert (protocol.optimizer, protocol.lrs, protocol.batch) == ("sgd", (lr,), 256)
+        assert (protocol.epochs, protocol.weight_decay, protocol.warmup_epochs) == (100, 0.0, 10)
+        assert (protocol.schedule, protocol.assumed) == ("epoch", False)
+    for step in (0, 1, 29, 30, 31, 299):
+        epoch = step // 3
+        expected = (1 + math.cos(math.pi * epoch / 100)) / 2
+        if epoch < 10:
+            expected *= 1 - (1 - step / 30) * (1 - 1e-4)
+        assert schedule("epoch", step, 3, 100, 10) == pytest.approx(expected, rel=1e-12)
+    assert schedule("epoch", 0, 3, 100, 10) == pytest.approx(1e-4)
+
+
 def test_first_weights():
     normal = linear_weights(1000, 200, "normal 0.01", 3)
     assert normal.std() == pytest.approx(0.01, rel=0.02)
@@ -404,6 +420,32 @@ def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
     assert f"{found['value']:.2f}" in capsys.readouterr().out
     assert in_process([*FLAGS, *flags, "--epochs", "3", "--output", tmp_path / "a"]) == 2
     assert "epochs was 2, is 3" in capsys.readouterr().err
+
+
+def test_the_first_features_alone_are_a_smaller_encoder():
+    encoder, _ = load_encoder("random", "tiny", 32)
+    first, images = script.FirstFeatures(encoder, 11).eval(), torch.randn(5, 3, 32, 32)
+    assert first.embed_dim == 11
+    assert torch.equal(first(images), encoder.eval()(images)[:, :11])
+    with pytest.raises(UserError, match="--first-features 65: the encoder has 64"):
+        script.FirstFeatures(encoder, 65)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cached", [["--cache-features"], []])
+def test_probe_and_k_nn_of_the_first_features(cached, shortest, tmp_path):
+    """As of an encoder that has no others, and a setting of both records."""
+    flags = ["--protocol", "simclr", "--lrs", "0.3", "--epochs", "1", *cached]
+    found = probe(tmp_path / "a", "--backbone", shortest, *flags, "--first-features", "11")
+    whole = probe(tmp_path / "b", "--backbone", shortest, *flags)
+    assert found["settings"] == whole["settings"] | {"first_features": 11}
+    assert found["value"] != whole["value"]
+    assert problems(found) == [] or found["commit"] == "unknown"
+    knn = record_of(tmp_path / "a", "record-knn.json")
+    assert knn["settings"] == found["settings"]
+    encoder, _ = load_encoder(shortest)
+    expected = knn_by_hand(lambda images: encoder(images)[:, :11])
+    assert knn["value"] == pytest.approx(100 * expected, abs=1e-3)
 
 
 @pytest.mark.long

@@ -235,40 +235,46 @@ def test_classic_lars_is_simclrs_code_while_the_rate_moves(momentum, wd):
         compare(weights, hands)
 
 
-class TWISTByHand(ByHand):
-    """TWIST's lars.py (LARS_OPENSELF) with biases and norms excluded."""
+class OpenSelfSupByHand:
+    """One tensor under OpenSelfSup's optimizers.py: lars_exclude is `not adapted`, with decay 0."""
 
-    def step(self, g, lr, momentum, wd, trust):
-        g = g.numpy()
-        rate = lr
-        if self.w.ndim >= 2:
-            w_norm, g_norm = norm(self.w), norm(g)
-            rate = lr * (trust * w_norm / (g_norm + wd * w_norm))
+    def __init__(self, weight, adapted):
+        self.w, self.v, self.adapted = weight.numpy().copy(), np.zeros(weight.shape), adapted
+
+    def step(self, g, lr, momentum, wd, trust=0.001):
+        g, rate = g.numpy(), lr
+        if self.adapted:
+            below = norm(g) + wd * norm(self.w)
+            rate = lr * trust * norm(self.w) / below if below else 0.0  # the code stops there
             g = g + wd * self.w
         self.v = momentum * self.v + rate * g
         self.w = self.w - self.v
 
 
-@pytest.mark.parametrize("wd", [0.0, 1.5e-6, 0.3])
+@pytest.mark.parametrize("adapted", [None, True, False])
+@pytest.mark.parametrize("wd", [0.0, 1e-6, 0.3])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_unguarded_lars_is_twists_code_while_the_rate_moves(momentum, wd):
-    """A zero weight never moves; a zero gradient leaves the decay, if there is any."""
-    weights = [nn.Parameter(w) for w in [*draw(0), torch.zeros(2, 2, dtype=torch.float64)]]
-    hands = [TWISTByHand(w.detach()) for w in weights]
-    optimizer = build_optimizer("unguarded_lars", weights, 0.5, momentum, wd)
+def test_unguarded_lars_is_openselfsups_while_the_rate_moves(momentum, wd, adapted):
+    zeros = [torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+    weights = [nn.Parameter(w) for w in [*draw(0), *zeros]]
+    adapts = [w.ndim > 1 if adapted is None else adapted for w in weights]
+    hands = [OpenSelfSupByHand(w.detach(), a) for w, a in zip(weights, adapts, strict=True)]
+    group = {"params": weights} | ({} if adapted is None else {"adapted": adapted})
+    optimizer = build_optimizer("unguarded_lars", [group], 0.5, momentum, wd)
     assert type(optimizer) is UnguardedLARS
     for step in range(8):
-        rate = warmup_cosine(step, 8, 3, 4.0, end=0.004)
+        rate = warmup_cosine(step, 8, 3, 4.8, start=4.8e-4)
         set_lr(optimizer, rate)
-        gradients = draw(10 + step, [*SHAPES, (2, 2)])
-        gradients[0] *= 1e-9 if wd == 0 else step != 2
+        gradients = draw(10 + step, [*SHAPES, (2, 2), (3,)])
+        gradients[0] *= step != 2  # no gradient: the decay alone, or nothing
         give(weights, gradients)
         optimizer.step()
         for hand, gradient in zip(hands, gradients, strict=True):
-            hand.step(gradient, rate, momentum, wd, 0.001)
+            hand.step(gradient, rate, momentum, wd)
         compare(weights, hands)
-        assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
-    assert not weights[-1].any()
+    for weight, a in zip(weights[-2:], adapts[-2:], strict=True):
+        assert weight.any() != a  # zeros never move, if they are adapted
+    assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
 
 
 def test_unguarded_lars_stands_still_where_all_is_zero():

@@ -20,6 +20,7 @@ class Protocol:
     interpolation: str = "bilinear"  # torchvision's default, which the PyTorch codes leave
     init: str = "normal 0.01"  # of the head's weight; biases 0
     crop_min: float = 0.08  # smallest share of the area of a training crop; torchvision's default
+    warmup_epochs: int = 0  # the cosine's rates, times a line from 1e-4 to 1, per step
     assumed: bool = False  # taken from another paper because no source states it
 
     def view(self, size: int) -> View:
@@ -53,6 +54,8 @@ SIMCLR = Protocol(
     interpolation="bicubic",
     init="zeros",
 )
+# triplet configs/benchmarks/linear_classification/imagenet/r50_last_cos.py
+TRIPLET = Protocol("sgd", (0.04,), batch=256, epochs=100, warmup_epochs=10)
 # moco-v3 main_lincls.py: SGD, 0.1 and 3 (its CONFIG.md for ViT), batch 1024, cosine per epoch
 MOCOV3 = Protocol("sgd", (0.1,), batch=1024, epochs=90, vit_lrs=(3.0,))
 # vicreg README.md (--lr-head 0.02) and evaluate.py; its App. C.2 states the same but for the crops
@@ -67,10 +70,15 @@ PROTOCOLS = {
     "mocov3": MOCOV3,
     "byol": BYOL,
     "simclr": SIMCLR,
+    # DirectCLR's paper states none, and trains "with a standard recipe of SimCLR" (Sec. 6.2)
+    "directclr": replace(SIMCLR, assumed=True),
     "vicreg": replace(VICREG, crop_min=0.2),  # VICReg App. C.2: crops of 20 to 100 %
     "vicreg-code": VICREG,
     # barlowtwins README.md and evaluate.py, which do not scale the rate
     "barlow": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
+    "triplet": TRIPLET,
+    # r50_last_cos_for_LessSslEpoch.py, of shorter pretraining: 200 epochs and not 700 to 900
+    "triplet-short": replace(TRIPLET, lrs=(0.15,)),
     # swav eval_linear.py: 8 GPUs of 32, its rate not scaled
     "swav": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
     # TWIST's paper was not at hand; SimCLR's stands for it
@@ -90,8 +98,14 @@ GRID = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 PHOTOS_BATCH = 256
 
 
-def schedule(kind: str, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The factor of the learning rate at a step: half a cosine from 1 to 0."""
+def schedule(
+    kind: str, step: int, steps_per_epoch: int, epochs: int, warmup_epochs: int = 0
+) -> float:
+    """The factor of the learning rate at a step: half a cosine from 1 to 0, in a warm-up times a
+    line from 1e-4 to 1 (mmcv's lr_updater.py, with the triplet's warmup_ratio).
+    """
+    warmup = warmup_epochs * steps_per_epoch
+    line = 1e-4 + (1 - 1e-4) * step / warmup if step < warmup else 1.0
     if kind == "epoch":
-        return 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
-    return 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))
+        return line * 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
+    return line * 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import cards, distributed
-from common.config import Positive, PositiveInt, free
+from common.config import Count, Positive, PositiveInt, free, later
 from common.data.images import ArrayImages, subset
 from common.data.loaders import RankBatches, epoch_order, view_loader
 from common.errors import UserError, command
@@ -33,9 +34,9 @@ from common.fast.pixels import to_input
 from common.files import replacing
 from common.knn import gather_shares, knn_over_ranks, rank_share
 from common.models import full_precision
+from common.progress import duration
 from common.run import documents
 from common.run.flags import parse
-from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
@@ -68,6 +69,8 @@ class ProbeConfig(EvaluationConfig):
     epochs: PositiveInt | None = None  # default: the protocol's
     # train on stored features of center crops instead of random crops: quick, and no paper's way
     cache_features: bool = False
+    # read the first so many features of the representation alone, as DirectCLR's App. F; 0: all
+    first_features: Count = later(0)
     measure: Literal["both", "linear", "knn"] = free("both")  # what to do
     knn_transform: Literal["center", "gsg"] = "center"  # gsg: its code's resize, aspect lost
     knn_temperature: Positive | None = (
@@ -84,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     probe = Probe(config)
     job = probe.job
     cached = "-cached" if probe.config.cache_features else ""
-    job.begin(f"linear_probe-{probe.config.protocol}{cached}")
+    first = f"-first{config.first_features}" if config.first_features else ""
+    job.begin(f"linear_probe-{probe.config.protocol}{cached}{first}")
     wanted = {"both": (RECORD, RECORD_KNN), "linear": (RECORD,), "knn": (RECORD_KNN,)}
     with job.working():
         for file in wanted[config.measure]:
@@ -93,6 +97,19 @@ def main(argv: list[str] | None = None) -> None:
     for file in wanted[config.measure]:
         probe.say_result(job.folder / file)
     distributed.stop()
+
+
+class FirstFeatures(nn.Module):
+    """An encoder of which the first `number` features alone are read; UserError if it has fewer."""
+
+    def __init__(self, encoder: nn.Module, number: int):
+        super().__init__()
+        if number > encoder.embed_dim:
+            raise UserError(f"--first-features {number}: the encoder has {encoder.embed_dim}")
+        self.encoder, self.embed_dim = encoder, number
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images)[:, : self.embed_dim]
 
 
 class Probe:
@@ -104,6 +121,9 @@ class Probe:
         self.job.config = config
         self.protocol = PROTOCOLS[config.protocol]
         self.lrs = self.rates()
+        if config.first_features:
+            self.job.encoder = FirstFeatures(self.job.encoder, config.first_features)
+            self.job.own_settings = {"first_features": config.first_features}
         check_batch(config.batch_size, self.job.ranks)
         self.job.encoder.requires_grad_(False)
         self.stored: dict[tuple, Tensor] = {}
@@ -241,7 +261,10 @@ class Probe:
             each.sum().backward()
             distributed.average_gradients(heads)
             optimizer.step(
-                scaled * schedule(protocol.schedule, step, steps_per_epoch, config.epochs)
+                scaled
+                * schedule(
+                    protocol.schedule, step, steps_per_epoch, config.epochs, protocol.warmup_epochs
+                )
             )
             sums += each.detach()
             if (step + 1) % steps_per_epoch == 0:
@@ -324,6 +347,8 @@ class Probe:
             "tried": {"lr": first["lrs"]},
             "chosen_on": words,
         }
+        if protocol.warmup_epochs:
+            hyperparameters["warmup_epochs"] = protocol.warmup_epochs
         others = {"top5": [r["top5"] for r in results]}
         if len(first["lrs"]) > 1:
             others["held-out top1 of each lr"] = first["held_out_top1"]

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from torch import Tensor, nn

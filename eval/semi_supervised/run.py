@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,9 @@ from common.fast.batch_norm import rank_batch_norm
 from common.fast.pixels import to_input
 from common.models import full_precision
 from common.optim import ClassicLARS
+from common.progress import duration
 from common.run import checkpoint, documents
 from common.run.flags import parse
-from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
