@@ -98,13 +98,7 @@ PRESETS = {
     "official": {"loss": "official", "anchors": "all", "memory": 16},
     # unstated: no paper has FNC on CIFAR-10. SimCLR's there, from the README of its code
     "cifar10": CIFAR10
-    | {
-        "lr": 1.0,
-        "lr_scaling": "linear",
-        "weight_decay": 1e-6,
-        "epochs": 1000,
-        "temperature": 0.5,
-    },
+    | {"lr": 1.0, "lr_scaling": "linear", "weight_decay": 1e-6, "epochs": 1000, "temperature": 0.5},
     # ours, chosen on held-out patches: fnc.md
     "photos": PHOTOS
     | {
