@@ -64,10 +64,11 @@ class EncoderConfig:
     # (linear_probe/README.md lists which), or a control: `random` (needs --arch) or `pixels`
     backbone: str = free("")
     arch: str = ""  # encoder, where the file does not say it; never guessed
-    seed: Seed = 0  # keys the heads' initialisation, data order, crops and held-out images
+    seed: Seed = 0  # decides the heads' initialisation, data order, crops, held-out images
     output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
     workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
-    resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
+    # auto: continue what the folder holds; never: take a new folder with -2, -3, …
+    resume: Literal["auto", "never"] = free("auto")
     max_pixels: PositiveInt = free(MAX_PIXELS)  # a larger image counts as unreadable
     method: str = ""  # name of a foreign checkpoint's method in the record; ours say their own
     # what a foreign checkpoint was trained on, for the record

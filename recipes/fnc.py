@@ -75,7 +75,8 @@ class Config(RunConfig):
     epochs: PositiveInt = 1000  # paper; 100 in its ablations and the code
     batch_size: PositiveInt = 4096  # global batch; paper; code
     lr: NotNegative = 0.1  # base rate, times sqrt(batch); code
-    lr_scaling: Literal["linear", "sqrt"] = "sqrt"  # what --lr is times; code
+    # --lr is multiplied by batch/lr-batch (linear) or by sqrt(batch) (sqrt; code)
+    lr_scaling: Literal["linear", "sqrt"] = "sqrt"
     lr_batch: Count = 256  # linear: the batch that --lr is given for, 0: not scaled; code
     # classic_lars: the rate is inside the momentum; code
     optimizer: Literal["classic_lars", "lars", "sgd", "adamw"] = "classic_lars"
@@ -97,13 +98,7 @@ PRESETS = {
     "official": {"loss": "official", "anchors": "all", "memory": 16},
     # unstated: no paper has FNC on CIFAR-10. SimCLR's there, from the README of its code
     "cifar10": CIFAR10
-    | {
-        "lr": 1.0,
-        "lr_scaling": "linear",
-        "weight_decay": 1e-6,
-        "epochs": 1000,
-        "temperature": 0.5,
-    },
+    | {"lr": 1.0, "lr_scaling": "linear", "weight_decay": 1e-6, "epochs": 1000, "temperature": 0.5},
     # ours, chosen on held-out patches: fnc.md
     "photos": PHOTOS
     | {

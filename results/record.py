@@ -2,7 +2,7 @@
 
     python results/record.py knn runs/snclr/cifar10-resnet18_cifar-0   # the run's own k-NN
     python results/record.py knn RUN_SEED0 RUN_SEED1 RUN_SEED2         # one record, with spread
-    python results/record.py add linear_probe.json                     # what an evaluation wrote
+    python results/record.py add RUN/eval/*/record*.json               # what evaluations wrote
     python results/record.py check                                     # every stored record
 
 A record is a JSON file as results/schema.json says, one for each evaluated run: an evaluation takes

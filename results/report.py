@@ -1,10 +1,11 @@
-"""The results pages, made of records and published numbers, never typed.
+"""Makes the results pages from records and published numbers; nobody types them.
 
-    python results/report.py          # writes README.md here, claims.md, index.html,
-                                      # results.csv and the root's table, and draws
-                                      # the figures that are made of records
-    python results/report.py --check  # says what is out of date and exits with 1
+    python results/report.py          # writes the pages and draws the figures
+    python results/report.py --check  # says what is stale, exits with 1
     python results/report.py compare RUN [RUN …] [--output compare.png]
+
+The pages are README.md, claims.md, index.html and results.csv in results/, and the block of results
+in the README of the project; the figures are those that are made of records.
 
 A number stands beside a paper's only where data, epochs, batch and protocol are the same; all
 other records have tables of their own.

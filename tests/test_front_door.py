@@ -140,7 +140,7 @@ def test_the_quick_look_reads_flags_as_the_script_does(recipe):
 
 
 def test_the_quick_look_leaves_what_is_unforeseen_to_the_script(tmp_path):
-    """A fault of its own is never the user's: it says nothing, and the script runs."""
+    """Says nothing of a fault of its own, which is never the user's: the script runs."""
     path = tmp_path / "odd.py"
     path.write_text("def parse_arguments(argv):\n    return surprise\n")
     early.answer(path)

@@ -55,7 +55,7 @@ def page(
 def said_of_values(sources: dict[str, str], chosen: dict[str, str]) -> str:
     """Which values the page shows."""
     if not chosen:
-        return "Flags are --name value; of two the later wins."
+        return "Flags are --name value; if a flag is given twice, the later one wins."
     words = ", ".join(f"--{name} {value}" for name, value in chosen.items())
     text = f"Values shown are those of {words}"
     names = [name for name in dict.fromkeys(sources.values()) if name != GIVEN]

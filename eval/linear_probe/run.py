@@ -71,7 +71,7 @@ class ProbeConfig(EvaluationConfig):
     cache_features: bool = False
     # read the first so many features of the representation alone, as DirectCLR's App. F; 0: all
     first_features: Count = later(0)
-    measure: Literal["both", "linear", "knn"] = free("both")  # what to do
+    measure: Literal["both", "linear", "knn"] = free("both")  # what to measure
     knn_transform: Literal["center", "gsg"] = "center"  # gsg: its code's resize, aspect lost
     knn_temperature: Positive | None = (
         None  # default: 0.1, with --knn-transform gsg 0.2 as its code

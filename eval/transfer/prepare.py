@@ -147,7 +147,9 @@ def main(argv: list[str] | None = None) -> None:
             "with --root DIR"
         )
     if root is None:
-        raise UserError("--root DIR is missing: the folder that the datasets are in, or go to")
+        raise UserError(
+            "--root DIR is missing: the folder that holds the datasets or is to hold them"
+        )
     keys = manifests.chosen(arguments.datasets)
     if not root.is_dir():
         if arguments.check or root.exists():
