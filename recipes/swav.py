@@ -90,7 +90,8 @@ class Config(RunConfig):
 SMALL_IMAGES = {"multi_crop": False, "small_crop_size": 16}
 PRESETS = {
     "vit": {"multi_crop": False},  # its positions fit one size
-    # the scripts of the code for batch 256: rate 0.6, no warm-up, an epoch of fixed prototypes
+    # the scripts of the code for batch 256: rate 0.6, no warm-up, an epoch of fixed prototypes (97
+    # steps), a queue; 1000 prototypes: ours
     "cifar10": CIFAR10
     | SMALL_IMAGES
     | {"lr": 0.6, "lr_batch": 256, "weight_decay": 1e-6, "warmup_epochs": 0}
