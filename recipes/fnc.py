@@ -75,8 +75,7 @@ class Config(RunConfig):
     epochs: PositiveInt = 1000  # paper; 100 in its ablations and the code
     batch_size: PositiveInt = 4096  # global batch; paper; code
     lr: NotNegative = 0.1  # base rate, times sqrt(batch); code
-    # --lr is multiplied by batch/lr-batch (linear) or by sqrt(batch) (sqrt; code)
-    lr_scaling: Literal["linear", "sqrt"] = "sqrt"
+    lr_scaling: Literal["linear", "sqrt"] = "sqrt"  # --lr grows with sqrt(batch) or batch; code
     lr_batch: Count = 256  # linear: the batch that --lr is given for, 0: not scaled; code
     # classic_lars: the rate is inside the momentum; code
     optimizer: Literal["classic_lars", "lars", "sgd", "adamw"] = "classic_lars"
