@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 
 .PHONY: demo claim test test-long test-all evaluate detection segmentation lint clean
+.PHONY: run-given run-and-data-given
 
 demo: .venv/installed
 	$(VENV)/python eval/demo.py
@@ -13,16 +14,21 @@ claim: .venv/installed
 	$(VENV)/python results/claim.py $(if $(filter command%,$(origin NAME)),$(NAME)) $(FLAGS)
 
 # linear probe and k-NN of a run, by its recipe's protocol: make evaluate RUN=runs/… [FLAGS=…]
-evaluate: .venv/installed
-	@test -n "$(RUN)" || { echo "error: which run? make evaluate RUN=runs/RECIPE/NAME"; exit 2; }
+evaluate: run-given .venv/installed
 	$(VENV)/python eval/linear_probe/run.py --backbone $(RUN) $(FLAGS)
 
 # COCO detection, ADE20K segmentation: make detection RUN=runs/… DATA=/path/to/coco [FLAGS=…]
-detection segmentation: .venv/installed
-	@test -n "$(RUN)" -a -n "$(DATA)" || \
-		{ echo "error: make $@ RUN=runs/RECIPE/NAME DATA=FOLDER"; exit 2; }
+detection segmentation: run-and-data-given .venv/installed
 	$(VENV)/python eval/$@/run.py --backbone $(RUN) \
 		--data $(DATA) $(FLAGS)
+
+# what is lacking is said before anything is installed
+run-given:
+	@test -n "$(RUN)" || { echo "error: which run? make evaluate RUN=runs/RECIPE/NAME"; exit 2; }
+
+run-and-data-given:
+	@test -n "$(RUN)" -a -n "$(DATA)" || \
+		{ echo "error: make $(MAKECMDGOALS) RUN=runs/RECIPE/NAME DATA=FOLDER"; exit 2; }
 
 # whether the project is right, in minutes. A thread for each of the two workers: with two they wait
 # for each other on two cores

@@ -23,6 +23,7 @@ import yaml
 
 from common.run import metrics
 from common.run.environment import describe
+from common.run.help import in_80_columns
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -31,7 +32,7 @@ WARM_UP = 3  # steps that are not counted: allocation, the first kernels
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=20, help="steps counted per run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")

@@ -38,6 +38,7 @@ from common.data.photos import PHOTOS, SIDE, patches, read_photo
 from common.data.sets import as_bytes
 from common.fast import pixels
 from common.run.environment import describe
+from common.run.help import in_80_columns
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEER = "torchvision, PIL, as moco-v3"
@@ -198,7 +199,7 @@ def differences(data: Sequence[Picture], size: int) -> dict[str, dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", help="folder or tar file of JPEG files")
     parser.add_argument("--limit", type=int, default=100, help="images at most (100)")

@@ -39,6 +39,7 @@ from common.fast.micro_batch import Pieces
 from common.models import build_encoder
 from common.run import run
 from common.run.environment import describe
+from common.run.help import in_80_columns
 from common.support_set import SupportSet
 from recipes import simclr
 from slurm import plan
@@ -54,7 +55,7 @@ QUIET = ["--knn-every", "0", "--geometry-points", "0"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cifar10", default="", metavar="PATH", help="as the recipes' --data")
     parser.add_argument("--epochs", type=int, default=4, help="of each whole run")

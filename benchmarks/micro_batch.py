@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from common.run import metrics
+from common.run.help import in_80_columns
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,7 +54,7 @@ def run(recipe: str, flags: list[str], batch: int, micro_batch: int, steps: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="nnclr")
     parser.add_argument("--arch", default="resnet18")

@@ -44,6 +44,7 @@ from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
 from common.fast import pixels
 from common.run.environment import describe
+from common.run.help import in_80_columns
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "packing.json"
 NAMES = {"files": "files", "single": "shards, one by one", "shards": "shards"}
@@ -278,7 +279,7 @@ def file_system(path: Path) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scratch", type=Path, required=True, help="folder on that file system")
     parser.add_argument("--images", type=Path, help="folder with train/ instead of files made here")

@@ -21,6 +21,7 @@ import numpy as np
 
 from common.run.environment import describe
 from common.run.flags import parse
+from common.run.help import in_80_columns
 from eval.linear_probe.protocols import GRID
 from eval.linear_probe.run import Probe, ProbeConfig
 
@@ -30,7 +31,7 @@ STORED_EPOCHS = 90  # SNCLR's and SimSiam's number, for (b) and (c)
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", default="tiny", help="encoder with random weights")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of (a)")

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.run.help import in_80_columns
 from recipes.snclr import positiveness, snclr_loss
 
 NAMES = {"plain": "SNCLR, plain", "tiled": "SNCLR, in tiles", "mocov3": "MoCo-v3's loss"}
@@ -160,7 +161,7 @@ def run(form: str, arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--neighbours", type=int, default=30)

@@ -49,6 +49,7 @@ from common.fast.micro_batch import Pieces
 from common.fast.pixels import to_input
 from common.run import run
 from common.run.environment import describe
+from common.run.help import in_80_columns
 from recipes import nnclr
 
 WARM_UP = 4  # turns that are not counted: allocation, the first kernels
@@ -60,7 +61,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", default="resnet18", help="ours; lightly's is resnet18 always")
     parser.add_argument("--image-size", type=int, default=32)

@@ -39,6 +39,7 @@ from common.data.photos import PHOTOS, read_photo
 from common.models import build_encoder
 from common.run import metrics
 from common.run.environment import describe
+from common.run.help import in_80_columns
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10  # steps that are not counted: allocation, kernels, the loader's first batches
@@ -73,7 +74,7 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="cifar,resnet50,vit_small", help=", ".join(SETTINGS))
     parser.add_argument("--steps", type=int, default=100, help="steps counted per row")
@@ -159,7 +160,8 @@ def data_flags(setting: Setting, images: Path, cifar10: str, names: int) -> list
     if setting.dataset == "cifar10":
         return ["--dataset", "cifar10", "--data", cifar10]
     make_photographs(images, names)
-    return ["--dataset", "imagefolder", "--data", str(images)]
+    # its schedules are as long as the method's on ImageNet, and stop after some steps
+    return ["--dataset", "imagefolder", "--data", str(images), "--epochs", "100"]
 
 
 def make_photographs(folder: Path, names: int) -> None:

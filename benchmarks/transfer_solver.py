@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from common.run.environment import describe
+from common.run.help import in_80_columns
 from eval.transfer.classifier import Sklearn, Split
 from eval.transfer.solver import DECAYS, TOLERANCE, fit_path, gradient_norm
 
@@ -127,7 +128,7 @@ def run(sweep: str, arguments: argparse.Namespace, limit: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--dimensions", type=int, default=512)

@@ -93,7 +93,7 @@ class RunConfig:
     validation_share: PartialShare = later(0.0)
     # with --validation-share: k-NN is scored on what is held out, or on the test images
     scored_on: Literal["held-out", "test"] = later("held-out")
-    seed: Seed = 0  # keys initialisation, data order, views, queue start, GSG's pairs
+    seed: Seed = 0  # decides initialisation, data order, views, queue start, GSG's pairs
     output: str = free("")  # run folder; default runs/<recipe>/<dataset>-<arch>-<seed>
     workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
     # images of the global batch that go through the encoder at once, heads and loss see all of
@@ -104,8 +104,12 @@ class RunConfig:
     compile: bool = later(False)  # torch.compile the encoder; needs a C++ compiler
     # where colours, blur and flips are done; default: on the GPU where there is one
     augment_device: Literal["cpu", "cuda"] | None = later(None, before="cpu")
-    max_steps: Count = free(0)  # stop and export after this many steps, schedules as if it went on
-    resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
+    # stop and export after this many steps; schedules stay those of the whole run; 0: to the end
+    max_steps: Count = free(0)
+    # auto: continue what the folder holds; never: take a new folder with -2, -3, …
+    resume: Literal["auto", "never"] = free("auto")
+    # steps between lines of progress; 0: none; default: a line a minute where there is no terminal
+    log_every: Count | None = free(None)
     knn_every: Count = free(10)  # epochs between k-NN evaluations (and one before); 0: none
     checkpoint_minutes: NotNegative = free(15.0)  # minutes between checkpoints within an epoch
     # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
@@ -113,6 +117,7 @@ class RunConfig:
     # measure so many times, spread over the run, how the features of 2 000 test images lie:
     # std, effective rank and singular values of representation and embedding (geometry.jsonl)
     geometry_points: Count = free(0)
+    tensorboard: bool = free(False)  # write the metrics for TensorBoard too, into the run folder
     wandb: bool = free(False)  # send metrics to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = free("selfsup-recipes")  # project of --wandb
     wandb_entity: str = free("")  # user or team of --wandb; default: your own

@@ -119,6 +119,7 @@ def knn_of_encoder(
     autocast=None,
     k: int = 200,
     temperature: float = 0.1,
+    after_batch: Callable[[int], None] | None = None,
 ) -> float:
     """k-NN accuracy of an encoder, whole training and test set, spread over ranks.
 
@@ -126,10 +127,11 @@ def knn_of_encoder(
     its own for every test image, and the ranks' candidates are merged.
     """
     how = image_size, workers, autocast
+    seen = {"after_batch": after_batch}
     share = rank_share(len(train))
-    train_x = extract_features(encoder, train, share, *how)
+    train_x = extract_features(encoder, train, share, *how, **seen)
     train_y = torch.from_numpy(train.labels[share])
-    test_x = extract_features(encoder, test, rank_share(len(test), padded=True), *how)
+    test_x = extract_features(encoder, test, rank_share(len(test), padded=True), *how, **seen)
     test_x = gather_shares(test_x, len(test))
     truth = torch.from_numpy(test.labels)
     classes = int(max(train.labels.max(), test.labels.max())) + 1

@@ -12,7 +12,8 @@ class LARS(torch.optim.Optimizer):
 
     For a tensor w of two or more dimensions with gradient g: u = g + weight_decay * w, scaled by
     trust_coefficient * |w| / |u| (by 1 where either norm is 0), then v = momentum * v + u and
-    w = w - lr * v. Tensors of one dimension (biases, norms) get neither decay nor scaling.
+    w = w - lr * v. Tensors of one dimension (biases, norms) get neither decay nor scaling, nor do
+    those of a group whose `adapted` is False.
 
     Libraries differ here by orders of magnitude: some scale biases, some divide by
     |g| + weight_decay * |w|, some stop scaling when weight_decay is 0. This is moco-v3's rule
@@ -63,7 +64,7 @@ class LARS(torch.optim.Optimizer):
     def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
         """u of each tensor; the gradients themselves stay as they are."""
         updates = [w.grad for w in weights]
-        wide = [n for n, w in enumerate(weights) if w.ndim > 1]
+        wide = [n for n, w in enumerate(weights) if w.ndim > 1 and group.get("adapted", True)]
         if wide:
             scaled = decayed_and_scaled(
                 [weights[n] for n in wide],
@@ -95,6 +96,28 @@ class ClassicLARS(LARS):
     ) -> None:
         torch._foreach_add_(velocities, updates, alpha=lr)
         torch._foreach_sub_(weights, velocities)
+
+
+class LARC(LARS):
+    """LARS around SGD as SwAV's code has it: apex's LARC without clipping (trust 0.001).
+
+    Every tensor, biases and norms included: u = g + weight_decay * w, scaled by trust * |w| /
+    (|g| + weight_decay * |w| + 1e-8); the plain gradient, without decay, where |w| or |g| is 0, as
+    of a bias at its start. Then v = momentum * v + u and w = w - lr * v.
+    """
+
+    def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        grads, decay = [w.grad for w in weights], group["weight_decay"]
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        grad_norms = torch.stack(torch._foreach_norm(grads))
+        ratios = group["trust_coefficient"] * weight_norms
+        ratios = ratios / (grad_norms + decay * weight_norms + 1e-8)
+        adapts = (weight_norms > 0) & (grad_norms > 0)
+        ratios = torch.where(adapts, ratios, torch.ones_like(ratios))
+        updates = torch._foreach_mul(weights, list((decay * adapts.to(ratios.dtype)).unbind()))
+        torch._foreach_add_(updates, grads)
+        torch._foreach_mul_(updates, list(ratios.unbind()))
+        return updates
 
 
 def decayed_and_scaled(
@@ -142,7 +165,12 @@ class UnguardedLARS(ClassicLARS):
 
 
 # the papers' layer-wise adaptations, by the names of --optimizer
-ADAPTIVE = {"lars": LARS, "classic_lars": ClassicLARS, "unguarded_lars": UnguardedLARS}
+ADAPTIVE = {
+    "lars": LARS,
+    "classic_lars": ClassicLARS,
+    "unguarded_lars": UnguardedLARS,
+    "larc": LARC,
+}
 
 
 def warmup_cosine(
@@ -191,8 +219,8 @@ def weights_and_biases(
 def build_optimizer(
     name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`lars`, `classic_lars`, `unguarded_lars`, `sgd` or `adamw` over parameters or parameter
-    groups; frozen tensors are left out.
+    """`lars`, `classic_lars`, `unguarded_lars`, `larc`, `sgd` or `adamw` over parameters or
+    parameter groups; frozen tensors are left out.
 
     sgd and adamw decay every tensor they get, biases and norms included: SimSiam's and MoCo-v3's
     code does so. adamw's betas are (0.9, 0.999), PyTorch's and MoCo-v3's.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import distributed
 from common.config import MAX_PIXELS, free
 from common.data.images import UNREADABLE, open_image, said
 from common.errors import UserError
+from common.progress import Progress, duration
 from common.run import backbone
-from common.run.results import duration
 from eval.encoders import PIXELS
 from eval.evaluation import Evaluation, TrainingConfig
 
@@ -208,8 +207,7 @@ def check_each(items: Sequence, problem: Callable[[Any], str | None], what: str)
     rank takes its share, by threads, which wait for the file system.
     """
     own = [items[i] for i in per_rank(len(items))]
-    quiet = True if distributed.rank() else None  # None: where there is a terminal
-    bar = tqdm(total=len(own), desc="checking files", leave=False, disable=quiet, unit="file")
+    bar = Progress(len(own), "checking files", "file", silent=distributed.rank() != 0)
     wrong = []
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for text in pool.map(problem, own):

@@ -39,12 +39,12 @@ from common.errors import Stopped, UserError
 from common.fast.center import center_view
 from common.files import write
 from common.knn import extract_features, rank_share
+from common.progress import Progress, duration
 from common.run import checkpoint, documents, environment, metrics
 from common.run.calibrate import calibrated
 from common.run.folder import Folder, changes, choose, finished_record
 from common.run.ranks import start
 from common.run.readable import readable
-from common.run.results import duration
 from common.run.signals import StopRequests
 from eval.encoders import RANDOM, in_words, is_random, load_encoder, record_fields
 from results import record
@@ -64,10 +64,11 @@ class EncoderConfig:
     # (linear_probe/README.md lists which), or a control: `random` (needs --arch) or `pixels`
     backbone: str = free("")
     arch: str = ""  # encoder, where the file does not say it; never guessed
-    seed: Seed = 0  # keys the heads' initialisation, data order, crops and held-out images
+    seed: Seed = 0  # decides the heads' initialisation, data order, crops, held-out images
     output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
     workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16
-    resume: Literal["auto", "never"] = free("auto")  # never: a new folder with -2, -3, …
+    # auto: continue what the folder holds; never: take a new folder with -2, -3, …
+    resume: Literal["auto", "never"] = free("auto")
     max_pixels: PositiveInt = free(MAX_PIXELS)  # a larger image counts as unreadable
     method: str = ""  # name of a foreign checkpoint's method in the record; ours say their own
     # what a foreign checkpoint was trained on, for the record
@@ -143,7 +144,7 @@ class Evaluation:
         if script.is_relative_to(environment.REPOSITORY):
             script = script.relative_to(environment.REPOSITORY)
         self.command = " ".join([str(script), *sys.argv[1:]])
-        self.requests, self.bar, self.step = StopRequests(), tqdm(disable=True), 0
+        self.requests, self.bar, self.step = StopRequests(), Progress(0, "", silent=True), 0
         self.last_save = time.monotonic()
 
     def with_defaults(self, config: Any) -> Any:
@@ -327,16 +328,8 @@ class Evaluation:
             yield
         self.bar.close()
 
-    def progress_bar(self, total: int, what: str, unit: str = "step", initial: int = 0) -> tqdm:
-        return tqdm(
-            total=total,
-            initial=initial,
-            unit=unit,
-            desc=what,
-            dynamic_ncols=True,
-            leave=False,
-            disable=None if self.rank == 0 else True,  # None: only on a terminal
-        )
+    def progress_bar(self, total: int, what: str, unit: str = "step", initial: int = 0) -> Progress:
+        return Progress(total, what, unit, initial, silent=self.rank != 0)
 
     def after_step(self, state: Callable[[], dict[str, Any]], last: bool = False) -> None:
         """Answers stop requests and saves where it is time, or where this is a training's `last`

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,8 +135,8 @@ def nnclr_loss(neighbours: Tensor, predictions: Tensor, temperature: float = 0.1
 def nnclr_transposed_loss(
     neighbours: Tensor, predictions: Tensor, temperature: float = 0.1
 ) -> Tensor:
-    """The term that a secondary reading of Sec. 3.2 adds: normalised over the neighbours of all
-    ranks instead of over the predictions. Shapes as in nnclr_loss.
+    """Computes the term that a secondary reading of Sec. 3.2 adds: it is normalised over the
+    neighbours of all ranks instead of over the predictions. Shapes as in nnclr_loss.
     """
     nn_, p = F.normalize(neighbours, dim=1), F.normalize(predictions, dim=1)
     logits = p @ gather(nn_).T / temperature

@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class Config(RunConfig):
     batch_size: PositiveInt = 4096  # global batch; Sec. 2.3
     # base rate; Sec. 2.3 and code: 0.3, times batch/lr-batch; App. B.1: 0.075, times sqrt(batch)
     lr: NotNegative | None = None
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # what --lr is times; Sec. 2.3; sqrt: App. B.1
+    # --lr is multiplied by batch/lr-batch (linear; Sec. 2.3) or by sqrt(batch) (sqrt; App. B.1)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
     lr_batch: Count = 256  # linear: the batch that --lr is given for, 0: not scaled; Sec. 2.3
     # classic_lars: the rate is inside the momentum; unstated; code (lars_optimizer.py)
     optimizer: Literal["classic_lars", "lars", "sgd", "adamw"] = "classic_lars"

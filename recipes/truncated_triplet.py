@@ -10,8 +10,7 @@ hardest. The hardest, which may be of the same class, is left out (smoothed rank
 
 Aims at 73.8 % linear top-1 on ImageNet in 200 epochs and 75.9 % in "700-900" (README of the code,
 whose schedule is of 1000). Paper and code (wanggrun/triplet at c1bbaa9) differ: `--follow paper`
-(default) or `--follow official`, and one flag for each difference; see
-recipes/truncated_triplet.md. Costs what BYOL's 1000 epochs do.
+(default) or `official`, a flag for each; see truncated_triplet.md. It costs what BYOL's runs do.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -19,6 +19,7 @@ from typing import Any
 from common import cards
 from common.errors import UserError, command, nearest_name
 from common.run import documents, geometry, metrics, results
+from common.run.help import in_80_columns
 from results import claims, lab
 from results.lab_page import formula
 from slurm import plan
@@ -40,7 +41,7 @@ WIDTH = 40  # of the text's bars
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="?", help="a claim of the lab; default: list them")
     parser.add_argument("--seed", type=int, default=0, help="of all of its runs (default 0)")

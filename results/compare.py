@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.run import documents, metrics, results
+from common.run import documents, metrics, pictures, results
 from results.record import PLACES
 
 CURVES = (
@@ -23,8 +23,10 @@ def main(argv: list[str]) -> None:
         prog="report.py compare", description="Configurations, metrics and curves of runs."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--output", type=Path, default=None, help="picture of their curves (PNG)")
+    parser.add_argument("--output", type=Path, default=None, help="picture: .png, .pdf or .svg")
     arguments = parser.parse_args(argv)
+    if arguments.output:
+        pictures.check_target(arguments.output)
     runs = [load(run) for run in arguments.runs]
     names = short_names(arguments.runs)
     print(text(names, runs))
@@ -110,18 +112,14 @@ def draw(path: Path, names: list[str], runs: list[dict[str, Any]]) -> None:
     """Epoch means at the middle of their epochs, a panel for each metric that any run has; a run's
     line has one colour in all of them.
     """
-    from common.run.pictures import headless_pyplot, save
-
-    plt = headless_pyplot()
+    plt = pictures.headless_pyplot()
     panels = [c for c in CURVES if any(c[0] in r for run in runs for r in epochs_of(run))]
-    columns = min(3, max(1, len(panels)))
-    rows = max(1, -(-len(panels) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
+    if not panels:
+        raise UserError("--output: none of these runs has an epoch to draw")
+    figure, axes = pictures.grid(plt, pictures.even_rows(len(panels), 3), (4.2, 3))
     # ten colours, then the same ones dashed
     styles = [{"c": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]} for i in range(len(runs))]
-    for axis, (metric, label) in zip(axes.flat, panels, strict=False):
+    for axis, (metric, label) in zip(axes, panels, strict=True):
         for run, style in zip(runs, styles, strict=True):
             if points := metrics.curve(run["metrics"], metric):
                 steps, values = zip(*points, strict=True)
@@ -133,10 +131,12 @@ def draw(path: Path, names: list[str], runs: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         if metric != "loss":
             axis.set_ylim(bottom=0)
+        if metric in pictures.SHARES:
+            pictures.in_percent(axis)
     handles = [plt.Line2D([], [], **style) for style in styles]
     figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), fontsize=8)
     figure.tight_layout(rect=(0, 0.06 + 0.03 * (len(names) // 5), 1, 1))
-    save(figure, path, plt)
+    pictures.save(figure, path, plt)
 
 
 def epochs_of(run: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from PIL import Image
 from common import cards
 from common.errors import UserError, command
 from common.run import documents, pictures
+from common.run.help import in_80_columns
 from results import claims
 from results.joined import Joined, load
 
@@ -69,22 +70,21 @@ def digest(numbers: dict[str, Any]) -> str:
 
 
 def draw(path: Path, numbers: dict[str, Any]) -> None:
-    """A row of panels for each family, in them a line for each run: the mean over seeds, with the
-    seeds in pale.
+    """A row of panels for each family, one for each metric that any run of it has; in them a line
+    for each run: the mean over seeds, with the seeds in pale.
     """
     plt = pictures.headless_pyplot()
     families = numbers["families"]
-    size = (15.5, 3.9 * len(families))
-    figure, axes = plt.subplots(len(families), len(PANELS), figsize=size, squeeze=False)
-    for row, (family, methods) in zip(axes, families.items(), strict=True):
-        for axis, (metric, label) in zip(row, PANELS.items(), strict=True):
-            drawn = [lines[metric] for lines in methods.values()]
-            draw_panel(axis, dict(zip(methods, drawn, strict=True)))
-            axis.set_title(f"{label}, {family}", fontsize=10)
-            if not any(lines["mean"] for lines in drawn):
-                axis.clear()
-                axis.axis("off")
-                axis.text(0.5, 0.5, f"{label}:\nnone of these runs has it", ha="center", fontsize=9)
+    metrics = {family: metrics_of(methods) for family, methods in families.items()}
+    figure, axes = pictures.grid(plt, [*map(len, metrics.values())], (5.2, 3.9))
+    places = iter(axes)
+    for family, methods in families.items():
+        row = [next(places) for _ in metrics[family]]
+        for axis, metric in zip(row, metrics[family], strict=True):
+            draw_panel(axis, {method: lines[metric] for method, lines in methods.items()})
+            axis.set_title(f"{PANELS[metric]}, {family}", fontsize=10)
+            if metric in pictures.SHARES:
+                pictures.in_percent(axis)
         lines, labels = row[0].get_legend_handles_labels()
         row[-1].legend(
             lines, labels, loc="center left", bbox_to_anchor=(1.03, 0.5), fontsize=9, frameon=False
@@ -92,6 +92,11 @@ def draw(path: Path, numbers: dict[str, Any]) -> None:
     figure.suptitle(numbers["title"], fontsize=11)
     figure.tight_layout()
     pictures.save(figure, path, plt, {DIGEST: digest(numbers)})
+
+
+def metrics_of(methods: dict[str, dict[str, Any]]) -> list[str]:
+    """The metrics of PANELS that any run of a family has."""
+    return [m for m in PANELS if any(lines[m]["mean"] for lines in methods.values())]
 
 
 def draw_panel(axis, methods: dict[str, dict[str, Any]]) -> None:
@@ -147,11 +152,12 @@ def tiers(joined: Joined) -> dict[str, dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tier", help="whose curves: a tier of claims.yaml, as photos")
-    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    parser.add_argument("--output", type=Path, required=True, help="picture: .png, .pdf or .svg")
     arguments = parser.parse_args(argv)
+    pictures.check_target(arguments.output)
     joined = load()
     known = tiers(joined)
     if arguments.tier not in known:

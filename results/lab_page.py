@@ -1,4 +1,4 @@
-"""The lab's part of the claims' page: its table, its words, and what its runs were."""
+"""Writes the lab's part of the claims' page: its table, its words, and what its runs were."""
 
 import re
 import statistics

@@ -2,7 +2,7 @@
 
     python results/record.py knn runs/snclr/cifar10-resnet18_cifar-0   # the run's own k-NN
     python results/record.py knn RUN_SEED0 RUN_SEED1 RUN_SEED2         # one record, with spread
-    python results/record.py add linear_probe.json                     # what an evaluation wrote
+    python results/record.py add RUN/eval/*/record*.json               # what evaluations wrote
     python results/record.py check                                     # every stored record
 
 A record is a JSON file as results/schema.json says, one for each evaluated run: an evaluation takes
@@ -30,6 +30,7 @@ from common.errors import UserError, brief, command
 from common.files import write
 from common.run import documents, environment, metrics, results
 from common.run.flags import is_free
+from common.run.help import in_80_columns
 
 HERE = Path(__file__).resolve().parent
 RECORDS, SCHEMA = HERE / "records", HERE / "schema.json"
@@ -449,7 +450,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="add|knn|check")
     adding = commands.add_parser("add", help="validate and store records that evaluations wrote")

@@ -1,9 +1,11 @@
-"""The results pages, made of records and published numbers, never typed.
+"""Makes the results pages from records and published numbers; nobody types them.
 
-    python results/report.py                 # writes README.md here, index.html, the root's table,
-                                             # and draws the figures that are made of records
-    python results/report.py --check         # says what is out of date and exits with 1
+    python results/report.py          # writes the pages and draws the figures
+    python results/report.py --check  # says what is stale, exits with 1
     python results/report.py compare RUN [RUN …] [--output compare.png]
+
+The pages are README.md, claims.md, index.html and results.csv in results/, and the block of results
+in the README of the project; the figures are those that are made of records.
 
 A number stands beside a paper's only where data, epochs, batch and protocol are the same; all
 other records have tables of their own.
@@ -17,7 +19,18 @@ from typing import Any
 
 from common.errors import UserError, command
 from common.files import write
-from results import claims_page, compare, curves, lab_figures, lab_page, page, summary, tables
+from common.run.help import in_80_columns
+from results import (
+    claims_page,
+    compare,
+    curves,
+    lab_figures,
+    lab_page,
+    page,
+    spreadsheet,
+    summary,
+    tables,
+)
 from results.joined import HERE, Joined, fill, load
 
 ROOT = HERE.parent
@@ -29,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["compare"]:
         return compare.main(argv[1:])
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
     arguments = parser.parse_args(argv)
@@ -73,6 +86,7 @@ def build(
         folder / "README.md": markdown(joined, said),
         folder / "claims.md": claims_page.markdown(joined),
         folder / "index.html": page.html(joined, said),
+        folder / spreadsheet.NAME: spreadsheet.text(joined),
     }
     if readme.exists():
         pages[readme] = in_readme(readme.read_text(), root_part(joined, said))
@@ -228,7 +242,7 @@ def root_part(joined: Joined, said: Sequence[str]) -> str:
     figures = lab_figures.shown(joined)
     return fill(
         "root.md",
-        summary=as_list(said),
+        summary=as_list(said[:3]),
         figures=tables.pictures(figures, "results/figures") if figures else "",
     ).rstrip()
 

@@ -30,6 +30,7 @@ from typing import Any
 from common.errors import EXIT_STOPPED, Stopped, UserError, command
 from common.run import documents
 from common.run.flags import gpu_is_there
+from common.run.help import in_80_columns
 from common.run.results import FAILED, is_finished
 from results import claims, record, tables
 from slurm import plan
@@ -345,7 +346,7 @@ def seconds(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the plan with its states")

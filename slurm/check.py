@@ -22,6 +22,7 @@ from common.config import RunConfig
 from common.errors import UserError, command
 from common.run import documents
 from common.run.folder import changes, facts_of_run, read_config
+from common.run.help import in_80_columns
 from common.run.run import check_batch, default_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     try:
         asked = [(script, flags, *more) for script, flags, *more in json.load(sys.stdin)]

@@ -11,18 +11,24 @@ The same command again continues a run that has ended otherwise.
 import subprocess
 import sys
 
-from common.errors import UserError, command
-from slurm.ledger import Job, check_name
-from slurm.resources import (
-    OneLineParser,
-    add_common_flags,
-    add_resource_flags,
-    check_time,
-    cluster_layer,
-    flags_layer,
-    resources_of,
-)
-from slurm.submission import REPOSITORY, check_flags, script_path, submit
+try:
+    from common.errors import UserError, command
+    from slurm.ledger import Job, check_name
+    from slurm.resources import (
+        OneLineParser,
+        add_common_flags,
+        add_resource_flags,
+        check_time,
+        cluster_layer,
+        flags_layer,
+        resources_of,
+    )
+    from slurm.submission import REPOSITORY, check_flags, script_path, submit
+except ModuleNotFoundError as error:  # the system's python, say
+    sys.exit(
+        f"error: no module {error.name}: activate the environment first, `. .venv/bin/activate` in "
+        "the checkout (make demo or make test makes it)"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,8 +4,8 @@
     python slurm/status.py SWEEP        # one launch or sweep
     python slurm/status.py --watch
 
-States are Slurm's own while it knows the job (squeue, then sacct where there is accounting), and
-what the tasks noted afterwards.
+Below the table stand the folder of the logs and how a job is ended. States are Slurm's own while
+it knows the job (squeue, then sacct where there is accounting), and what the tasks noted later.
 """
 
 import contextlib
@@ -20,11 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import EXIT_STOPPED, UserError, command, nearest_name
-from common.run import documents, environment, metrics, results
-from slurm.ledger import ledgers_in, log_path
-from slurm.resources import OneLineParser, cluster_layer, resources_of, scratch_folder
-from slurm.task import first_failure, read_notes
+try:
+    from common.errors import EXIT_STOPPED, UserError, command, nearest_name
+    from common.run import documents, environment, metrics, results
+    from slurm.ledger import ledgers_in, log_path
+    from slurm.resources import OneLineParser, cluster_layer, resources_of, scratch_folder
+    from slurm.task import first_failure, read_notes
+except ModuleNotFoundError as error:  # the system's python, say
+    sys.exit(
+        f"error: no module {error.name}: activate the environment first, `. .venv/bin/activate` in "
+        "the checkout (make demo or make test makes it)"
+    )
 
 LIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"}
 LIVE |= {
@@ -317,7 +323,26 @@ def show(scratch: Path, name: str, width: int) -> None:
         raise UserError(f"nothing was submitted from {scratch}: see --cluster and --scratch")
     queue = Queue()
     rows = [row for folder, ledger in ledgers for row in rows_of(folder, ledger, queue)]
-    print(table(rows, width), flush=True)
+    print(table(rows, width))
+    for folder, ledger in ledgers:
+        print(f"\n{where_logs_lie(folder, ledger)}")
+    print(how_to_end({s["cluster"] for _, ledger in ledgers for s in ledger["submissions"]}))
+    sys.stdout.flush()
+
+
+def where_logs_lie(folder: Path, ledger: dict[str, Any]) -> str:
+    """The logs of a launch's or sweep's latest jobs: one for each rank."""
+    latest = [submission_of(ledger, run["name"]) for run in ledger["runs"]]
+    numbers = sorted({submission["number"] for submission in latest if submission})
+    folders = [str(folder / str(number) / "jobs") for number in numbers]
+    return f"logs of {folder.name}: JOB_RANK_log.out in {', '.join(folders)}"
+
+
+def how_to_end(clusters: set[str]) -> str:
+    """The commands that end a job of these kinds, and what then happens."""
+    kinds = {"slurm": "scancel JOB", "local": "kill JOB"}
+    ways = " or ".join(way for kind, way in kinds.items() if kind in clusters)
+    return f"to end one: {ways}; it saves first, and the same command again continues it"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,23 +31,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, brief, command
-from common.run import documents
-from common.run.results import is_finished
-from slurm import plan
-from slurm.ledger import Job, check_name, read_ledger
-from slurm.resources import (
-    OneLineParser,
-    add_common_flags,
-    add_resource_flags,
-    check_time,
-    cluster_layer,
-    flags_layer,
-    resources_of,
-    scratch_folder,
-)
-from slurm.status import Queue, state_of
-from slurm.submission import check_flags, flags_of, script_path, submit
+try:
+    from common.errors import UserError, brief, command
+    from common.run import documents
+    from common.run.results import is_finished
+    from slurm import plan
+    from slurm.ledger import Job, check_name, read_ledger
+    from slurm.resources import (
+        OneLineParser,
+        add_common_flags,
+        add_resource_flags,
+        check_time,
+        cluster_layer,
+        flags_layer,
+        resources_of,
+        scratch_folder,
+    )
+    from slurm.status import Queue, state_of
+    from slurm.submission import check_flags, flags_of, script_path, submit
+except ModuleNotFoundError as error:  # the system's python, say
+    sys.exit(
+        f"error: no module {error.name}: activate the environment first, `. .venv/bin/activate` in "
+        "the checkout (make demo or make test makes it)"
+    )
 
 KEYS = ("name", "output", "slurm", "max_parallel", "script", "flags", "grid", "runs")
 MOST = 1001  # Slurm's MaxArraySize unless a site sets another

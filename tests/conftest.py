@@ -329,9 +329,11 @@ def run_of(made_once):
     def train(folder, method):
         recipe, flags = smallest(method)
         flags = [*flags, "--max-steps", "3", "--knn-every", "1"]
-        flags += ["--train-images", "180", "--output", folder]
+        flags += ["--train-images", "180", "--log-every", "2", "--output", folder]
         done = run_script(f"recipes/{recipe}.py", *flags)
         assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if ", step " in line]
+        assert len(lines) == 1 and "step 2 of 3: loss " in lines[0], done.stdout
         assert str(folder) in done.stdout.splitlines()[-1]
 
     return lambda method: made_once(f"trained {method}", lambda folder: train(folder, method))

@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine, for tests: Debian's packages, no systemd, no accounting. Root.
+# A real Slurm on this one machine, for the tests of slurm/. It needs Debian or Ubuntu, and root.
 #
-#     bash tests/slurm_node.sh install          # slurm-wlm and munge, with apt
-#     bash tests/slurm_node.sh start FOLDER     # boots it; then: export SLURM_CONF=FOLDER/slurm.conf
-#     bash tests/slurm_node.sh stop FOLDER
+#     bash tests/slurm_node.sh install         # slurm-wlm and munge, with apt, if they are not there
+#     bash tests/slurm_node.sh start FOLDER    # boots it; its files, logs too, lie in FOLDER
+#     export SLURM_CONF=FOLDER/slurm.conf      # now sbatch and squeue mean this Slurm
+#     .venv/bin/pytest tests/test_slurm_real.py
+#     bash tests/slurm_node.sh stop FOLDER     # ends its jobs and its daemons; FOLDER stays
 #
-# It has 8 slots whatever the machine has (jobs of the tests are small), and calls itself
-# one-node-test, which is how the tests know that they may submit to it.
+# What it starts: munged (unless one runs already), slurmctld and slurmd, on ports 16817 and 16818,
+# without systemd and without accounting. It has 8 slots whatever the machine has, since jobs of the
+# tests are small, and calls itself one-node-test, which is how the tests know that they may submit
+# to it: to another Slurm they send nothing, and are skipped. Only /run/munge and what apt installs
+# lie outside FOLDER.
 set -euo pipefail
 
+fail() { echo "error: slurm_node.sh: $1" >&2; exit 2; }
+
+explain() { sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p;}' "$0"; }
+
 install_packages() {
-    [ "$(id -u)" = 0 ] || { echo "error: slurm_node.sh: root is needed to install Slurm" >&2; exit 2; }
-    command -v apt-get > /dev/null || { echo "error: slurm_node.sh: no apt-get here" >&2; exit 2; }
+    [ "$(id -u)" = 0 ] || fail "root is needed to install Slurm"
+    command -v apt-get > /dev/null || fail "no apt-get here: Debian or Ubuntu is needed"
     if command -v slurmctld slurmd munged > /dev/null; then return; fi
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
@@ -62,6 +71,10 @@ EOF
 }
 
 start() {
+    [ "$(id -u)" = 0 ] || fail "root is needed to start the daemons"
+    for program in munged slurmctld slurmd; do
+        command -v "$program" > /dev/null || fail "no $program here: bash tests/slurm_node.sh install"
+    done
     mkdir -p "$1/state" "$1/spool"
     write_configuration "$1"
     export SLURM_CONF=$1/slurm.conf
@@ -96,5 +109,7 @@ case "${1:-} ${2:-}" in
     "install ") install_packages ;;
     "start "?*) start "$(realpath -m "$2")" ;;
     "stop "?*) stop "$(realpath -m "$2")" ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    " " | "help "* | "-h "* | "--help "*) explain ;;
+    "start " | "stop ") fail "$1 which? $1 FOLDER" ;;
+    *) explain >&2; fail "no such command: $*" ;;
 esac

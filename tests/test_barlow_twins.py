@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_eq_1(terms):
 
 def test_analytic_cases():
     signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
-    big = 1000 * signs + 7  # so that the 1e-5 is nothing
+    big = 1000 * signs + 7  # so large that the 1e-5 added to the variance does not count
     assert barlow_twins_loss(big, 3 * big - 1).item() == pytest.approx(0, abs=1e-9)
     assert barlow_twins_loss(big, -big).item() == pytest.approx(3 * 4, rel=1e-9)
     same = big[:, :1].expand(4, 3)

@@ -1,14 +1,16 @@
 """Flags, presets and files: who wins, what SNCLR's table sets, and what is said about mistakes."""
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import re
 import typing
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_script
+from conftest import ROOT
 
 from common.config import RunConfig, later
 from common.errors import UserError
@@ -120,10 +122,17 @@ def test_dataset_brings_its_arch_unless_another_is_named(dataset, arch):
     assert snclr("--dataset", dataset, "--arch", "vit_small").arch == "vit_small"
 
 
-@pytest.mark.parametrize(("dataset", "epochs"), [("imagefolder", 800), ("imagenet", 800)])
-def test_other_datasets_keep_the_papers_setting(dataset, epochs):
-    config = snclr("--dataset", dataset)
-    assert (config.arch, config.epochs, config.image_size) == ("resnet50", epochs, 224)
+def test_other_images_have_the_papers_setting_but_for_their_length_and_batch(config_file):
+    said = "--dataset imagefolder needs --epochs and --batch-size: the defaults, 800 and 4096, are"
+    assert refused("--dataset", "imagefolder").startswith(said)
+    assert "needs --batch-size: the default" in refused("--dataset=imagefolder", "--epochs", "3")
+    config = snclr("--dataset", "imagefolder", "--epochs", "9", "--batch-size", "16")
+    assert (config.arch, config.epochs, config.image_size) == ("resnet50", 9, 224)
+    file = config_file("dataset: imagefolder\nepochs: 9\nbatch_size: 16")
+    assert differences(config, snclr(*file)) == {"config"}
+    presets = PRESETS | {"imagefolder": {"epochs": 7, "batch_size": 32}}
+    assert snclr("--dataset", "imagefolder", presets=presets).epochs == 7  # a recipe may have one
+    assert snclr("--dataset", "imagenet").epochs == 800
 
 
 # -- SNCLR's table of differences between paper and code -----------------------------------------
@@ -348,39 +357,78 @@ def test_config_file_of_a_run_gives_the_same_run(config_file, flags):
 # -- help ---------------------------------------------------------------------------------------
 
 
+def help_of(recipe: str, *flags: str) -> list[str]:
+    """The lines of a recipe's --help."""
+    module, said = importlib.import_module(f"recipes.{recipe}"), io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
+        module.parse_arguments([*flags, "--help"])
+    assert end.value.code == 0
+    return said.getvalue().splitlines()
+
+
+def flags_in(lines: list[str]) -> dict[str, str]:
+    """The explanation of each flag."""
+    texts, name = {}, ""
+    for line in lines:
+        if line.startswith("  --"):
+            # the flag and its values, then the text, on this line or on the next ones
+            invocation, _, line = re.split(r"(\s{2,}|$)", line.strip(), maxsplit=1)
+            name = invocation.split()[0].rstrip(",").lstrip("-").replace("-", "_")
+        if name:
+            texts[name] = f"{texts.get(name, '')} {line.strip()}".strip()
+    return texts
+
+
 @pytest.fixture(scope="module", params=RECIPES)
 def help_texts(request):
     """(the recipe's Config, its flags' texts in --help without the defaults)."""
-    done = run_script(f"recipes/{request.param}.py", "--help", COLUMNS="200")
-    assert done.returncode == 0, done.stderr
-    texts, name = {}, ""
-    for line in done.stdout.splitlines():
-        if not line.startswith("│ "):
-            continue
-        line = line.strip("│ ")
-        if line.startswith("-"):
-            # the flag and its values, then the text, on this line or on the next ones
-            invocation, _, line = re.split(r"(\s{2,}|$)", line, maxsplit=1)
-            name = invocation.split()[0].rstrip(",").lstrip("-").replace("-", "_")
-        texts[name] = f"{texts.get(name, '')} {line}".strip()
+    texts = flags_in(help_of(request.param))
     texts = {n: re.sub(r"\(default: .*\)$", "", t).strip() for n, t in texts.items()}
     return importlib.import_module(f"recipes.{request.param}").Config, texts
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("flags", [[], ["--dataset", "photos"], ["--arch", "vit_small"]])
+def test_help_has_groups_and_fits_80_columns(recipe, flags):
+    lines = help_of(recipe, *flags)
+    assert max(map(len, lines)) <= 80
+    groups = [line for line in lines if re.fullmatch(r"[a-z][a-z' ]*:", line)]
+    assert groups == ["the paper's:", "run:", "data:", "speed:"]
+    first = lines[lines.index("the paper's:") : lines.index("run:")]
+    config = importlib.import_module(f"recipes.{recipe}").Config
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    assert {f.name for f in dataclasses.fields(config)} - shared == {*flags_in(first)}
+    assert not {"output", "workers", "dataset"} & {*flags_in(first)}
+
+
+def test_help_shows_the_presets_values_and_what_set_them(config_file):
+    plain, small = (flags_in(help_of("snclr", *flags)) for flags in ([], ["--dataset", "cifar10"]))
+    assert plain["epochs"].endswith("(default: 800)")
+    assert small["epochs"].endswith("(default: 200; cifar10)")
+    assert small["dataset"].endswith("(given: cifar10)") and "resnet18_cifar" in small["arch"]
+    lines = help_of("snclr", "--follow", "official", "--arch", "vit_small", *config_file("lr: 5"))
+    page = " ".join(" ".join(lines).split())
+    assert "those of --dataset imagenet, --arch vit_small, --follow official" in page
+    texts = flags_in(lines)
+    assert texts["optimizer"].endswith("(default: adamw; vit)")
+    assert texts["heads"].endswith("(default: official; official)")
+    assert texts["lr"].endswith("(default: 5.0; --config)")
+    assert texts["exclude_self"].endswith("(default: off; official)")
 
 
 def test_help_explains_every_field(help_texts):
     config, texts = help_texts
     names = [field.name for field in dataclasses.fields(config)]
     assert len(names) > 20
-    assert [name for name in names if len(texts.get(name, "")) < 5] == []
+    assert [name for name in names if len(texts.get(name, "")) < len("code")] == []
 
 
 def test_help_gives_a_source_for_every_value_of_the_paper(help_texts):
     config, texts = help_texts
     shared = {field.name for field in dataclasses.fields(RunConfig)}  # no paper decides these
     own = [f.name for f in dataclasses.fields(config) if f.name not in shared]
-    source = re.compile(
-        r"Sec\.|App\.|Eq\.|Table|Algorithm|suppl\.|\bcode\b|unstated|secondary|BYOL|SwAV|GSG|SimSiam"
-    )
+    named = r"Sec\.|App\.|Eq\.|Table|Algorithm|suppl\.|BYOL|SwAV|GSG|SimSiam"
+    source = re.compile(rf"{named}|\b(?:paper|code|unstated|secondary)")
     assert [name for name in own if not source.search(texts.get(name, ""))] == []
 
 
@@ -395,7 +443,7 @@ def test_every_recipe_has_the_flags_that_all_share(recipe):
 # -- what enters the numbers --------------------------------------------------------------------
 
 FREE = {"data", "output", "workers", "wandb", "wandb_project", "wandb_entity", "wandb_group"}
-FREE |= {"wandb_tags", "knn_every", "checkpoint_minutes", "resume"}
+FREE |= {"log_every", "tensorboard", "wandb_tags", "knn_every", "checkpoint_minutes", "resume"}
 FREE |= {
     "download",
     "config",
@@ -412,7 +460,7 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 def other(value):
     if isinstance(value, bool):
         return not value
-    return value + "x" if isinstance(value, str) else value + 1
+    return value + "x" if isinstance(value, str) else (value or 0) + 1
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -36,6 +36,8 @@ OPTIONS = {
     "nnclr, all": ["--multi-crop", "--small-crops", "1", "--momentum-encoder", "--symmetric-loss"],
     "nnclr, LARS, in pieces": ["--micro-batch", "4", "--optimizer", "lars"],
     "snclr, official": ["--follow", "official"],
+    "fnc, official": ["--follow", "official"],
+    "fnc, in pieces": ["--micro-batch", "4", "--cancel", "eliminate"],
     "byol_gsg, AdamW, views by workers": ["--optimizer", "adamw", "--augment-device", "cpu"],
 }
 
@@ -122,7 +124,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("recipe", "flags"),
     [
         ("nnclr", ["--arch", "resnet18", "--epochs", "30"]),
-        ("snclr", ["--arch", "vit_small"]),
+        ("snclr", ["--arch", "vit_small", "--epochs", "300"]),
     ],
 )
 def test_crops_of_224_pixels(recipe: str, flags: list[str], photographs: Path, tmp_path: Path):

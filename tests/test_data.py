@@ -225,12 +225,31 @@ def test_32_bit_pixels_are_refused_with_the_files_name(tmp_path):
         train.load(0)
 
 
+def test_a_folder_with_images_directly_in_it_is_a_flat_training_set(tmp_path, capsys):
+    write_images(tmp_path, "b.png", "a.png", "more/c.png")
+    (tmp_path / "notes.txt").touch()
+    train, test = load_dataset("imagefolder", str(tmp_path))
+    assert [os.path.basename(train.path(i)) for i in range(len(train))] == ["a.png", "b.png"]
+    assert test is None and train.labels is None and train.classes == []
+    assert train.name == f"{tmp_path.name} (imagefolder)"
+    said = capsys.readouterr().out
+    assert "left out" in said and "'more'" in said and "'notes.txt'" in said
+    write_images(tmp_path, "train/d.png")  # with train/ it is no such folder
+    assert len(load_dataset("imagefolder", str(tmp_path))[0]) == 1
+
+
+def test_the_flat_layouts_are_named_where_none_is_found(tmp_path):
+    message = refused("imagefolder", str(tmp_path))
+    assert f"{tmp_path}/train/IMAGE or {tmp_path}/IMAGE" in message
+    assert "without labels" not in refused("imagenet", str(tmp_path))
+
+
 # -- wrong folders ------------------------------------------------------------------------------
 
 FULL = ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dog/1.png")
 WRONG = {  # dataset, images, empty folders, the folder that the message names, what else it says
     "no train": ("imagenet", FULL[2:], (), "", "train/"),
-    "no train in imagefolder": ("imagefolder", ("1.png",), (), "", "train/"),
+    "no train in imagefolder": ("imagefolder", FULL[2:], (), "", "without labels"),
     "no val in imagenet": ("imagenet", FULL[:2], (), "", "val/"),
     "empty train": ("imagenet", (), ("train",), "train", "neither"),
     "empty train in imagefolder": ("imagefolder", (), ("train",), "train", "neither"),

@@ -1,5 +1,6 @@
 """The figures' scripts on runs of `photos`: what they show is what the run holds."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,8 +12,12 @@ from PIL import Image
 
 from common.data import photos
 from common.data.sets import load_dataset
-from common.run import checkpoint
+from common.errors import UserError
+from common.run import checkpoint, pictures
+from common.run import neighbours as look
 from eval.figures import ablation, neighbours, tsne
+from results import compare, curves
+from results.claims import PURITY
 
 TINY_HEADS = ["--projector-hidden", "64", "--predictor-hidden", "64", "--output-dim", "32"]
 RECIPES = {
@@ -182,3 +187,129 @@ def test_ablation_gathers_seeds_by_value_and_shows_the_papers_points(tmp_path):
     assert "in temperature too" in only_error(run_script("eval/figures/ablation.py", *line))
     line = [*folders, "--over", "neighbors", "--output", tmp_path / "k.png"]
     assert "did you mean neighbours" in only_error(run_script("eval/figures/ablation.py", *line))
+
+
+# -- what all pictures share ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("panels", range(1, 12))
+def test_no_place_of_a_grid_is_empty(panels):
+    plt = pictures.headless_pyplot()
+    figure, axes = pictures.grid(plt, pictures.even_rows(panels, 3), (4, 3))
+    assert len(axes) == len(figure.axes) == panels
+    rows = {}
+    for axis in axes:
+        box = axis.get_position()
+        rows.setdefault(round(box.y0, 3), []).append(box)
+    counts = [len(boxes) for boxes in rows.values()]
+    assert max(counts) <= 3 and max(counts) - min(counts) <= 1
+    ends = {(round(b[0].x0, 6), round(b[-1].x1, 6)) for b in rows.values()}
+    assert len(ends) == 1  # every row is as wide as the others
+    assert figure.get_size_inches().tolist() == [4 * max(counts), 3 * len(counts)]
+    plt.close(figure)
+
+
+def lines_of_run(steps: int = 4) -> list[dict]:
+    """Metrics of two epochs, the effective rank at the first step alone."""
+    lines = [{"kind": "epoch", "epoch": 0, "step": 0, "knn": 0.25, "calibrated": True}]
+    for n in range(1, steps + 1):
+        own = {"effective_rank": 3.5} if n == 1 else {}
+        line = {"kind": "step", "epoch": 1 + (n > 2), "step": n, "loss": 1 / n, "lr": 0.1}
+        lines.append(line | own)
+    return [*lines, {"kind": "epoch", "epoch": 2, "step": steps, "loss": 0.5, "knn": 0.5}]
+
+
+def drawn(monkeypatch, draw) -> object:
+    """The figure that a function would save."""
+    found = []
+    monkeypatch.setattr(pictures, "save", lambda figure, *_: found.append(figure))
+    draw()
+    found[0].canvas.draw()
+    return found[0]
+
+
+@pytest.mark.pictures
+def test_curves_have_a_mark_in_every_panel_and_accuracy_in_percent(monkeypatch):
+    figure = drawn(
+        monkeypatch, lambda: pictures.draw_curves("x.png", lines_of_run(), "title", 16, {})
+    )
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    assert {*panels} == {"loss", "k-NN accuracy", "learning rate", "effective rank"}
+    for title, axis in panels.items():
+        drawn_ones = [(len(li.get_xdata()), li.get_marker()) for li in axis.lines]
+        assert any(n > 1 or (n and mark not in ("", "None")) for n, mark in drawn_ones), title
+    labels = [label.get_text() for label in panels["k-NN accuracy"].get_yticklabels()]
+    assert "50%" in labels and all(label.endswith("%") for label in labels)
+    assert not any(t.get_text().endswith("%") for t in panels["loss"].get_yticklabels())
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("ending", ["pdf", "svg"])
+def test_vector_figures_are_vectors_and_the_same_each_time(ending, tmp_path):
+    path = tmp_path / "new" / f"curves.{ending}"
+    pictures.check_target(path)
+    found = []
+    for _ in range(2):
+        pictures.draw_curves(path, lines_of_run(), "a title", 16, {})
+        found.append(path.read_bytes())
+    assert found[0] == found[1] and found[0].startswith({"pdf": b"%PDF", "svg": b"<?xml"}[ending])
+    assert b"/Subtype /Image" not in found[0] and b"<image" not in found[0]
+    if ending == "svg":
+        assert b"a title" in found[0]  # letters stay letters
+
+
+@pytest.mark.pictures
+def test_curves_of_records_have_no_empty_panel_and_k_nn_in_percent(monkeypatch):
+    line = {"mean": [(1, 0.5), (2, 0.6)], "seeds": [[(1, 0.5), (2, 0.6)]]}
+    none = {"mean": [], "seeds": []}
+    lines = {"knn": line, "neighbour_purity": line, "effective_rank": line}
+    families = {"contrastive": {"A": lines}, "non-contrastive": {"B": lines | {PURITY: none}}}
+    numbers = {"title": "title", "families": families}
+    figure = drawn(monkeypatch, lambda: curves.draw("x.png", numbers))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 5 and all(len(axis.lines) for axis in figure.axes)
+    assert not any("retrieved" in t and t.endswith("non-contrastive") for t in titles)
+    for axis in figure.axes:
+        shares = "rank" not in axis.get_title()
+        assert all(t.get_text().endswith("%") == shares for t in axis.get_yticklabels())
+
+
+@pytest.mark.pictures
+def test_compared_runs_have_k_nn_in_percent_and_no_empty_panel(monkeypatch):
+    runs = [{"metrics": lines_of_run(steps)} for steps in (4, 6)]
+    figure = drawn(monkeypatch, lambda: compare.draw("x.png", ["a", "b"], runs))
+    labels = {a.get_title(): [t.get_text() for t in a.get_yticklabels()] for a in figure.axes}
+    assert {*labels} == {"loss", "k-NN accuracy"}
+    assert all(text.endswith("%") for text in labels["k-NN accuracy"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    with pytest.raises(UserError, match="none of these runs has an epoch"):
+        compare.draw("x.png", ["a"], [{"metrics": []}])
+
+
+def test_a_picture_in_no_known_format_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"figure\.png, figure\.pdf or figure\.svg"):
+        pictures.check_target(tmp_path / "curves.jpg")
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_neighbours_have_a_legend_of_colours_and_numbers(labelled, weighed, monkeypatch):
+    images, _ = load_dataset("photos", "")
+    if not labelled:
+        images = dataclasses.replace(images, labels=None)
+    ids = np.array([[5, 700, -1], [9, 3, 4]])
+    weights = np.full(ids.shape, 0.25) if weighed else None
+    found = look.Found(1.0, ids, np.full(ids.shape, 0.5), weights)
+    queries = np.array([0, 1])
+    figure = drawn(monkeypatch, lambda: look.draw("x.png", images, queries, [found], 32, "title"))
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert ("the query's label" in texts) == ("another label" in texts) == labelled
+    assert any("random start" in text for text in texts)
+    assert any(text.startswith("no label") for text in texts) == (not labelled)
+    assert any(text.startswith("w: positiveness") for text in texts) == weighed
+    assert any("cosine with the query" in text for text in texts)
+    box = legend.get_window_extent()
+    below = min(axis.get_window_extent().y0 for axis in figure.axes)
+    assert box.y0 >= 0 and box.y1 <= below and box.x0 >= 0 and box.x1 <= figure.bbox.width

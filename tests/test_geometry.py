@@ -79,7 +79,7 @@ def test_without_test_images_it_is_one_line(tmp_path):
         Image.new("RGB", (40, 40), (name, 0, 0)).save(tmp_path / "data" / "train" / f"{name}.png")
     flags = ["--dataset", "imagefolder", "--data", tmp_path / "data", "--arch", "tiny"]
     flags += ["--batch-size", "4", "--geometry-points", "1", "--output", tmp_path / "run"]
-    flags += ["--image-size", "32"]
+    flags += ["--image-size", "32", "--epochs", "1"]
     assert "--geometry-points measures test" in only_error(run_script("recipes/nnclr.py", *flags))
 
 

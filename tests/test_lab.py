@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from results import lab
+from results.record import FAILED
 
 
 def record(knn=60.0, linear=62.0, random=30.0, std=0.9, rank=40.0, purity=0.5, curve=None):
@@ -144,6 +145,21 @@ def test_a_collapse_is_claimed_only_at_every_rate_and_beside_an_intact_arm():
     sick = [*around(60)[:4], record(knn=60, random=59, rank=1.2)]
     found = verdict(runs(a=sick, b=broken, **{"b-high": broken[:1]}), one)
     assert "a has collapsed with seed 14" in found.why
+
+
+def test_a_run_that_is_to_learn_nothing_must_have_learned_nothing():
+    one = claim(unlearned=["b"])
+    a, b = around(60), around(31)
+    assert verdict(runs(a=a, b=b), one).word == lab.SEEN
+    found = verdict(runs(a=a, b=[*b[:4], record(knn=33.5)]), one)  # random encoders have 30
+    assert found.word == lab.OPEN and found.why == "b has learned something with seed 14"
+
+
+def test_a_failed_run_is_named_where_its_seed_lacks():
+    found = runs(a=around(60), b=around(50)[:4])
+    found["b"][FAILED] = {14: ("failed/b-14.json", {"error": "the loss is nan"})}
+    word = lab.judge_all([claim()], found)["c"]
+    assert word.word == lab.OPEN and word.why == "1 of 5 seeds lack: b failed with seed 14"
 
 
 def test_top1_is_that_of_a_classifiers_own_record():

@@ -277,6 +277,11 @@ def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls(
            (11, 83.0))]  # fmt: skip
     numbers = lab_figures.numbers_of(join(others + own))[lab_figures.PARTS]
     assert numbers["controls"] == {"supervised (top-1)": 82.0}
+    name, one = record_of("e", 10, 34.0, False, protocol=lab.PROTOCOLS["untrained"])
+    one["others"] |= {"as initialised": [27.5], "pixels": [29.0]}
+    numbers = lab_figures.numbers_of(join([*invented_records(), (f"u-{name}", one)]))
+    controls = numbers[lab_figures.PARTS]["controls"]
+    assert controls["random encoder, as initialised"] == 27.5 and controls["pixels"] == 29.0
 
 
 def test_effects_of_different_units_have_panels_of_their_own_in_order_of_verdict():

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,18 +199,28 @@ def test_learning_rates_follow_the_papers():
         90,
     )
     assert (simclr.schedule, simclr.weight_decay, simclr.assumed) == ("step", 0.0, False)
+    fnc, code = PROTOCOLS["fnc"], PROTOCOLS["fnc-code"]
+    assert fnc.assumed and replace(fnc, assumed=False) == simclr
+    assert code.lrs[0] * code.batch / 256 == pytest.approx(0.005 * math.sqrt(1024))
+    assert (code.batch, code.view(224).scale, code.assumed) == (1024, (0.2, 1.0), False)
+    assert replace(code, lrs=simclr.lrs, batch=simclr.batch, crop_min=0.08) == simclr
+    twist, own = PROTOCOLS["twist"], PROTOCOLS["twist-code"]
+    assert twist.assumed and (twist.lrs, twist.batch, twist.init) == ((0.1,), 4096, "zeros")
+    assert own.lrs[0] * own.batch / 256 == 0.2 and (own.epochs, own.weight_decay) == (100, 0.0)
     assert len(GRID) == 10 and 1.0 in GRID
     for name, lr, crop_min in (
         ("vicreg", 0.02, 0.2),
         ("vicreg-code", 0.02, 0.08),
         ("barlow", 0.3, 0.08),
+        ("swav", 0.3, 0.08),
     ):
         protocol = PROTOCOLS[name]
         assert (protocol.optimizer, protocol.lrs) == ("sgd", (lr,))
         assert protocol.view(224).scale == (crop_min, 1.0)
         assert (protocol.batch, protocol.epochs, protocol.weight_decay) == (256, 100, 1e-6)
         assert (protocol.schedule, protocol.view(224).interpolation) == ("epoch", "bilinear")
-    assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n != "vicreg")
+    others = ("vicreg", "fnc-code")
+    assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n not in others)
 
 
 def test_the_triplets_warm_up_multiplies_its_cosine():

@@ -1,4 +1,4 @@
-"""The losses against slow float64 loops written from the papers' equations, one process.
+"""Compares the losses with slow float64 loops written from the papers' equations, in one process.
 
 Sources: NNCLR supplement (Algorithm 1, Sec. C), SNCLR (Eq. 1 to 4). The oracles work on lists of
 Python floats, so that no broadcasting or flattening can be wrong in both places alike.

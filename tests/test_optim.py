@@ -10,6 +10,7 @@ from torch import nn
 
 from common.models import build_encoder, mlp
 from common.optim import (
+    LARC,
     LARS,
     ClassicLARS,
     UnguardedLARS,
@@ -47,6 +48,23 @@ class ByHand:
             g = u * (trust * w_norm / u_norm if w_norm != 0 and u_norm != 0 else 1.0)
         self.v = momentum * self.v + g
         self.w = self.w - lr * self.v
+
+
+def test_a_group_that_is_not_adapted_is_plain_momentum():
+    """Matrices too, as the head in SimCLR's fine-tuning, beside a group that is adapted."""
+    start, gradients = draw(1), draw(2)
+    for kind in (LARS, ClassicLARS):
+        weights = [nn.Parameter(w.clone()) for w in start * 2]
+        own, other = weights[: len(start)], weights[len(start) :]
+        groups = [{"params": own, "adapted": False}, {"params": other}]
+        optimizer = kind(groups, 0.1, momentum=0.9, weight_decay=0.3)
+        give(weights, gradients * 2)
+        optimizer.step()
+        optimizer.step()
+        for w, g, before in zip(own, gradients, start, strict=True):
+            torch.testing.assert_close(w.detach(), before - 0.1 * (1 + 1.9) * g)
+        matrix = next(n for n, w in enumerate(start) if w.ndim > 1)
+        assert not torch.allclose(own[matrix], other[matrix])
 
 
 def give(weights, gradients):
@@ -259,6 +277,49 @@ def test_unguarded_lars_is_openselfsups_while_the_rate_moves(momentum, wd, adapt
     assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
 
 
+def test_unguarded_lars_stands_still_where_all_is_zero():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros(2, 2)
+    UnguardedLARS([weight], 0.5, weight_decay=0.1).step()
+    assert not weight.any()
+
+
+class LARCByHand(ByHand):
+    """apex's LARC.py without clipping around torch.optim.SGD, as SwAV's main_swav.py has them."""
+
+    def step(self, g, lr, momentum, wd, trust):
+        g = g.numpy()
+        w_norm, g_norm = norm(self.w), norm(g)
+        if w_norm != 0 and g_norm != 0:
+            g = (g + wd * self.w) * (trust * w_norm / (g_norm + wd * w_norm + 1e-8))
+        self.v = momentum * self.v + g
+        self.w = self.w - lr * self.v
+
+
+@pytest.mark.parametrize("wd", [0.0, 1e-6, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_larc_is_apexs_around_sgd_while_the_rate_moves(momentum, wd):
+    """Every tensor is decayed and adapted; zero weights and zero gradients are not."""
+    shapes = [*SHAPES, (2, 2), (3,)]
+    start = [*draw(0), torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+    weights = [nn.Parameter(w) for w in start]
+    hands = [LARCByHand(w.detach()) for w in weights]
+    optimizer = build_optimizer("larc", weights, 0.5, momentum, wd)
+    assert type(optimizer) is LARC
+    for step in range(8):
+        rate = warmup_cosine(step, 8, 3, 4.8, start=0.3, end=0.0048)
+        set_lr(optimizer, rate)
+        gradients = draw(10 + step, shapes)
+        gradients[0] *= step != 2
+        gradients[1] *= 1e-9 if step == 3 else 1  # where 1e-8 counts
+        give(weights, gradients)
+        optimizer.step()
+        for hand, gradient in zip(hands, gradients, strict=True):
+            hand.step(gradient, rate, momentum, wd, 0.001)
+        compare(weights, hands)
+        assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True))
+
+
 def test_where_the_rate_stands_matters_only_while_it_moves():
     def train(kind, rates):
         weights = [nn.Parameter(w) for w in draw(5)]
@@ -328,7 +389,7 @@ def test_excluding_by_name_as_simclr_and_byol_do_is_excluding_one_dimension(arch
 
 # -- build_optimizer and set_lr -------------------------------------------------------------------
 
-NAMES = ["lars", "classic_lars", "unguarded_lars", "sgd", "adamw"]
+NAMES = ["lars", "classic_lars", "unguarded_lars", "larc", "sgd", "adamw"]
 
 
 def small_model():
@@ -357,7 +418,8 @@ def test_frozen_tensors_are_left_out(name, grouped):
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_decay_falls_on_the_right_tensors(name):
     """With zero gradients one step shows the decay alone: lr * wd of every tensor for sgd and
-    adamw, biases and norms included; for lars lr * trust of matrices, nothing of vectors.
+    adamw, biases and norms included; for lars lr * trust of matrices, nothing of vectors; for larc
+    nothing at all.
     """
     model = small_model()
     nn.init.ones_(model[1].bias)
@@ -367,6 +429,7 @@ def test_weight_decay_falls_on_the_right_tensors(name):
     build_optimizer(name, model.parameters(), 0.2, 0.9, 0.3).step()
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
         shrink = 0.2 * 0.001 * (old.ndim > 1) if "lars" in name else 0.2 * 0.3
+        shrink = 0 if name == "larc" else shrink
         np.testing.assert_allclose(new.detach(), old.detach() * (1 - shrink), rtol=1e-12)
 
 

@@ -1,6 +1,8 @@
 """The pages against golden records, the published numbers, and the html page in a browser."""
 
+import csv
 import importlib
+import io
 import json
 import os
 import re
@@ -265,6 +267,21 @@ def test_pages_of_golden_records(tmp_path):
     assert build(tmp_path) == pages  # made anew: the same
 
 
+def test_results_csv_has_each_number_once_with_what_makes_it(tmp_path):
+    pages = build(golden(tmp_path))
+    rows = [*csv.DictReader(io.StringIO(pages[tmp_path / "results.csv"]))]
+    assert {row["kind"] for row in rows} == {"published", "ours"}
+    published = yaml.safe_load((tmp_path / "published.yaml").read_text())
+    assert sum(row["kind"] == "published" for row in rows) == len(published)
+    ours = [row for row in rows if row["kind"] == "ours"]
+    stored = [json.loads(p.read_text()) for p in sorted((tmp_path / "records").glob("*.json"))]
+    assert len(ours) == sum(1 + len(one.get("scores", [])) for one in stored)
+    line = next(row for row in ours if row["records"].startswith("snclr-vit-small"))
+    assert (line["method"], line["encoder"], line["value"]) == ("SNCLR", "vit_small", "73.0")
+    assert line["seeds"] == "0 1" and float(line["std"]) == pytest.approx(0.7071, abs=1e-3)
+    assert line["trained_on"] == "ImageNet-1k" and line["training_images"] == "all"
+
+
 def test_records_of_one_seed_each_make_one_row_with_spread(tmp_path):
     golden(tmp_path)
     for path in (tmp_path / "records").iterdir():
@@ -343,8 +360,12 @@ def evil_folder(folder):
 
 def test_text_of_records_and_yaml_files_is_no_markup(tmp_path):
     pages = build(evil_folder(tmp_path))
-    assert len(pages) == 4
+    assert len(pages) == 5
     for path, text in pages.items():
+        if path.suffix == ".csv":  # which is read, not shown
+            rows = [*csv.DictReader(io.StringIO(text))]
+            assert EVIL in {row["method"] for row in rows} and None not in rows[-1]
+            continue
         assert text.count("&lt;img src=//e") >= 3, path
         if path.suffix == ".html":
             assert "<img src=//e" not in text

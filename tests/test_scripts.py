@@ -45,6 +45,7 @@ ARTEFACTS = {
     "metrics.jsonl",
     "checkpoint.pt",
     "backbone.safetensors",
+    "MODEL_CARD.md",
     "results.json",
 }
 STEP_KEYS = {"epoch", "step", "loss", "lr", "grad_norm", "images_per_second", "data_wait"}
@@ -230,7 +231,9 @@ def test_batch_that_does_not_divide_over_ranks():
 
 
 def test_batch_longer_than_the_training_set(capsys, folder):
-    error = error_of(capsys, "nnclr", *TINY[:6], "--batch-size", "64", "--data", folder)
+    error = error_of(
+        capsys, "nnclr", *TINY[:6], "--batch-size", "64", "--epochs", "1", "--data", folder
+    )
     assert "24 training images" in error and "--batch-size 64" in error
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from common.data.loaders import RankBatches
 from common.data.sets import load_dataset
 from common.errors import UserError, command
 from common.models import build_encoder
+from common.run import checkpoint
 from common.run.calibrate import calibrated
 from eval.semi_supervised import lists
 from eval.semi_supervised import run as script
@@ -165,13 +167,23 @@ def test_settings_of_the_papers():
         {1: (0.005,)},
     )
     assert PROTOCOLS["snclr"].assumed and PROTOCOLS["nnclr"].assumed
+    fnc = PROTOCOLS["fnc"]  # 1 %; 10 %: SimCLR's
+    assert (fnc.head_lrs, fnc.encoder_lrs, fnc.epochs) == ({1: (0.04,)}, {1: (0.04,)}, {1: (60,)})
+    assert 0.04 * fnc.batch[1] / 256 == pytest.approx(0.005 * math.sqrt(1024))
+    assert (fnc.lars, fnc.projector_layers, fnc.init, fnc.assumed) == (True, 1, "zeros", False)
+    assert replace(fnc.others[10], assumed=False) == PROTOCOLS["simclr"] and fnc.others[10].assumed
+    twist = PROTOCOLS["twist"]
+    assert twist.head_lrs == {1: (0.2,), 10: (0.2,)}
+    assert twist.encoder_lrs == {1: (0.04,), 10: (0.02,)}
+    assert (twist.epochs[10], twist.batch[1], twist.assumed) == ((20,), 256, False)
     for name, crop_min in (("vicreg", 0.2), ("vicreg-code", 0.08)):
         protocol = PROTOCOLS[name]
         assert protocol.head_lrs == {1: (0.08,), 10: (0.1,)}
         assert protocol.encoder_lrs == {1: (0.03,), 10: (0.01,)}
         assert (protocol.epochs[1], protocol.batch[10]) == ((20,), 256)
         assert protocol.view(224).scale == (crop_min, 1.0)
-    assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n != "vicreg")
+    others = ("vicreg", "fnc")
+    assert all(p.view(32).scale == (0.08, 1.0) for n, p in PROTOCOLS.items() if n not in others)
 
 
 def test_schedules():
@@ -226,6 +238,44 @@ def test_training_is_a_plain_loop_of_two_rates(tmp_path):
     drawn = balanced_subset(labels, 10, 0)
     for ids, y in zip(seen["ids"], seen["labels"], strict=True):
         assert y.tolist() == labels[drawn[ids]].tolist()
+
+
+@pytest.mark.long
+def test_lars_from_within_the_projector_is_a_plain_loop(run_of, tmp_path):
+    """FNC's 1 %: the first layer of its run's projector stays, LARS leaves out biases, norms and
+    the head, and has the rate inside the momentum.
+    """
+    run = run_of("FNC")
+    flags = ["--backbone", run, "--workers", "0", *QUICK, "--protocol", "fnc"]
+    flags += ["--percent", "1", "--precision", "fp64", "--head-lrs", "3", "--encoder-lrs", "30"]
+    done = run_script("tests/semi_driver.py", tmp_path, *flags, "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr + done.stdout
+    seen = torch.load(tmp_path / "seen.pt", weights_only=True)
+    saved = checkpoint.load(run / "checkpoint.pt")["state"]["model"]
+    encoder, linear = build_encoder("tiny", 32), torch.nn.Linear(64, 64, bias=False)
+    norm = torch.nn.BatchNorm1d(64)
+    for prefix, part in (("encoder", encoder), ("projector.0", linear), ("projector.1", norm)):
+        cut = len(prefix) + 1
+        part.load_state_dict({n[cut:]: t for n, t in saved.items() if n.startswith(f"{prefix}.")})
+    body = torch.nn.Sequential(encoder, linear, norm, torch.nn.ReLU())
+    model = Classifier(body, torch.zeros(18, 64)).double().train()
+    velocities = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    assert len(seen["inputs"]) == 3
+    for step, (x, y) in enumerate(zip(seen["inputs"], seen["labels"], strict=True)):
+        factor = (1 + math.cos(math.pi * step / 3)) / 2 * 54 / 256
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                head, g = name.startswith("head."), p.grad
+                if p.ndim > 1 and not head and g.any():  # none at first, behind a head of zeros
+                    g = g * 0.001 * p.norm() / g.norm()
+                velocities[name].mul_(0.9).add_((3 if head else 30) * factor * g)
+                p.sub_(velocities[name])
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(seen["model"][name], expected, rtol=1e-7, atol=1e-9, msg=name)
+    what = record_of(tmp_path / "a")["hyperparameters"]
+    assert (what["optimizer"], what["projector_layers"]) == ("lars", 1)
 
 
 @pytest.mark.long
@@ -303,6 +353,7 @@ def test_stops_on_request_and_continues_to_the_same_numbers(tmp_path):
         (["--dataset", "imagenet", "--data", "FOLDER"], "give --protocol"),
         (["--dataset", "photos", "--percent", "10", "--protocol", "barlow"], "no source for 10 %"),
         (["--dataset", "photos", "--protocol", "simclr"], "fewer than one batch"),
+        (["--dataset", "photos", "--protocol", "fnc"], "1 of the projector's layers, of which"),
         (["--dataset", "photos", "--epochs", "1.5"], "--epochs 1.5"),
         (["--dataset", "photos", "--list", "list.txt"], "--list needs image files"),
     ],

@@ -293,7 +293,7 @@ def test_presets(case):
         ("--dataset cifar10", 2.0),
         ("--dataset photos", 0.06),
         ("--dataset cifar10 --lr 0.05 --lr-scaling sqrt --batch-size 1024", 1.6),
-        ("--dataset imagefolder --lr-scaling sqrt --batch-size 1024", 2.4),
+        ("--dataset imagefolder --epochs 10 --lr-scaling sqrt --batch-size 1024", 2.4),
     ],
 )
 def test_rates(flags, rate):

@@ -785,6 +785,53 @@ def recorded(scratch: Path, runs: list[str], cluster: str = "slurm") -> tuple[Pa
     return scratch / "s", record
 
 
+def test_status_says_where_logs_lie_and_how_a_job_is_ended(tmp_path, monkeypatch, capsys):
+    fake(tmp_path / "bin", "squeue", ["50_0|RUNNING|None"])
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    folder, _ = recorded(tmp_path / "a", ["a", "b"])
+    status.show(tmp_path / "a", "", 200)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"logs of s: JOB_RANK_log.out in {folder}/1/jobs" in lines
+    assert lines[-1].startswith("to end one: scancel JOB; it saves first")
+    recorded(tmp_path / "b", ["a"], cluster="local")
+    status.show(tmp_path / "b", "s", 200)
+    assert "to end one: kill JOB;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["status.py", "launch.py", "sweep.py"])
+def test_without_the_environment_a_script_says_how_to_activate_it(script):
+    """-S: a python without any installed package, as the system's."""
+    words = [sys.executable, "-S", "-E", str(ROOT / "slurm" / script)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: no module common: activate the environment first")
+    assert ". .venv/bin/activate" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 0, "bash tests/slurm_node.sh start FOLDER"),
+        (["help"], 0, "tests/test_slurm_real.py"),
+        (["strat", "x"], 2, "no such command: strat x"),
+        (["start"], 2, "start which? start FOLDER"),
+    ],
+)
+def test_the_script_of_the_tests_slurm_explains_itself(words, code, said):
+    line = ["bash", str(ROOT / "tests" / "slurm_node.sh"), *words]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout + done.stderr
+    assert "set -euo" not in done.stdout + done.stderr  # its comment, and no more
+
+
+def test_the_small_example_leaves_a_slow_machine_its_time():
+    """Its 40 steps are a minute's work; 25 minutes are left before the signal."""
+    spec = yaml.safe_load((ROOT / "slurm" / "examples" / "photos.yaml").read_text())
+    assert spec["flags"]["max_steps"] == 40
+    left = 60 * int(spec["slurm"]["time"].rstrip("m")) - resources.Resources().signal_delay
+    assert left >= 25 * 60
+
+
 def test_states_come_from_squeue_then_sacct_then_the_notes(tmp_path, monkeypatch):
     runs = ["live", "waits", "cancelled", "accounted", "forgotten", "failed", "lost", "stopped"]
     folder, record = recorded(tmp_path, [*runs, "never"])
@@ -948,7 +995,7 @@ def test_watch_shows_it_again(code, tmp_path):
         text=True,
         preexec_fn=interruptible,
     )
-    lines = [process.stdout.readline() for _ in range(6)]
+    lines = [process.stdout.readline() for _ in range(10)]
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
     assert sum(line.startswith("a  ") for line in lines) == 2, lines

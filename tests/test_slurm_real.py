@@ -141,7 +141,7 @@ def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
         assert re.search(r"continues from step \d+ of 60", log), log
         assert_same_runs(folder / name, folder / "whole")
     table = call(repository, tmp_path, "status.py", "three").stdout.splitlines()
-    assert [line.split()[:3] for line in table[1:]] == [
+    assert [line.split()[:3] for line in table[1 : 1 + len(jobs)]] == [
         [name, job, "FINISHED"] for name, job in jobs.items()
     ]
     again = call(repository, tmp_path, "sweep.py", "three.yaml")
@@ -250,8 +250,8 @@ def test_a_job_cancelled_in_the_queue_and_one_that_slurm_refuses(repository, tmp
 
 
 def test_the_readme_word_by_word(repository):
-    """The commands that README.md's Slurm section says to try, in a fresh checkout."""
-    section = (ROOT / "README.md").read_text().split("## Slurm\n")[1].split("\n## ")[0]
+    """The commands that slurm/README.md says to try, in a fresh checkout."""
+    section = (ROOT / "slurm" / "README.md").read_text()
     block = section.split("```\n")[1]
     commands = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     assert len(commands) >= 3

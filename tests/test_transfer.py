@@ -488,6 +488,34 @@ def dtd_online(server, tmp_path, monkeypatch):
     return folder / "dtd.tar.gz", tmp_path / "root"
 
 
+def test_prepare_without_flags_says_what_it_would_download(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"nothing was downloaded: say --all for these 10\.9 GB"):
+        prepare.main([])
+    lines = {li.split()[0]: li for li in capsys.readouterr().out.splitlines()}
+    assert {*lines} == {"dataset", *manifest.DATASETS}
+    assert "4,996 MB" in lines["food101"] and "by hand" in lines["sun397"]
+    assert all("licence" in lines[key] for key in manifest.DATASETS)
+    with pytest.raises(UserError, match="nothing was downloaded"):
+        prepare.main(["--root", str(tmp_path / "absent")])
+    assert not (tmp_path / "absent").exists()
+    with pytest.raises(UserError, match="--root DIR is missing"):
+        prepare.main(["--all"])
+
+
+@pytest.mark.parametrize("key", manifest.DATASETS)
+def test_what_can_be_downloaded_has_its_size(key):
+    about = manifest.load(key)
+    assert bool(about.archives) == (about.megabytes > 0)
+
+
+def test_what_is_ready_is_not_among_the_downloads(dtd_online, capsys):
+    _, root = dtd_online
+    prepare.main(["--root", str(root), "--only", "dtd"])
+    capsys.readouterr()
+    assert prepare.print_downloads(root) == 0
+    assert f"ready in {root}" in capsys.readouterr().out
+
+
 def test_prepare_downloads_unpacks_and_says_ready(dtd_online, capsys):
     archive, root = dtd_online
     prepare.main(["--root", str(root), "--only", "dtd"])

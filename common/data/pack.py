@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import MAX_PIXELS
 from common.data import shards
@@ -30,7 +29,9 @@ from common.data.images import SKIP_HINT, FolderImages
 from common.data.sets import load_dataset
 from common.errors import UserError, command, make_folder
 from common.files import replacing, write
+from common.progress import Progress
 from common.run import documents
+from common.run.help import in_80_columns
 
 BLOCK = 512  # tar's
 
@@ -49,12 +50,14 @@ def shard_starts(sizes: np.ndarray, limit: int) -> list[int]:
 def file_sizes(images: FolderImages, split: str) -> np.ndarray:
     """Bytes that each file takes in a tar file."""
     sizes = np.empty(len(images), np.int64)
-    for number in tqdm(range(len(images)), desc=f"{split}: sizes", unit="image", disable=None):
-        path = images.path(number)
-        try:
-            sizes[number] = BLOCK + -(-os.path.getsize(path) // BLOCK) * BLOCK
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    with Progress(len(images), f"{split}: sizes", "image", leave=True) as progress:
+        for number in range(len(images)):
+            path = images.path(number)
+            try:
+                sizes[number] = BLOCK + -(-os.path.getsize(path) // BLOCK) * BLOCK
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror})") from None
+            progress.update()
     return sizes
 
 
@@ -80,7 +83,7 @@ def content(images: FolderImages, number: int, resize: int) -> bytes:
 
 
 def write_shard(
-    path: Path, images: FolderImages, numbers: range, split: str, resize: int, bar: tqdm
+    path: Path, images: FolderImages, numbers: range, split: str, resize: int, bar: Progress
 ) -> None:
     """One tar file and, beside it, the places of its images; renamed when complete."""
     offset, length = np.empty((2, len(numbers)), np.int64)
@@ -129,7 +132,7 @@ def pack_split(
     starts = [*shard_starts(sizes, arguments.shard_mb << 20), len(images)]
     paths = [output / f"{split}-{number:05}.tar" for number in range(len(starts) - 1)]
     ranges = [range(*pair) for pair in itertools.pairwise(starts)]
-    with tqdm(total=len(images), desc=split, unit="image", disable=None) as bar:
+    with Progress(len(images), split, "image", leave=True) as bar:
         for path, numbers in zip(paths, ranges, strict=True):
             if is_done(path, images, numbers):
                 bar.update(len(numbers))
@@ -212,7 +215,7 @@ def begun(settings: Path) -> dict:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m common.data.pack",
-        description=__doc__,
+        description=in_80_columns(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")

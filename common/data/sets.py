@@ -26,7 +26,8 @@ def load_dataset(
     """Training images and labelled test images (None where there are none).
 
     `photos` needs no folder. `imagenet` is train/ and val/ with class folders, `imagefolder`
-    train/ and optional val/, in class folders or flat (no labels). `cifar10` is torchvision's
+    train/ and optional val/, in class folders or flat (no labels), or a folder with images directly
+    in it. `cifar10` is torchvision's
     python batches or train/ and test/ with class folders. A folder that pack.py wrote stands for
     the `imagenet` or `imagefolder` it was made of. Raises UserError for a wrong layout. Larger
     images than `max_pixels` count as unreadable.
@@ -45,7 +46,10 @@ def load_dataset(
         check_packed(root, name)
         read, splits = packed_split, shards.split_names(root)
     else:
-        check_folder(root)
+        check_exists(root)
+        if name == "imagefolder" and not is_folder(root / "train") and images_in(root):
+            return scan_folder(root, "", True, name, max_pixels, flat=True), None
+        check_folder(root, name)
         read, splits = scan_folder, [s for s in ("train", "val") if is_folder(root / s)]
     how = {"flat_allowed": name == "imagefolder", "name": name, "max_pixels": max_pixels}
     read = functools.partial(read, root, **how)
@@ -108,12 +112,19 @@ def photo_patches(split: str) -> ArrayImages:
     return ArrayImages(pixels, labels, list(photos.PHOTOS), "photos")
 
 
-def check_folder(root: Path) -> None:
-    check_exists(root)
-    if not is_folder(root / "train"):
-        raise UserError(
-            f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE",
-        )
+def check_folder(root: Path, name: str) -> None:
+    """UserError that names the layouts of this data set if there is no train/."""
+    if is_folder(root / "train"):
+        return
+    expected = f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE"
+    if name == "imagefolder":
+        expected += f", or without labels {root}/train/IMAGE or {root}/IMAGE"
+    raise UserError(expected)
+
+
+def images_in(folder: Path) -> list[str]:
+    """The images that lie directly in a folder."""
+    return images_among(entries_of(folder), "", {})
 
 
 def check_exists(root: Path) -> None:
@@ -136,14 +147,19 @@ def is_folder(path: Path) -> bool:
 
 
 def scan_folder(
-    root: Path, split: str, flat_allowed: bool, name: str, max_pixels: int = MAX_PIXELS
+    root: Path,
+    split: str,
+    flat_allowed: bool,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    flat: bool = False,
 ) -> FolderImages:
-    """The images of root/split: class folders in sorted order, files sorted within each. What is
-    left out is said with its count.
+    """The images of root/split: class folders in sorted order, files sorted within each. `flat`:
+    those directly in it, whatever folders there are. What is left out is said with its count.
     """
     folder = root / split
     found = entries_of(folder)
-    classes = class_folders(folder, found)
+    classes = {} if flat else class_folders(folder, found)
     left_out: dict[str, list[str]] = {}
     paths = images_among([e for e in found if e.name not in classes], "", left_out)
     labels, title = None, f"{root.name} ({name})"

@@ -49,13 +49,13 @@ class Index:
 
 
 class Handles:
-    """Open shards. Read by position, so that nothing is shared but the files; a process that was
-    forked or sent a copy opens its own.
+    """Holds shards open and reads them by position, so that processes share nothing but the files;
+    a process that was forked, or that was sent a copy, opens its own.
 
-    On a file system behind a network a read is mostly waiting. Where reads are slow, what `expect`
-    was told is therefore read before its turn, several images at once: by threads, which need
-    nothing of the file system (posix_fadvise fills a page cache that some do not read from). Where
-    they are not, threads would only cost time.
+    On a file system behind a network a read is mostly waiting. If reads are slow, the images that
+    `expect` was told of are therefore read before their turn, several at once. Threads do this,
+    because they need nothing of the file system (posix_fadvise fills a page cache that some file
+    systems do not read from). If reads are fast, threads would only cost time.
     """
 
     def __init__(self) -> None:

@@ -195,8 +195,8 @@ def crop(
 def window(
     image: np.ndarray, wide: int, high: int, left: int, top: int, size: int, cubic: bool
 ) -> np.ndarray:
-    """Words (H,W) -> planes (3,size,size): of the image resized to wide x high the square at left,
-    top. No other pixel is computed.
+    """Cuts the square at left, top from the image resized to wide x high, and computes no other
+    pixel. Words (H,W) -> planes (3,size,size).
     """
     height, width = image.shape
     column, across = weights(width, wide, cubic, left, size)

@@ -39,6 +39,13 @@ def loader_of(arch: str, image_size: int) -> tuple[str, dict[str, Any]]:
     return "common.models.build_encoder", {"arch": arch}
 
 
+def metadata_of(arch: str, image_size: int) -> dict[str, Any]:
+    """What a backbone's file says of how to build the encoder and its input."""
+    loader, arguments = loader_of(arch, image_size)
+    how = {"arch": arch, "loader": loader, "loader_kwargs": arguments, "image_size": image_size}
+    return how | {"mean": MEAN, "std": STD}
+
+
 def fixed_input(image_size: int) -> Tensor:
     """(1,3,S,S) float32: smooth waves of fixed frequencies, the same on every machine."""
     y, x = np.mgrid[0:image_size, 0:image_size] / image_size
@@ -60,14 +67,9 @@ def export_backbone(
     """Writes the encoder in float32 with its metadata; `facts` adds recipe, epoch, commit, …"""
     from safetensors.torch import save
 
-    loader, arguments = loader_of(arch, image_size)
+    about = metadata_of(arch, image_size)
     metadata = {
-        "arch": arch,
-        "loader": loader,
-        "loader_kwargs": json.dumps(arguments),
-        "image_size": str(image_size),
-        "mean": json.dumps(MEAN),
-        "std": json.dumps(STD),
+        **{n: v if isinstance(v, str) else json.dumps(v) for n, v in about.items()},
         "feature_check": json.dumps(check_features(encoder, image_size)),
         **{name: str(value) for name, value in facts.items()},
     }

@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -19,7 +20,6 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
-from common.augment import check_jitter_strength
 from common.config import LARGEST_IMAGE, Bound, RunConfig
 from common.errors import UserError, brief, nearest_name
 from common.run import documents
@@ -30,6 +30,7 @@ C = TypeVar("C", bound=RunConfig)
 NO_SETTING = {"dataset", "arch", "epochs", "batch_size", "follow", "seed", "train_images"}
 NO_SETTING |= {"subset_seed", "validation_share", "scored_on", "precision", "augment_device"}
 NO_SETTING |= {"compile"}
+SIZE = ("epochs", "batch_size")  # what nobody can guess for a folder of images
 NOT_FLAGS = ("recipe", "method", "plan", "settings")  # what a run's config.yaml has beside flags
 
 
@@ -60,6 +61,11 @@ def parse(
     words |= {arch, arch.split("_")[0].rstrip("0123456789")}
     preset = matching(presets, words) | {"arch": arch}
     values = preset | file_values
+    if {"--help", "-h"} & {*argv}:
+        sources = sources_of(presets, words) | dict.fromkeys(file_values, "--config")
+        given = {name: value for name, value in chosen.items() if value is not None}
+        show_help(config_class, values | given, sources | dict.fromkeys(given, "given"))
+    require_size(config_class, chosen["dataset"], presets, file_values, argv)
     config = parse_flags(config_class, dataclasses.replace(config_class(), **values), argv)
     check_values(config)
     given = {name: getattr(config, name) for name in NO_SETTING if hasattr(config, name)}
@@ -99,6 +105,57 @@ def gpu_is_there() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def require_size(
+    config_class: type,
+    dataset: str | None,
+    presets: dict[str, dict[str, Any]],
+    file_values: dict[str, Any],
+    argv: Sequence[str],
+) -> None:
+    """UserError unless a training on a folder of unknown size is told its length and its batch."""
+    if dataset != "imagefolder" or not issubclass(config_class, RunConfig):
+        return
+    given = {*matching(presets, {dataset}), *file_values}
+    lacking = [n for n in SIZE if n not in given and last_value(argv, n) is None]
+    if lacking:
+        flags = " and ".join("--" + name.replace("_", "-") for name in lacking)
+        values = " and ".join(str(getattr(config_class, name)) for name in lacking)
+        verb = f"defaults, {values}, are" if len(lacking) > 1 else f"default, {values}, is"
+        raise UserError(
+            f"--dataset imagefolder needs {flags}: the {verb} for the 1.28 million images of "
+            "ImageNet"
+        )
+
+
+def show_help(config_class: type, values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Prints --help and ends."""
+    from common.run import help as help_page
+
+    config = dataclasses.replace(config_class(), **values)
+    default = config_class()
+    sources = {n: s for n, s in sources.items() if getattr(config, n) != getattr(default, n)}
+    names = ("dataset", "arch", "follow") if isinstance(config, RunConfig) else ()
+    chosen = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    try:
+        first = "the paper's" if isinstance(config, RunConfig) else "the evaluation's"
+        hints = hints_of(config_class)
+        text = help_page.page(config_class, config, sources, chosen, hints, first)
+        print(text, flush=True)
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
+def sources_of(presets: dict[str, dict[str, Any]], words: set) -> dict[str, str]:
+    """The condition of the preset that each value of `matching` comes from."""
+    return {
+        name: condition
+        for condition, preset in presets.items()
+        if set(condition.split()) <= words
+        for name in preset
+    }
 
 
 def matching(presets: dict[str, dict[str, Any]], words: set) -> dict[str, Any]:
@@ -264,7 +321,9 @@ def check_values(config: Any) -> None:
     if (getattr(config, "arch", None) or "").startswith("vit") and side % 16:
         text = f"--image-size {side}: a ViT takes multiples of its 16-pixel patches"
         raise UserError(f"{text}, {max(16, side // 16 * 16)} for example")
-    if hasattr(config, "jitter_strength"):
+    if getattr(config, "jitter_strength", 1) != 1:  # 1 is each view's own: nothing to refuse
+        from common.augment import check_jitter_strength  # which imports torch
+
         check_jitter_strength(config.views, config.jitter_strength)
     if hasattr(config, "snapshot_epochs"):  # a run's; evaluations have none
         snapshot_epochs(config)

@@ -1,4 +1,6 @@
-"""`metrics.jsonl`: one JSON object per line, exactly resumable; and the same to wandb."""
+"""`metrics.jsonl`: one JSON object per line, exactly resumable; and the same to wandb and
+TensorBoard.
+"""
 
 import json
 import math
@@ -11,6 +13,8 @@ from common.errors import say_error
 from common.run import documents
 
 NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"  # folder in the run's
+NO_METRICS = ("kind", "epoch", "step", "calibrated")  # of a line: they say which it is
 
 
 def read(path: Path, schema: str = "metrics") -> list[dict[str, Any]]:
@@ -59,7 +63,7 @@ def means(records: list[dict[str, Any]]) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
-            if name not in ("kind", "epoch", "step", "memory_gb", "calibrated"):
+            if name not in (*NO_METRICS, "memory_gb"):
                 sums.setdefault(name, []).append(value)
     result = {name: math.fsum(values) / len(values) for name, values in sums.items()}
     timed = [r for r in records if r.get("images_per_second", 0) > 0]
@@ -82,6 +86,50 @@ def curve(records: list[dict[str, Any]], metric: str) -> list[tuple[float, float
         for begin, record in zip(begins, epochs, strict=False)
     ]
     return [(at, r[metric]) for at, r in zip(places, epochs, strict=True) if metric in r]
+
+
+class TensorBoard:
+    """Files for TensorBoard in the run's folder, if asked for; a failure of them is said once and
+    never stops a run. `step` is that of the checkpoint which the run goes on from: what was written
+    beyond it is hidden there and written again.
+    """
+
+    def __init__(self, enabled: bool, folder: Path, step: int):
+        self.writer = None
+        if not enabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            first = step + 1 if step else 0
+            self.writer = SummaryWriter(folder / TENSORBOARD, purge_step=first, flush_secs=30)
+        except Exception as error:
+            self.give_up(error)
+
+    def log(self, records: list[dict[str, Any]]) -> None:
+        """Each number of each record, as step/loss or epoch/knn, at the record's step."""
+        if self.writer is None:
+            return
+        try:
+            for record in records:
+                for name, value in record.items():
+                    if name not in NO_METRICS:
+                        tag = f"{record['kind']}/{name}"
+                        self.writer.add_scalar(tag, value, record["step"])
+        except Exception as error:
+            self.give_up(error)
+
+    def finish(self) -> None:
+        if self.writer is None:
+            return
+        try:
+            self.writer.close()
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        self.writer = None
+        say_error(f"tensorboard failed ({type(error).__name__}: {error}); the run goes on without")
 
 
 class Wandb:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.distributed import all_reduce_sum
 from common.models import in_full_precision
 
 RANK_ROWS = 512  # rows of the batch that the effective rank is taken over
@@ -46,3 +47,23 @@ def neighbour_purity(query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor) -
     known = retrieved_ids >= 0
     same = labels[retrieved_ids.clamp(min=0)] == labels[query_ids][:, None]
     return (same & known).double().sum() / known.double().sum()
+
+
+@torch.no_grad()
+def shares_found(
+    mask: Tensor, others: Tensor, query_ids: Tensor, column_ids: Tensor, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """What a mask (N,C) finds among the columns that count, `others` (N,C), over all ranks: their
+    share that is masked, and the shares with the query's label of the masked ones (NaN if there is
+    none) and of all, which is chance. Queries (N,) and columns (C,) by the numbers of their images.
+    """
+    found = mask & others
+    counts = [others.sum(), found.sum()]
+    if labels is not None:
+        same = labels[column_ids.clamp(min=0)] == labels[query_ids][:, None]
+        counts += [(found & same).sum(), (others & same).sum()]
+    counts = all_reduce_sum(torch.stack(counts).double())
+    shares = {"found_share": counts[1] / counts[0]}
+    if labels is not None:
+        shares |= {"found_precision": counts[2] / counts[1], "found_chance": counts[3] / counts[0]}
+    return shares

@@ -102,7 +102,9 @@ def draw(
                 frame = frame_of(images, query, sample)
                 pictures.show(axes[row, first + 1 + column], image, text, frame)
     figure.suptitle(title, fontsize=10)
-    above, below = 1.0 / figure.get_figheight(), 0.1 / figure.get_figheight()
+    legend = add_legend(plt, figure, images, moments)
+    figure.set_figheight(figure.get_figheight() + legend)
+    above, below = 1.0 / figure.get_figheight(), (0.1 + legend) / figure.get_figheight()
     figure.subplots_adjust(left=0.02, right=0.98, bottom=below, top=1 - above)
     height = 1.62 if moments[0].weights is not None else 1.38  # above the first row's numbers
     axes[0, 0].annotate("query", (0.5, height), xycoords="axes fraction", ha="center", fontsize=9)
@@ -113,6 +115,31 @@ def draw(
         axis = axes[0, 2 + number * (k + 1)]
         axis.annotate(label, (0, height), xycoords="axes fraction", ha="left", fontsize=9)
     pictures.save(figure, path, plt)
+
+
+def add_legend(plt, figure, images: Images, moments: list[Found]) -> float:
+    """Says below the picture what the frames' colours and the numbers above the images mean, in as
+    many columns as it is wide; its height in inches.
+    """
+    colours = {"tab:green": "the query's label", "tab:red": "another label"}
+    said = {} if images.labels is None else colours
+    grey = ["no label"] if images.labels is None else []
+    grey += ["no image: random start"] if any((found.ids < 0).any() for found in moments) else []
+    said = said | ({"grey": " or ".join(grey)} if grey else {})
+    patch = plt.matplotlib.patches.Patch
+    handles = [patch(facecolor="white", edgecolor=c, lw=2, label=t) for c, t in said.items()]
+    weighed = any(found.weights is not None for found in moments)
+    number = "cos: cosine with the query" if weighed else "number: cosine with the query"
+    numbers = ["w: positiveness, the weight in the loss"] * weighed + [number]
+    handles += [plt.Line2D([], [], lw=0, label=text) for text in numbers]
+    how = {"loc": "lower center", "fontsize": 8, "frameon": False}
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, ncols=columns, **how)
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    return box.height / figure.dpi
 
 
 def thumbnail(images: Images, sample: int, side: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Pictures of a run: its learning curves, and what all pictures share."""
 
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ PANELS = (
     ("self_matches", "retrieved the query itself"),
     ("grad_norm", "gradient norm"),
 )
+SHARES = ("knn", "neighbour_purity", "self_matches")  # are shown in percent
+VECTOR = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # equal runs, equal files
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
@@ -49,20 +53,15 @@ def draw_curves(
     logged = [*dict.fromkeys(name for record in records for name in record)]
     shown = [*PANELS[:-1], *own.items(), PANELS[-1]]
     panels = [(lines, label) for p, label in shown if (lines := lines_of(p, logged))]
-    columns = min(3, max(1, len(panels)))
-    rows = max(1, -(-len(panels) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
+    figure, axes = grid(plt, even_rows(len(panels), 3), (4, 2.7))
     scale = per_epoch or 1.0
-    for axis, (lines, label) in zip(axes.flat, panels, strict=False):
+    for axis, (lines, label) in zip(axes, panels, strict=True):
         for name, colour in zip(lines, COLOURS, strict=False):
             pale = [(r["step"], r[name]) for r in steps if name in r]
             bold = metrics.curve(epochs, name)
-            marker = "o" if len(bold) < 30 else None
             for points, style in (
-                (pale, {"alpha": 0.35, "lw": 0.8}),
-                (bold, {"lw": 1.8, "marker": marker, "ms": 3}),
+                (pale, {"alpha": 0.35, "lw": 0.8, "marker": "." if len(pale) == 1 else None}),
+                (bold, {"lw": 1.8, "marker": "o" if len(bold) < 30 else None, "ms": 3}),
             ):
                 if points:
                     x, y = zip(*((step / scale, value) for step, value in points), strict=True)
@@ -73,9 +72,10 @@ def draw_curves(
             axis.legend(fontsize=7, ncols=2)
         if lines == ["embedding_std"]:
             axis.axhline(dim**-0.5, color="grey", ls=":", lw=1)
-        zero = ("embedding_std", "knn", "neighbour_purity", "self_matches")
-        if lines[0] in zero or len(lines) > 1:
+        if lines[0] in ("embedding_std", *SHARES) or len(lines) > 1:
             axis.set_ylim(bottom=0)
+        if lines[0] in SHARES:
+            in_percent(axis)
         for epoch in (marks or {}).values():
             if 0 < epoch < last / scale:
                 axis.axvline(epoch, color="grey", ls="--", lw=1)
@@ -88,6 +88,35 @@ def draw_curves(
     figure.suptitle("\n".join([title, *(f"dashed: {text}" for text in said)]), fontsize=11)
     figure.tight_layout()
     save(figure, path, plt)
+
+
+def even_rows(panels: int, most: int) -> list[int]:
+    """How many panels each row has: at most so many, and rows differ by one."""
+    rows = -(-panels // most)
+    least, more = divmod(panels, rows)
+    return [least + (row < more) for row in range(rows)]
+
+
+def grid(plt, counts: Sequence[int], size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """(figure, an axis for each panel) with so many panels in each row, `size` in inches in the
+    fullest; those of a row with fewer are wider, so that no place is empty.
+    """
+    columns = math.lcm(*counts)
+    figure = plt.figure(figsize=(size[0] * max(counts), size[1] * len(counts)))
+    cells = figure.add_gridspec(len(counts), columns)
+    places = [
+        cells[row, number * columns // count : (number + 1) * columns // count]
+        for row, count in enumerate(counts)
+        for number in range(count)
+    ]
+    return figure, [figure.add_subplot(place) for place in places]
+
+
+def in_percent(axis) -> None:
+    """Shows the values of an axis, which are shares, as percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
 def lines_of(panel: str, logged: list[str]) -> list[str]:
@@ -120,16 +149,23 @@ def headless_pyplot():
 
 
 def check_target(path: Path) -> None:
-    """Makes the folder of a picture to come; UserError where it cannot be written there as PNG."""
-    if path.suffix != ".png" or path.is_dir():
-        raise UserError(f"--output {path}: name a file, like neighbours.png")
+    """Makes the folder of a picture to come; UserError if it cannot be written there."""
+    if path.suffix not in (".png", *VECTOR) or path.is_dir():
+        raise UserError(f"--output {path}: name a file, like figure.png, figure.pdf or figure.svg")
     make_folder(path.parent)
 
 
 def save(figure, path: Path, plt, facts: dict[str, str] | None = None) -> None:
-    """Writes the picture beside and renames it, in 256 colours: a third of the size, small enough
-    to keep in a repository and inside a page. `facts` become the PNG's text chunks.
+    """Writes the picture beside and renames it. A PNG has 256 colours: a third of the size, small
+    enough to keep in a repository and inside a page; `facts` become its text chunks. A PDF or SVG
+    has lines and letters as they are.
     """
+    if path.suffix in VECTOR:
+        fonts = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "figure"}
+        with replacing(path) as beside, plt.rc_context(fonts):
+            figure.savefig(beside, format=path.suffix[1:], metadata=VECTOR[path.suffix])
+        plt.close(figure)
+        return
     chunks = PngInfo()
     for name, text in (facts or {}).items():
         chunks.add_text(name, text)

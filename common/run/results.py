@@ -12,7 +12,8 @@ from typing import Any
 
 from common import files
 from common.errors import UserError
-from common.run import documents, environment, metrics
+from common.progress import duration
+from common.run import documents, environment, metrics, model_card
 
 NAME = "results.json"
 BACKBONE = "backbone.safetensors"
@@ -96,13 +97,5 @@ def say(folder: Path) -> None:
         f"{r['recipe']}: {r['epoch']:g} epochs, {r['step']} steps, {loss}{knn}, "
         f"{r['images_per_second']:.0f} images/s, {duration(3600 * r['hours'])}"
     )
-    shown = [BACKBONE, "curves.png", "neighbours.png", metrics.NAME]
+    shown = [BACKBONE, model_card.NAME, "curves.png", "neighbours.png", metrics.NAME]
     print(f"{folder}: {' '.join(f for f in shown if (folder / f).exists())}", flush=True)
-
-
-def duration(seconds: float) -> str:
-    """90 -> '1 min 30 s'."""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"

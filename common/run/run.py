@@ -38,12 +38,14 @@ from common.fast.device_views import DeviceViews
 from common.fast.pixels import to_input
 from common.knn import knn_of_encoder
 from common.optim import grad_norm
+from common.progress import Progress, duration, on_terminal
 from common.run import (
     backbone,
     checkpoint,
     environment,
     geometry,
     metrics,
+    model_card,
     neighbours,
     pictures,
     results,
@@ -149,6 +151,7 @@ class Run:
         self.last_saved_step, self.last_knn = 0, None
         self.waiting: list[dict[str, Any]] = []  # logged, not yet read from the device
         self.epoch_records: list[dict[str, Any]] = []  # step records of the present epoch
+        self.unsaid: list[dict[str, Any]] = []  # step records since the last line of progress
         self.seed_everything()
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(text)  # above the bar, where there is one
 
     # -- begin: a new run or an exact continuation ----------------------------------------------
 
@@ -208,8 +211,8 @@ class Run:
         """
         self.encoder, self.state = encoder, state
         self.labels = None  # of the training images on the device, for the monitors of look-ups
-        for item in state.values():
-            if isinstance(item, SupportSet):
+        for name, item in state.items():
+            if isinstance(item, SupportSet) and name == "queue":  # neighbours are looked up in it
                 self.warn_of_long_queue(item.size)
                 if self.train.labels is not None:
                     self.labels = torch.from_numpy(self.train.labels).to(self.device)
@@ -256,6 +259,9 @@ class Run:
             self.folder,
             self.recipe,
             dataclasses.asdict(self.config),
+        )
+        self.tensorboard = metrics.TensorBoard(
+            self.config.tensorboard and self.rank == 0 and not finished, self.folder, self.step
         )
         self.introduce(description)
 
@@ -308,7 +314,8 @@ class Run:
         if size > len(self.train) / 2:
             self.warn(
                 f"a queue of {size} is longer than half of the {len(self.train)} training images: "
-                "look-ups will often find the query's own image (self_matches in metrics.jsonl)"
+                "look-ups will often find the query's own image (self_matches in metrics.jsonl); "
+                f"--queue-size {len(self.train) // 2} or less would not"
             )
 
     # -- the loop -------------------------------------------------------------------------------
@@ -363,14 +370,14 @@ class Run:
                 self.after_step()
                 asked = time.monotonic()
 
-    def progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.last_step,
+    def progress_bar(self) -> Progress:
+        return Progress(
+            self.last_step,
+            self.recipe,
             initial=self.step,
-            unit="step",
-            desc=self.recipe,
-            dynamic_ncols=True,
-            disable=None if self.rank == 0 else True,  # None: only on a terminal
+            leave=True,
+            silent=self.rank != 0,
+            every=self.config.log_every,
         )
 
     def log(
@@ -420,7 +427,9 @@ class Run:
 
     def after_step(self) -> None:
         self.step += 1
-        self.bar.update()
+        self.bar.advance()
+        every = self.config.log_every
+        line_due = bool(every) and self.step % every == 0  # the same on all ranks
         now, first = time.monotonic(), self.rank == 0
         stop, save, flush = distributed.any_rank(
             [
@@ -430,8 +439,9 @@ class Run:
             ]
         )
         epoch_ends, done = self.step % self.steps_per_epoch == 0, self.step == self.last_step
-        if flush or save or stop or epoch_ends or done:
+        if flush or line_due or save or stop or epoch_ends or done:
             self.flush()
+            self.say_progress()
         if epoch_ends:
             self.end_epoch()
         if save or stop or epoch_ends or done:
@@ -444,7 +454,7 @@ class Run:
                 f"stopped by {name} at step {self.step} of {self.last_step}, saved; "
                 "start the same command again to continue"
             )
-            self.wandb.finish()
+            self.end_tracking()
             distributed.stop()  # left to the interpreter's exit, gloo may abort and hide code 75
             raise Stopped
 
@@ -469,7 +479,8 @@ class Run:
         if self.rank == 0:
             metrics.write(self.folder / metrics.NAME, good)
             self.epoch_records += good
-            self.wandb.log(good)
+            self.unsaid += good if self.bar.says else []
+            self.track(good)
         if len(good) < len(records):
             bad = next(r for r in records if not {"loss", "grad_norm"} <= set(metrics.finite(r)))
             what = f"the loss is {bad['loss']} and its gradient {bad['grad_norm']} at step "
@@ -481,7 +492,29 @@ class Run:
                 "or fp32",
             )
         if good:
-            self.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
+            self.bar.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
+
+    def say_progress(self) -> None:
+        """A line of progress where one is due: means over the steps since the last one."""
+        if not self.bar.due or not self.unsaid:
+            return
+        found = metrics.means(self.unsaid)
+        left = (self.last_step - self.step) * self.seconds / max(1, self.step)
+        epoch = self.epoch_of(self.step - 1)
+        text = f"epoch {epoch} of {self.config.epochs}, step {self.step:,} of {self.last_step:,}: "
+        text += f"loss {found['loss']:.4f}, lr {self.unsaid[-1].get('lr', 0):.3g}, "
+        text += f"{found.get('images_per_second', 0):.0f} images/s, {duration(left)} left"
+        self.unsaid = []
+        self.bar.say(text)
+
+    def track(self, records: list[dict[str, Any]]) -> None:
+        """Sends lines of metrics where --wandb and --tensorboard want them."""
+        self.wandb.log(records)
+        self.tensorboard.log(records)
+
+    def end_tracking(self) -> None:
+        self.wandb.finish()
+        self.tensorboard.finish()
 
     def check_queues(self) -> None:
         """On a GPU a look-up that found too few entries is known only here; ranks agree on it, so
@@ -541,7 +574,7 @@ class Run:
         text = f"epoch {epoch} of {self.config.epochs}: loss {record.get('loss', 0):.4f}"
         text += f", k-NN {accuracy:.1%}" if accuracy is not None else ""
         text += f", {record.get('images_per_second', 0):.0f} images/s"
-        self.say(f"{text}, {results.duration(left)} left")
+        self.say(f"{text}, {duration(left)} left")
 
     def write_geometry(self, epoch: int) -> None:
         """A line of geometry.jsonl: how representation and embedding lie (geometry.py)."""
@@ -566,7 +599,10 @@ class Run:
     def knn(self, encoder: nn.Module) -> float:
         """k-NN accuracy of an encoder on the test images."""
         how = self.config.image_size, self.workers, self.autocast
-        return knn_of_encoder(encoder, *self.knn_images, *how)
+        images = sum(-(-len(part) // self.ranks) for part in self.knn_images)  # of this rank
+        silent = self.rank != 0 or on_terminal()  # where the run's own bar stands already
+        with Progress(images, "k-NN", "image", silent=silent) as progress:
+            return knn_of_encoder(encoder, *self.knn_images, *how, after_batch=progress.update)
 
     @functools.cached_property
     def knn_images(self) -> tuple[Images, Images]:
@@ -579,7 +615,7 @@ class Run:
     def write_epoch(self, record: dict[str, Any]) -> None:
         if self.rank == 0:
             metrics.write(self.folder / metrics.NAME, [metrics.finite(record)])
-            self.wandb.log([record])
+            self.track([metrics.finite(record)])
 
     def save(self) -> None:
         """The checkpoint of this step (private queues are gathered, rank 0 writes)."""
@@ -632,7 +668,7 @@ class Run:
                 except UserError as error:  # an unreadable image costs the picture, not the run
                     self.warn(f"no neighbours.png: {error}")
                 self.write_results(accuracy)
-                self.wandb.finish()
+                self.end_tracking()
         if self.rank == 0:
             results.say(self.folder)
         distributed.stop()
@@ -679,6 +715,26 @@ class Run:
             "images_per_second": config.batch_size * self.step / max(self.seconds, 1e-9),
         }
         results.write(self.folder, facts | numbers)
+        self.write_model_card(facts | numbers)
+
+    def write_model_card(self, facts: dict[str, Any]) -> None:
+        """MODEL_CARD.md of the backbone just exported."""
+        config, scored = self.config, self.knn_images[1] if self.measures_knn else ()
+        held_out = config.validation_share and config.scored_on == "held-out"
+        facts = facts | {
+            "method": cards.method_of(self.recipe, dataclasses.asdict(config)),
+            "embed_dim": self.encoder.embed_dim,
+            "images": len(self.train),
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "settings": config.settings,
+            "knn_before": results.read(self.folder)["knn_before"],
+            "scored": len(scored),
+            "scored_on": "held-out training" if held_out else "test",
+        }
+        about = backbone.metadata_of(config.arch, config.image_size)
+        model_card.write_card(self.folder, about, facts)
 
 
 def report_problems(problems: list[str], must_stop: bool) -> None:

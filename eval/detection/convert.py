@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError, command
+from common.run.help import in_80_columns
 from eval.detection.detectron2_names import convert, write
 from eval.detection.settings import PROTOCOLS
 from eval.encoders import load_encoder
@@ -32,7 +33,7 @@ def take(backbone: str, arch: str | None = None) -> tuple[torch.nn.Module, dict[
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbone", required=True, help="run folder, backbone file, checkpoint")
     parser.add_argument("--arch", help="encoder, where the file does not say it")

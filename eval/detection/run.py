@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 from common import distributed
 from common.config import free
 from common.errors import UserError, command

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common.run.early  # noqa: F401  # isort: skip
 from common import cards
 from common.errors import UserError, command, nearest_name
 from common.run import documents, pictures, results
+from common.run.help import in_80_columns
 from results.record import PLACES
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.yaml"
@@ -79,6 +81,9 @@ def draw(path: Path, flag: str, panels: list[tuple[str, str, dict[float, list[fl
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(flag.replace("_", " "), fontsize=9)
         axis.set_ylabel(label, fontsize=9)
+        if any(spreads):
+            axis.plot([], [], color="C0", marker="o", label="mean and std over seeds")
+            axis.legend(fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -87,11 +92,11 @@ def draw(path: Path, flag: str, panels: list[tuple[str, str, dict[float, list[fl
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
     parser.add_argument("--over", required=True, help="the flag, as neighbours or queue-size")
-    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    parser.add_argument("--output", type=Path, required=True, help="picture: .png, .pdf or .svg")
     return parser.parse_args(argv)
 
 

@@ -15,6 +15,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 
 from common import cards
@@ -25,6 +26,7 @@ from common.data.splits import parts
 from common.errors import UserError, command
 from common.run import checkpoint, documents, pictures
 from common.run.flags import coerce
+from common.run.help import in_80_columns
 from common.run.neighbours import Found, Lookup, draw, look_up, purity
 from common.support_set import SupportSet
 
@@ -67,11 +69,11 @@ def choose_queries(images: Images, count: int, seed: int) -> np.ndarray:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("evolution", "positiveness"))
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of a recipe with a queue")
-    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    parser.add_argument("--output", type=Path, required=True, help="picture: .png, .pdf or .svg")
     parser.add_argument("--data", default=None, help="the images, where the run's --data has moved")
     parser.add_argument("--queries", type=int, default=6, help="number of queries (default 6)")
     parser.add_argument("--neighbours", type=int, default=0, help="per query (default 3, or 8)")

@@ -12,6 +12,7 @@ import math
 import sys
 from pathlib import Path
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from common.errors import UserError, command
 from common.knn import extract_features
 from common.run import documents, pictures, results
 from common.run.backbone import load_backbone
+from common.run.help import in_80_columns
 
 
 def shown_images(images: Images, count: int, seed: int) -> np.ndarray:
@@ -63,16 +65,13 @@ def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
 def draw(path: Path, panels: list[tuple[str, np.ndarray]], labels: np.ndarray, names, title: str):
     """Panels side by side, a colour for each class."""
     plt = pictures.headless_pyplot()
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    legend_columns = 3 * columns
+    figure, axes = pictures.grid(plt, pictures.even_rows(len(panels), 4), (3.6, 3.9))
+    width, height = figure.get_size_inches()
+    legend_columns = max(3, int(width / 1.2))
     legend = 0.1 + 0.2 * math.ceil(len(names) / legend_columns)  # inches
-    size = (3.6 * columns, 3.9 * rows + 0.4 + legend)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure.set_size_inches(width, height + 0.4 + legend)
     colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (text, points) in zip(axes.flat, panels, strict=False):
+    for axis, (text, points) in zip(axes, panels, strict=True):
         for number, name in enumerate(names):
             of = labels == number
             colour = colours(number % colours.N)
@@ -80,7 +79,7 @@ def draw(path: Path, panels: list[tuple[str, np.ndarray]], labels: np.ndarray, n
         axis.set_title(text, fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    handles, texts = axes.flat[0].get_legend_handles_labels()
+    handles, texts = axes[0].get_legend_handles_labels()
     figure.legend(
         handles,
         texts,
@@ -90,16 +89,16 @@ def draw(path: Path, panels: list[tuple[str, np.ndarray]], labels: np.ndarray, n
         markerscale=3,
     )
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, legend / size[1], 1, 1))
+    figure.tight_layout(rect=(0, legend / figure.get_figheight(), 1, 1))
     pictures.save(figure, path, plt)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
-    parser.add_argument("--output", type=Path, required=True, help="the picture (PNG)")
+    parser.add_argument("--output", type=Path, required=True, help="picture: .png, .pdf or .svg")
     parser.add_argument("--data", default=None, help="the images, where the runs' --data has moved")
     parser.add_argument("--images", type=int, default=0, help="how many, balanced (default: all)")
     parser.add_argument("--perplexity", type=float, default=30.0, help="of t-SNE (default 30)")

@@ -79,9 +79,19 @@ PROTOCOLS = {
     "triplet": TRIPLET,
     # r50_last_cos_for_LessSslEpoch.py, of shorter pretraining: 200 epochs and not 700 to 900
     "triplet-short": replace(TRIPLET, lrs=(0.15,)),
+    # swav eval_linear.py: 8 GPUs of 32, its rate not scaled
+    "swav": Protocol("sgd", (0.3,), batch=256, epochs=100, weight_decay=1e-6),
+    # TWIST's paper was not at hand; SimCLR's stands for it
+    "twist": replace(SIMCLR, assumed=True),
+    # TWIST's README and evaluate.py: 0.2 at batch 1024, not scaled
+    "twist-code": Protocol("sgd", (0.05,), batch=1024, epochs=100),
     # no source at hand states NNCLR's; BYOL's stands for it
     "nnclr": replace(BYOL, assumed=True),
 }
+# FNC evaluates as SimCLR v2, whose paper was not read: SimCLR's stands for it
+PROTOCOLS["fnc"] = replace(PROTOCOLS["simclr"], assumed=True)
+# fnc README.md and run.py: 0.005 * sqrt(1024) at batch 1024; crops of data.py's default
+PROTOCOLS["fnc-code"] = replace(PROTOCOLS["simclr"], lrs=(0.04,), batch=1024, crop_min=0.2)
 # --lrs grid: the protocol's (first) rate times these
 GRID = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 # 4 400 patches would be one batch of the papers': ours for `photos`, and no paper's

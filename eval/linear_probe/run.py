@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,9 +34,9 @@ from common.fast.pixels import to_input
 from common.files import replacing
 from common.knn import gather_shares, knn_over_ranks, rank_share
 from common.models import full_precision
+from common.progress import duration
 from common.run import documents
 from common.run.flags import parse
-from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
@@ -70,7 +71,7 @@ class ProbeConfig(EvaluationConfig):
     cache_features: bool = False
     # read the first so many features of the representation alone, as DirectCLR's App. F; 0: all
     first_features: Count = later(0)
-    measure: Literal["both", "linear", "knn"] = free("both")  # what to do
+    measure: Literal["both", "linear", "knn"] = free("both")  # what to measure
     knn_transform: Literal["center", "gsg"] = "center"  # gsg: its code's resize, aspect lost
     knn_temperature: Positive | None = (
         None  # default: 0.1, with --knn-transform gsg 0.2 as its code

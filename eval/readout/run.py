@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,8 @@ class Readout(Evaluation):
             write(path, record.text_of(found))
 
     def measure_untrained(self) -> None:
-        """What the run began from, calibrated, in its record; beside it as initialised, and the
-        pixels.
+        """Writes a record of the encoder that the run began from, calibrated; the record also has
+        this encoder as initialised, and the pixels.
         """
         config = self.config
         fresh, _ = load_encoder(str(self.facts["run"] / BEGINNING), config.arch, config.image_size)

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 import torch.nn.functional as F

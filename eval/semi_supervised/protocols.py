@@ -1,7 +1,8 @@
 """The papers' fine-tunings on 1 % and 10 % of the labels; README.md is the same as a table."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common.augment import View, two_views
@@ -24,6 +25,9 @@ class Protocol:
     init: str = "normal 0.01"
     crop_min: float = 0.08  # smallest share of the area of a training crop; torchvision's default
     assumed: bool = False
+    lars: bool = False  # SimCLR's instead of SGD; of the head its momentum alone
+    projector_layers: int = 0  # first layers of the projector that stay under the head
+    others: Mapping[int, "Protocol"] = field(default_factory=dict)  # of percents without a source
 
     def view(self, size: int) -> View:
         """The training images: a crop of `size` pixels and a flip."""
@@ -89,6 +93,8 @@ PROTOCOLS = {
         schedule="steps",
         init="torch",
     ),
+    # TWIST's README and evaluate.py, whose batch is 256
+    "twist": Protocol({1: (0.2,), 10: (0.2,)}, {1: (0.04,), 10: (0.02,)}, both((20,)), both(256)),
     # ours, for images of 32 pixels and a CPU, and no paper's: batches that 1 % of CIFAR-10 fills
     "small": Protocol(
         both((1.0,)),
@@ -97,6 +103,22 @@ PROTOCOLS = {
         {1: 32, 10: 128},
     ),
 }
+# fnc README.md, 1 % only: LARS, 0.005 * sqrt(1024) at batch 1024, 60 epochs, from the projector's
+# first layer, a head of zeros; crops of data.py's default. 10 %: SimCLR's, on whose code it builds
+PROTOCOLS["fnc"] = Protocol(
+    {1: (0.04,)},
+    {1: (0.04,)},
+    {1: (60,)},
+    {1: 1024},
+    tied=True,
+    schedule="cosine per step",
+    interpolation="bicubic",
+    init="zeros",
+    crop_min=0.2,
+    lars=True,
+    projector_layers=1,
+    others={10: replace(PROTOCOLS["simclr"], assumed=True)},
+)
 SWAV_EPOCHS, SWAV_FACTOR = (12, 16), 0.2  # eval_semisup.py --decay_epochs, --gamma
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,10 @@ from common.errors import UserError, command
 from common.fast.batch_norm import rank_batch_norm
 from common.fast.pixels import to_input
 from common.models import full_precision
-from common.run import documents
+from common.optim import ClassicLARS
+from common.progress import duration
+from common.run import checkpoint, documents
 from common.run.flags import parse
-from common.run.results import duration
 from common.run.run import check_batch, report_problems
 from eval.evaluation import (
     RECORD,
@@ -106,6 +108,40 @@ class Classifier(nn.Module):
         return self.head(self.encoder(x))
 
 
+def with_projector(encoder: nn.Module, source: str, layers: int) -> nn.Module:
+    """The encoder, and behind it the first layers of the projector (linear, batch norm, ReLU each)
+    that its run trained with it. UserError if `source` is no run's folder or file of it that has a
+    checkpoint with such a projector.
+    """
+    path = documents.expanded(source)
+    folder = path if path.is_dir() else path.parent
+    saved = path if path.suffix == ".pt" and path.is_file() else checkpoint.find(folder)
+    tensors = checkpoint.load(saved)["state"]["model"] if saved and path.exists() else {}
+    parts, prefix = [encoder], "projector."
+    tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    for layer in range(layers):
+        place, norm = str(3 * layer), str(3 * layer + 1)
+        if f"{place}.weight" not in tensors or f"{norm}.running_mean" not in tensors:
+            raise UserError(
+                f"{source}: the protocol keeps {layers} of the projector's layers, of which there "
+                f"are {layer}: give a run's folder or its checkpoint"
+            )
+        out, inputs = tensors[f"{place}.weight"].shape
+        linear = nn.Linear(inputs, out, bias=f"{place}.bias" in tensors)
+        for name, part in ((place, linear), (norm, nn.BatchNorm1d(out))):
+            own = {
+                n.removeprefix(f"{name}."): t
+                for n, t in tensors.items()
+                if n.startswith(f"{name}.")
+            }
+            part.load_state_dict(own)
+            parts.append(part)
+        parts.append(nn.ReLU())
+    whole = nn.Sequential(*parts).eval()
+    whole.embed_dim = out
+    return whole
+
+
 class FineTuning:
     """Every setting on the first seed, the chosen one on the others."""
 
@@ -120,8 +156,8 @@ class FineTuning:
                     f"no paper's protocol here: give --protocol ({', '.join(PROTOCOLS)})"
                 )
         name = name or "small"
-        self.protocol = PROTOCOLS[name]
         percent = config.percent
+        self.protocol = PROTOCOLS[name].others.get(percent, PROTOCOLS[name])
         if percent not in self.protocol.head_lrs:
             raise UserError(f"--protocol {name} has no source for {percent} %: take another")
         self.config = dataclasses.replace(
@@ -130,6 +166,9 @@ class FineTuning:
             batch_size=config.batch_size or self.protocol.batch[percent],
         )
         self.job.config = self.config
+        if layers := self.protocol.projector_layers:
+            encoder = with_projector(self.job.encoder, config.backbone, layers)
+            self.job.encoder = encoder.to(self.job.device, self.job.dtype)
         check_batch(self.config.batch_size, self.job.ranks)
         self.candidates = self.settings()
 
@@ -264,7 +303,11 @@ class FineTuning:
             for name in rates
         }
         groups = [{"params": parts[n], "base": r * batch / 256} for n, r in rates.items()]
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=protocol.nesterov)
+        if protocol.lars:
+            groups[0]["adapted"] = False  # the head; lars_optimizer.py leaves it out
+            optimizer = ClassicLARS(groups, lr=0.0, momentum=0.9)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=protocol.nesterov)
         first = state.get("step", 0)
         if first:
             model.load_state_dict(state["model"])
@@ -363,7 +406,8 @@ class FineTuning:
             tried = [t | {"held_out_top1": a} for t, a in zip(tried, state["tried"], strict=True)]
         hyperparameters = {
             "protocol": config.protocol,
-            "optimizer": "nesterov" if protocol.nesterov else "sgd",
+            "optimizer": "lars" if protocol.lars else "nesterov" if protocol.nesterov else "sgd",
+            "projector_layers": protocol.projector_layers,
             "batch": config.batch_size,
             "weight_decay": 0.0,
             "schedule": protocol.schedule,

@@ -31,6 +31,7 @@ class Manifest:
     archives: list[dict[str, Any]]
     splits: dict[str, dict[str, Any]]
     by_hand: list[str]
+    megabytes: int = 0  # of all archives
     per_class: dict[str, int] = field(default_factory=dict)
     dead: str | None = None  # what became of the official link
     draw: int | None = None  # images of each class that train and val are drawn from

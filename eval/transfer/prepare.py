@@ -1,8 +1,9 @@
 """Downloads what can still be downloaded of the 12 datasets, and checks what is there.
 
-    python eval/transfer/prepare.py --root DIR                     # all
+    python eval/transfer/prepare.py                     # says what it would download
+    python eval/transfer/prepare.py --root DIR --all
     python eval/transfer/prepare.py --root DIR --datasets pets,dtd
-    python eval/transfer/prepare.py --root DIR --check             # downloads nothing
+    python eval/transfer/prepare.py --root DIR --check  # downloads nothing
 
 Prints a table: ready, incomplete with counts, or missing with the steps by hand. Ends with 0 when
 all are ready. What is downloaded, from where and under which licence: eval/transfer/manifests/.
@@ -12,16 +13,19 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 
 from common.errors import UserError, command, make_folder
 from common.run import documents
+from common.run.help import in_80_columns
 from eval.transfer import manifest as manifests
-from eval.transfer.archives import fetch, is_archive, unpack
 from eval.transfer.manifest import DATASETS, Manifest
-from eval.transfer.readers import Pool, read
-from eval.transfer.splits import uneven
+
+if TYPE_CHECKING:
+    from eval.transfer.readers import Pool
 
 
 @dataclass
@@ -34,6 +38,9 @@ class State:
 
 def state_of(manifest: Manifest, root: Path) -> State:
     """What there is of a dataset below `root`."""
+    from eval.transfer.readers import read  # imports torch, which the list need not wait for
+    from eval.transfer.splits import uneven
+
     try:
         pool = read(manifest, root)
     except UserError as error:
@@ -51,7 +58,7 @@ def state_of(manifest: Manifest, root: Path) -> State:
     return State("ready", copy + ", ".join(f"{name} {n}" for name, n in found.items()))
 
 
-def empty_files(pool: Pool) -> list[str]:
+def empty_files(pool: "Pool") -> list[str]:
     """Says how many image files hold nothing, as an interrupted copy leaves them."""
     if not hasattr(pool.images, "paths"):
         return []
@@ -61,6 +68,8 @@ def empty_files(pool: Pool) -> list[str]:
 
 def download(manifest: Manifest, root: Path) -> None:
     """Fetches and unpacks a dataset's archives; UserError for the first that cannot be had."""
+    from eval.transfer.archives import fetch, is_archive, unpack
+
     for archive in manifest.archives:
         folder = root / archive.get("into", ".")
         path = fetch(archive["url"], folder, archive["md5"])
@@ -97,23 +106,50 @@ def print_table(states: dict[str, State], root: Path) -> None:
             print(f"  {number}. {step.replace('ROOT', str(root))}")
 
 
+def print_downloads(root: Path | None) -> float:
+    """A table of what would be downloaded, but for what is ready in `root`; its size in GB."""
+    total = 0.0
+    print(f"{'dataset':12} {'download':>10}  from, and what it takes")
+    for key in DATASETS:
+        manifest = manifests.load(key)
+        ready = root is not None and root.is_dir() and state_of(manifest, root).word == "ready"
+        size, said = "by hand", manifest.dead or "no archive to download"
+        if manifest.archives:
+            size, said = f"{manifest.megabytes:,} MB", manifest.source
+        if ready:
+            size, said = "-", f"ready in {root}"
+        elif manifest.archives:
+            total += manifest.megabytes / 1000
+        print(f"{key:12} {size:>10}  {said} (licence: {manifest.licence})")
+    return total
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=in_80_columns(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--root", required=True, type=Path, help="folder of all datasets")
-    parser.add_argument(
-        "--datasets", "--only", default="", help=f"of {','.join(DATASETS)}; default all"
-    )
+    parser.add_argument("--root", type=Path, help="folder of all datasets")
+    parser.add_argument("--all", action="store_true", help="download all that can be")
+    parser.add_argument("--datasets", "--only", default="", help=f"some of {', '.join(DATASETS)}")
     parser.add_argument("--check", action="store_true", help="download nothing")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    root = documents.expanded(arguments.root)
+    root = documents.expanded(arguments.root) if arguments.root else None
+    if not (arguments.all or arguments.datasets or arguments.check):
+        total = print_downloads(root)
+        raise UserError(
+            f"nothing was downloaded: say --all for these {total:.1f} GB, or --datasets NAMES, "
+            "with --root DIR"
+        )
+    if root is None:
+        raise UserError(
+            "--root DIR is missing: the folder that holds the datasets or is to hold them"
+        )
     keys = manifests.chosen(arguments.datasets)
     if not root.is_dir():
         if arguments.check or root.exists():

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common.run.early  # noqa: F401  # isort: skip
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from common.augment import two_views
 from common.config import PositiveInt, Seed, free
@@ -26,6 +26,7 @@ from common.data.images import SKIP_HINT, subset
 from common.data.loaders import default_workers
 from common.errors import Stopped, UserError, command, make_folder
 from common.files import write
+from common.progress import Progress
 from common.run import documents, environment
 from common.run.calibrate import calibrated
 from common.run.flags import parse
@@ -50,7 +51,6 @@ VOC_DECAYS = {
     "binary": "of the binary logistic regression",
 }
 # a terminal is redrawn often, a log file gets a line now and then
-PROGRESS_SECONDS = 0.1 if sys.stderr.isatty() else 30.0
 REPORTED_DIFFICULT = "difficult objects count as not there, as in ssl-transfer"
 
 
@@ -199,13 +199,7 @@ class Transfer:
         return calibrated(self.encoder, subset(pool.images, parts.train), views, 0, self.workers)
 
     def features(self, about: Manifest, pool: readers.Pool, encoder: nn.Module) -> torch.Tensor:
-        with tqdm(
-            total=len(pool.images),
-            desc="  features",
-            unit="image",
-            leave=False,
-            mininterval=PROGRESS_SECONDS,
-        ) as bar:
+        with Progress(len(pool.images), "  features", "image") as bar:
 
             def between(images: int) -> None:
                 self.stop_if_asked()
@@ -236,9 +230,7 @@ class Transfer:
             for i in (parts.train, parts.val, parts.test)
         )
         halved = about.metric == "11pt mAP" and config.voc_decay == "softmax"
-        with tqdm(
-            total=len(DECAYS), desc="  decays", leave=False, mininterval=PROGRESS_SECONDS
-        ) as bar:
+        with Progress(len(DECAYS), "  decays", "decay") as bar:
             chosen = classifier.choose(
                 train,
                 val,
@@ -431,10 +423,6 @@ def in_group(name: str, key: str) -> bool:
     if name == "average of 11":
         return key != "birdsnap"
     return name == "average of 12" or key in scores.GSG_TEN
-
-
-def progress_bar(total: int, words: str) -> tqdm:
-    return tqdm(total=total, desc=words, leave=False, mininterval=PROGRESS_SECONDS)
 
 
 def chosen_device(name: str | None) -> torch.device:
