@@ -39,6 +39,7 @@ from common.config import (
 )
 from common.distributed import average_gradients, gather, rank
 from common.errors import UserError, command
+from common.fast.batch_norm import count_values
 from common.fast.micro_batch import Pieces
 from common.models import build_encoder, in_full_precision, mlp, momentum_copy, update_momentum
 from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
@@ -126,13 +127,12 @@ class Triplet(nn.Module):
         self.projector = mlp(sizes, hidden_bias=True, output_bias=True)
         sizes = [out, config.predictor_hidden, out]
         self.predictor = mlp(sizes, hidden_bias=True, output_bias=True)
-        for head in (self.projector, self.predictor):
-            for layer in (layer for layer in head if isinstance(layer, nn.Linear)):
+        for layer in [*self.projector, *self.predictor]:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-                if head is self.projector:
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                else:
-                    nn.init.normal_(layer.weight, std=0.01)
+        for layer in (self.predictor[0], self.predictor[-1]):
+            nn.init.normal_(layer.weight, std=0.01)
 
 
 @in_full_precision
@@ -220,14 +220,12 @@ def views_of(config: Config) -> list[View]:
 
 def resolve(config: Config) -> Config:
     """With --ranks as first-last."""
-    first, last = ranks_of(config)
-    return dataclasses.replace(config, ranks=f"{first}-{last}")
+    return dataclasses.replace(config, ranks="-".join(map(str, ranks_of(config))))
 
 
 def parse_arguments(argv: list[str] | None = None) -> Config:
-    """The configuration; UserError for a block, ranks or resizing that cannot be (not in `resolve`,
-    which also sees the preset's block with another batch)."""
-    config = parse(Config, PRESETS, argv, resolve)
+    """The configuration; UserError for a block, ranks or a resizing that cannot be."""
+    config = parse(Config, PRESETS, argv, resolve)  # which sees the preset's block too: no errors
     if config.block and config.batch_size % config.block:
         text = "must divide the global batch, --batch-size"
         raise UserError(f"--block {config.block}: {text} {config.batch_size}")
@@ -257,6 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     block = own_block(config, run.ranks) if config.random_resize else 0
     model = run.place(Triplet(config))
     target = momentum_copy(encoder=model.encoder, projector=model.projector)
+    if config.random_resize:  # blocks, so ranks, have sizes of their own
+        count_values(model.encoder)
+        count_values(target.encoder)
     encode, encode_target = Pieces(model.encoder, config), Pieces(target.encoder, config)
 
     lr = scaled_lr(config.lr, config.batch_size, config.lr_batch)

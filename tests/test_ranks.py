@@ -88,7 +88,11 @@ def test_first_step_gradients_agree_in_float32(method, tmp_path):
     np.testing.assert_allclose(step_losses(two), step_losses(one), rtol=1e-5, atol=1e-7)
     assert seen_one["gradients"] and seen_one["losses"]
     for name, expected in seen_one["gradients"].items():
-        bound = 1e-5 * expected.abs().max() + 1e-7
+        scale = expected.abs().max()
+        weight = seen_one["gradients"].get(f"{name.removesuffix('bias')}weight")
+        if name.endswith("bias") and weight is not None and weight.ndim == 2:
+            scale = max(scale, weight.abs().max())  # before a batch norm it is rounding alone
+        bound = 1e-5 * scale + 1e-7
         if name == "encoder.0.weight":  # oneDNN's is itself 1e-5 off its float64 value on one rank
             bound *= 2
         for seen in seen_two:

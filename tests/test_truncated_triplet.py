@@ -25,6 +25,7 @@ from common import cards
 from common.augment import two_views
 from common.errors import UserError
 from common.models import build_encoder
+from common.run import metrics
 from eval.linear_probe.protocols import PROTOCOLS
 from recipes import truncated_triplet
 from recipes.truncated_triplet import draw_sides, own_block, parameter_groups, rate_at, triplet_loss
@@ -216,9 +217,10 @@ FLAGS += ["--predictor-hidden", "20", "--output-dim", "12", "--batch-size", str(
 LAB = ["--arch", "resnet_lab"]
 READINGS = [
     ["--ranks", "1", "--margin", "0.5"],
-    ["--follow", "official", "--block", "16", *LAB, "--zero-init-residual"],
+    ["--follow", "official", "--block", "16"],
 ]
 OTHERS = [
+    ["--follow", "official", "--block", "16", *LAB, "--zero-init-residual"],
     ["--random-resize", "--ranks", "2-4", "--cosine-per", "step"],
     ["--optimizer", "lars", "--gamma", "1", "--block", "8", "--ranks", "3-7"],
 ]
@@ -309,7 +311,7 @@ def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
     assert len(seen["views"]) == STEPS_PER_EPOCH + 2
     pairs = [(getattr(after["model"], n), online[n]) for n in online]
     assert_states_are_close([*pairs, *((getattr(after["target"], n), target[n]) for n in target)])
-    if official:  # zero_init_residual: the scales of bn2 are excluded, so that they move
+    if config.zero_init_residual:  # the scales of bn2 are excluded, so that they move
         assert after["model"].encoder.layer1[0].bn2.weight.any()
 
 
@@ -327,10 +329,45 @@ def test_two_ranks_resize_alike_within_a_block(tmp_path):
     two_ranks_are_one(tmp_path, "truncated_triplet", "--random-resize")
 
 
+SIZES = """
+import torch
+from torch import nn
+from common import distributed
+from common.fast.batch_norm import RankBatchNorm, count_values
+from common.run.ranks import start
+
+start()
+rank = distributed.rank()
+images = [torch.arange(48.0).view(2, 3, 2, 4).sin(), torch.arange(90.0).view(2, 3, 3, 5).cos()]
+values = torch.cat([x.transpose(0, 1).flatten(1) for x in images], dim=1).double()
+norm = RankBatchNorm.of(nn.BatchNorm2d(3)).double()
+count_values(norm)
+x = images[rank].double().requires_grad_()
+(norm(x) ** 3).sum().backward()
+plain, y = nn.BatchNorm1d(3).double(), values.T.clone().requires_grad_()
+(plain(y) ** 3).sum().backward()
+own = slice(0, 16) if rank == 0 else slice(16, 46)
+expected = y.grad[own].T.reshape(3, 2, *x.shape[2:]).transpose(0, 1)
+torch.testing.assert_close(x.grad, expected, rtol=1e-9, atol=1e-12)
+for name in ("running_mean", "running_var"):
+    torch.testing.assert_close(getattr(norm, name), getattr(plain, name))
+distributed.stop()
+"""
+
+
+@pytest.mark.long
+def test_batch_norms_over_ranks_count_the_values_of_each(tmp_path):
+    """Two images of 2 x 4 pixels on one rank and of 3 x 5 on the other: as all values in one."""
+    (tmp_path / "sizes.py").write_text(SIZES)
+    run_ranks(2, tmp_path / "sizes.py")
+
+
 @pytest.mark.long
 def test_two_ranks_with_a_block_each_have_sizes_of_their_own(tmp_path):
     flags = [*small("truncated_triplet"), "--block", "18", "--random-resize", "--max-steps", "2"]
     run_ranks(2, "recipes/truncated_triplet.py", *flags, "--output", tmp_path / "run")
+    losses = [r["loss"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert len(losses) >= 2 and all(math.isfinite(loss) for loss in losses)
     with pytest.raises(AssertionError, match="error: --random-resize with --block 18 on 1 ranks"):
         run_ranks(1, "recipes/truncated_triplet.py", *flags, "--output", tmp_path / "other")
 

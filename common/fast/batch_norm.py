@@ -45,6 +45,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     views = 1  # equal parts of the batch that are normalised apart
+    counts = False  # whether ranks may hold different numbers of values, so that they are added up
 
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "RankBatchNorm":
@@ -102,9 +103,19 @@ def views_apart(module: nn.Module, views: int) -> Iterator[None]:
 
 
 def can_keep_views_apart(module: nn.Module) -> bool:
-    """Whether all of its batch norms, if any, are ours."""
+    """Whether all of its batch norms, if any, are ours, and ranks have images of one size."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return all(isinstance(norm, RankBatchNorm) for norm in norms)
+    return all(isinstance(norm, RankBatchNorm) and not norm.counts for norm in norms)
+
+
+def count_values(module: nn.Module) -> None:
+    """From now on the batch norms of `module` take inputs whose size is another on each rank, as
+    PyTorch's on CUDA do anyway, at one more all-reduce each; and views one by one, since which of
+    them are of one size is another matter on each rank.
+    """
+    for norm in module.modules():
+        if isinstance(norm, RankBatchNorm):
+            norm.counts = True
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -116,6 +127,8 @@ class _BatchNorm(torch.autograd.Function):
         y, views = torch.empty_like(x), norm.views
         rows, out = as_rows(x, views), as_rows(y, views)
         ctx.count = rows.shape[1] * world_size()  # ranks hold equally many images
+        if norm.counts:
+            ctx.count = int(all_reduce_sum(torch.tensor(rows.shape[1])))
         mean = sum_over_ranks(by_blocks(add_values, [rows], [], 1)[:, 0]) / ctx.count
         var = sum_over_ranks(by_blocks(add_squares, [rows], [mean], 1)[:, 0]) / ctx.count
         norm.track(mean, var, ctx.count)
