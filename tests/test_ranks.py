@@ -91,7 +91,8 @@ def test_first_step_gradients_agree_in_float32(method, tmp_path):
         scale = expected.abs().max()
         weight = seen_one["gradients"].get(f"{name.removesuffix('bias')}weight")
         if name.endswith("bias") and weight is not None and weight.ndim == 2:
-            scale = max(scale, weight.abs().max())  # before a batch norm it is rounding alone
+            largest = weight.abs().max()  # before a batch norm a bias's own is rounding alone
+            scale = largest if scale < 1e-4 * largest else scale
         bound = 1e-5 * scale + 1e-7
         if name == "encoder.0.weight":  # oneDNN's is itself 1e-5 off its float64 value on one rank
             bound *= 2
