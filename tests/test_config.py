@@ -628,7 +628,9 @@ def test_settings_of_a_file_count_as_those_of_flags(config_file):
     assert snclr(*file, "--temperature", "0.2").settings == {}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.long) for name in RECIPES[1:])]
+)
 def test_plain_flags_are_read_as_tyro_reads_them(recipe, monkeypatch):
     """Every field, each with a value of its type, and words that only tyro may judge."""
     module = importlib.import_module(f"recipes.{recipe}")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BY_RECIPE, METHODS, only_error, run_ranks, run_script, small
+from conftest import BY_FAMILY, METHODS, only_error, run_ranks, run_script, small
 from torch import nn
 
 from common.errors import UserError
@@ -294,7 +294,7 @@ def assert_same_numbers(runs, tolerance=1e-9):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", BY_RECIPE)
+@pytest.mark.parametrize("method", BY_FAMILY)
 def test_a_recipe_with_a_vit_gives_the_same_run_in_pieces(method, tmp_path, monkeypatch):
     recipe, flags = METHODS[method]
     monkeypatch.setattr(f"recipes.{recipe}.build_encoder", tiny_vit)

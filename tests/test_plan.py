@@ -127,6 +127,7 @@ def test_runs_are_chosen_by_their_names_and_their_tiers():
         plan.chosen(runs, ["photos-nnclrr"])
 
 
+@pytest.mark.long
 def test_the_plan_is_a_sweep(tmp_path, monkeypatch, capsys):
     """A tier and a run, a job for each seed, which says what it is of the plan."""
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BY_FAMILY, BY_RECIPE, SMALL, run_ranks, small, smallest, start_ranks
+from conftest import BY_FAMILY, SMALL, run_ranks, small, smallest, start_ranks
 from test_resume import FLAGS, images
 
 from common import cards
@@ -79,7 +79,7 @@ def test_two_ranks_train_both_branches_as_one(recipe, tmp_path):
         assert own and any(g.any() for g in own), part
 
 
-@pytest.mark.parametrize("method", BY_RECIPE)
+@pytest.mark.parametrize("method", BY_FAMILY)
 def test_first_step_gradients_agree_in_float32(method, tmp_path):
     recipe, flags = smallest(method)
     flags = [*flags, "--precision", "fp32", "--max-steps", "1"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import (
-    BY_RECIPE,
+    BY_FAMILY,
     DEFAULTS,
     METHODS,
     SMALL,
@@ -70,7 +70,7 @@ def has_queue(run):
     return "queue" in checkpoint.load(run / "checkpoint.pt")["state"]
 
 
-@pytest.mark.parametrize("method", BY_RECIPE)
+@pytest.mark.parametrize("method", BY_FAMILY)
 def test_runs_end_to_end(method, run_of):
     recipe, run = METHODS[method][0], run_of(method)
     assert {p.name for p in run.iterdir()} >= ARTEFACTS
