@@ -133,9 +133,9 @@ def bunch_means(rows: Tensor, bunch: int) -> Tensor:
     return means[own // bunch]
 
 
-def cross_entropy(p: Tensor, q: Tensor, eps: float) -> Tensor:
-    """The mean over rows of -sum_k p_k log(q_k + eps)."""
-    return -(p * (q + eps).log()).sum(dim=1).mean()
+def entropy(p: Tensor, log_p: Tensor) -> Tensor:
+    """The mean over rows of -sum_k p_k log p_k."""
+    return -(p * log_p).sum(dim=1).mean()
 
 
 @in_full_precision
@@ -149,14 +149,14 @@ def twist_terms(
     entropy of the mean over the images of all ranks, gathered with gradient.
     """
     p1, p2 = logits1.softmax(dim=1), logits2.softmax(dim=1)
-    consistency = cross_entropy(p1, p2, eps) - cross_entropy(p1, p1, eps)
-    consistency = (consistency + cross_entropy(p2, p1, eps) - cross_entropy(p2, p2, eps)) / 2
-    sharpness, diversity = 0, 0
-    for logits in (logits1, logits2):
-        p = (logits / tau).softmax(dim=1)
-        mean = gather_with_grad(p.mean(dim=0, keepdim=True)).mean(dim=0, keepdim=True)
-        sharpness = sharpness + cross_entropy(p, p, eps) / 2
-        diversity = diversity + cross_entropy(mean, mean, eps) / 2
+    log1, log2 = (p1 + eps).log(), (p2 + eps).log()
+    consistency = ((p1 - p2) * (log1 - log2)).sum(dim=1).mean() / 2  # both divergences at once
+    if tau != 1:
+        p1, p2 = (logits1 / tau).softmax(dim=1), (logits2 / tau).softmax(dim=1)
+        log1, log2 = (p1 + eps).log(), (p2 + eps).log()
+    sharpness = (entropy(p1, log1) + entropy(p2, log2)) / 2
+    mean1, mean2 = (gather_with_grad(p.mean(dim=0, keepdim=True)).mean(0, True) for p in (p1, p2))
+    diversity = (entropy(mean1, (mean1 + eps).log()) + entropy(mean2, (mean2 + eps).log())) / 2
     return consistency, sharpness, diversity
 
 
