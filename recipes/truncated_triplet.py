@@ -225,7 +225,7 @@ def resolve(config: Config) -> Config:
 
 def parse_arguments(argv: list[str] | None = None) -> Config:
     """The configuration; UserError for a block, ranks or a resizing that cannot be."""
-    config = parse(Config, PRESETS, argv, resolve)  # which sees the preset's block too: no errors
+    config = parse(Config, PRESETS, argv, resolve)  # resolve also sees the preset alone
     if config.block and config.batch_size % config.block:
         text = "must divide the global batch, --batch-size"
         raise UserError(f"--block {config.block}: {text} {config.batch_size}")
