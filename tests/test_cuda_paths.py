@@ -183,10 +183,10 @@ def test_fp32_is_float32_on_a_gpu_too(precision, rounded, finished, tmp_path, mo
     assert torch.backends.cudnn.allow_tf32 is rounded
 
 
-def knn_of_few(encoder, train_images, test, *rest) -> float:
+def knn_of_few(encoder, train_images, test, *rest, **named) -> float:
     """The run's own k-NN, on so few images that the test is quick."""
     few = [subset(images, np.arange(20)) for images in (train_images, test)]
-    return knn.knn_of_encoder(encoder, *few, *rest)
+    return knn.knn_of_encoder(encoder, *few, *rest, **named)
 
 
 @pytest.mark.parametrize("views", [(cifar_view(32), cifar_view(32)), byol_views(32)])
