@@ -39,9 +39,9 @@ def rank_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
 class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over all ranks on CPU.
 
-    Mean first, then the variance about it: two small all-reduces, and no cancellation. Sums are
-    taken in float64, so that one rank and several round alike. Within `views_apart` a batch is
-    several views one after another, each with statistics of its own.
+    Sums are taken in float64, so that one rank and several round alike, and the variance loses
+    nothing as the difference of two means: one pass, one small all-reduce. Within `views_apart` a
+    batch is several views one after another, each with statistics of its own.
     """
 
     views = 1  # equal parts of the batch that are normalised apart
@@ -71,19 +71,21 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
             x = x.float()
         return _BatchNorm.apply(x, self.weight, self.bias, self)
 
-    def track(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def track(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
         """Moves the running statistics by the views' mean and variance (views, C), over `count`
         values each, in the views' order, as one forward after another does.
         """
         if not self.track_running_stats or self.running_mean is None or not self.training:
             return
         unbiased = var * (count / max(1, count - 1))
-        for values in zip(mean, unbiased, strict=True):
-            self.num_batches_tracked.add_(1)
-            share = self.momentum  # None: the mean of all batches
-            share = 1 / int(self.num_batches_tracked) if share is None else share
+        before = int(self.num_batches_tracked)
+        self.num_batches_tracked += len(mean)
+        for number, values in enumerate(zip(mean, unbiased, strict=True), start=before + 1):
+            # without a momentum: the mean of all batches
+            share = 1 / number if self.momentum is None else self.momentum
             for average, value in zip((self.running_mean, self.running_var), values, strict=True):
-                average += share * (value - average)
+                kept = average.numpy()
+                kept += share * (value - kept)
 
 
 @contextlib.contextmanager
@@ -129,63 +131,72 @@ class _BatchNorm(torch.autograd.Function):
         ctx.count = rows.shape[1] * world_size()  # ranks hold equally many images
         if norm.counts:
             ctx.count = int(all_reduce_sum(torch.tensor(rows.shape[1])))
-        mean = sum_over_ranks(by_blocks(add_values, [rows], [], 1)[:, 0]) / ctx.count
-        var = sum_over_ranks(by_blocks(add_squares, [rows], [mean], 1)[:, 0]) / ctx.count
+        moments = sum_over_ranks(by_blocks(add_moments, [rows], [], 2)) / ctx.count
+        mean = moments[:, 0]
+        var = np.maximum(moments[:, 1] - mean**2, 0)
         norm.track(mean, var, ctx.count)
-        inverse_std = (var + norm.eps).rsqrt()
-        scale = inverse_std if weight is None else inverse_std * weight
-        offset = torch.zeros_like(mean) if bias is None else bias.double().expand(views, -1)
+        inverse_std = 1 / np.sqrt(var + norm.eps)
+        scale = inverse_std if weight is None else inverse_std * weight.detach().numpy()
+        offset = np.zeros_like(mean)
+        if bias is not None:
+            offset += bias.detach().numpy()
         by_blocks(normalise, [rows, out], [mean, scale, offset])
-        ctx.save_for_backward(x, mean, inverse_std, scale)
+        ctx.channels = mean, inverse_std, scale
+        ctx.save_for_backward(x)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, mean, inverse_std, scale = ctx.saved_tensors
+        (x,), (mean, inverse_std, scale) = ctx.saved_tensors, ctx.channels
         grad, views = channels_last(grad), len(mean)
         grad_x = torch.empty_like(grad)
         rows, of_rows, out = (as_rows(each, views) for each in (x, grad, grad_x))
         sums = by_blocks(add_gradients, [of_rows, rows], [mean, inverse_std], 2)
-        means = sum_over_ranks(sums.clone()) / ctx.count  # clone: overwritten by the sum over ranks
-        channels = mean, inverse_std, means[:, 0], means[:, 1], scale
-        by_blocks(give_back, [of_rows, rows, out], channels)
-        own = sums.sum(0).to(grad.dtype)  # average_gradients adds up those of the ranks
+        own = torch.from_numpy(sums.sum(0)).to(grad.dtype)  # average_gradients adds up the ranks'
+        means = sum_over_ranks(sums) / ctx.count
+        by_blocks(
+            give_back,
+            [of_rows, rows, out],
+            [mean, inverse_std, means[:, 0], means[:, 1], scale],
+        )
         needed = ctx.needs_input_grad
         return grad_x, own[1] if needed[1] else None, own[0] if needed[2] else None, None
 
 
-# -- the sums, in float64, and what is done with them: one pass over memory each -------------------
+# -- the passes over memory: sums are taken in float64, all else in the input's own precision ------
 
-BLOCK = (
-    1 << 18
-)  # values that a thread takes at once; sums are those of blocks, added in their order
+# values that a thread takes at once; sums are those of blocks, added in their order
+BLOCK = 1 << 18
 WIDTH = 1024  # values of a row: narrow ones are joined, since short loops are slow
 
 
 def by_blocks(
-    function: Callable, rows: Sequence[Tensor], channels: Sequence[Tensor], sums: int = 0
-) -> Tensor:
+    function: Callable, rows: Sequence[np.ndarray], channels: Sequence[np.ndarray], sums: int = 0
+) -> np.ndarray:
     """Calls function(*rows, *channels, totals) for blocks of each view's rows, on as many threads
     as PyTorch has. rows (views,n,C) are cut along n; channels (views,C) go to every block of their
-    view; what the blocks add to their totals is returned, added up, as float64 (views,sums,C).
+    view, in the precision of rows; what the blocks add to their totals is returned, added up, as
+    float64 (views,sums,C), if there is any.
     """
     views, n, width = rows[0].shape
     joined = math.gcd(n, max(1, WIDTH // width))
-    rows = [each.detach().view(views, n // joined, -1).numpy() for each in rows]
-    channels = [each.detach().repeat(1, joined).numpy() for each in channels]
+    rows = [each.reshape(views, n // joined, joined * width) for each in rows]
+    channels = np.tile(np.array(channels, rows[0].dtype), joined)
     size = max(1, BLOCK // (joined * width))
     totals = np.zeros((views, -(-n // (joined * size)), sums, joined * width))
 
     def work(place: tuple[int, int]) -> None:
         view, number = place
         cut = slice(number * size, (number + 1) * size)
-        function(*(r[view, cut] for r in rows), *(c[view] for c in channels), totals[place])
+        function(*[r[view, cut] for r in rows], *[c[view] for c in channels], totals[place])
 
     places = [*itertools.product(range(views), range(totals.shape[1]))]
     threads = min(torch.get_num_threads(), len(places))
     for _ in pool(threads).map(work, places) if threads > 1 else map(work, places):
         pass
-    return torch.from_numpy(totals.sum(1).reshape(views, sums, joined, width).sum(2))
+    if not sums:
+        return totals
+    return totals.sum(1).reshape(views, sums, joined, width).sum(2)
 
 
 @functools.cache
@@ -194,17 +205,12 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 
 @kernel
-def add_values(x, totals):
+def add_moments(x, totals):
     for r in range(x.shape[0]):
         for c in range(x.shape[1]):
-            totals[0, c] += x[r, c]
-
-
-@kernel
-def add_squares(x, mean, totals):
-    for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            totals[0, c] += (x[r, c] - mean[c]) ** 2
+            value = np.float64(x[r, c])  # the square of a float32 is exact in float64
+            totals[0, c] += value
+            totals[1, c] += value * value
 
 
 @kernel
@@ -230,8 +236,8 @@ def give_back(grad, x, grad_x, mean, inverse_std, of_offset, of_slope, scale, _)
             grad_x[r, c] = (grad[r, c] - of_offset[c] - normed * of_slope[c]) * scale[c]
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    return all_reduce_sum(values) if world_size() > 1 else values
+def sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    return all_reduce_sum(torch.from_numpy(values)).numpy() if world_size() > 1 else values
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -239,6 +245,6 @@ def channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def as_rows(x: Tensor, views: int) -> Tensor:
+def as_rows(x: Tensor, views: int) -> np.ndarray:
     """(N,C,…) with its channels last in memory -> (views, rows, C), the same memory."""
-    return x.movedim(1, -1).view(views, -1, x.shape[1])
+    return x.detach().movedim(1, -1).numpy().reshape(views, -1, x.shape[1])
