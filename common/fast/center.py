@@ -1,7 +1,7 @@
 """The views of evaluations: the central square of a resized image.
 
 Of an image much longer than wide nearly all that resizing makes is cropped away (a line of 1x4000
-pixels becomes 256x1024000): there the square alone is computed, with the same values.
+pixels becomes 256x1024000): then the square alone is computed, with the same values.
 """
 
 import numpy as np

@@ -122,7 +122,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     found = check_features(encoder, image_size)
     largest = max(map(abs, stored))
     worst = max(abs(a - b) for a, b in zip(stored, found, strict=True))
-    if not worst <= TOLERANCE * largest:  # also where something is not a number
+    if not worst <= TOLERANCE * largest:  # also if something is not a number
         raise UserError(
             f"{path}: the features of the fixed input differ from those stored by the run; "
             "the file was changed or this code builds another network"

@@ -103,7 +103,7 @@ def read_lines(path: str | Path, schema: str) -> Iterator[Any]:
     key.
     """
     damaged = None
-    seen: set[Any] = set()  # of lines with the same keys and types one is looked at
+    seen: set[Any] = set()  # of lines with the same keys and types one is checked
     with opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), b""), 1):
             try:

@@ -71,7 +71,7 @@ def parse(
     given = {name: getattr(config, name) for name in NO_SETTING if hasattr(config, name)}
     config = choose_by_device(resolve(config))
     check_values(config)
-    if presets:  # what they alone make of the same data, encoder, length and reading of the paper
+    if presets:  # what they alone give for these data, encoder, length and reading of the paper
         plain = resolve(dataclasses.replace(config_class(), **preset | given))
         object.__setattr__(config, "settings", settings_of(config, plain))
     return config

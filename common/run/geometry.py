@@ -1,7 +1,7 @@
 """How the features of a run's encoder lie: spread, rank and singular values, of test images.
 
 The representation is what the encoder puts out, the embedding what the loss sees of it: the output
-of the model's `projector`. Both are taken in eval mode, where batch norm cannot blow a collapsed
+of the model's `projector`. Both are taken in eval mode, so that batch norm cannot blow a collapsed
 embedding up to unit variance.
 """
 
@@ -56,10 +56,10 @@ def measure(
 
 
 def described(rows: Tensor) -> dict[str, Any]:
-    """Describes rows (N,D): `std` is the standard deviation of the l2-normalised rows times
-    sqrt(D), 1 if they are spread evenly over the sphere and 0 if they are one; `effective_rank` is
-    of the same rows; `singular_values` are the up to 128 largest of the centred rows over sqrt(N),
-    as they are: roots of their covariance's eigenvalues (DirectCLR Sec. 4.1 draws those).
+    """Describes rows (N,D). `std` is the standard deviation of the l2-normalised rows times
+    sqrt(D): 1 if they are spread evenly over the sphere, 0 if they are one. `effective_rank` is of
+    the same rows. `singular_values` are the up to 128 largest of the centred rows over sqrt(N), as
+    they are: roots of their covariance's eigenvalues (DirectCLR Sec. 4.1 draws those).
     """
     rows = rows.double()
     centred = rows - rows.mean(0)

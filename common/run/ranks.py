@@ -112,8 +112,8 @@ def ranks_from_slurm() -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = first_host()
     os.environ |= {name: str(number) for name, number in (found | {"WORLD_SIZE": tasks}).items()}
-    # one port per job, step and attempt, so that neither two jobs on one node meet, nor a requeued
-    # job what its last attempt left behind; below the ports that systems give out by themselves
+    # one port per job, step and attempt, so that two jobs on one node do not meet, and a requeued
+    # job does not meet its last attempt; it lies below the ports that systems give out themselves
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     attempt = " ".join(os.environ.get(name, "0") for name in names)
     os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(attempt.encode()) % 12000))
