@@ -36,7 +36,7 @@ COLUMNS = 16
 
 @dataclass(frozen=True)
 class Draw:
-    """What was drawn for one view. None: the transform is not applied."""
+    """What was drawn for one view; None means that the transform is not applied."""
 
     box: tuple[int, int, int, int]  # left, top, width, height of the crop, in pixels
     colour_order: tuple[int, ...] | None  # 0 brightness, 1 contrast, 2 saturation, 3 hue
@@ -49,10 +49,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class View:
-    """One random view of an image; the numbers of a paper's table.
+    """One random view of an image, with the numbers of a paper's table.
 
-    `size` in pixels, `scale` the range of the crop's share of the area, `jitter` the strengths of
-    brightness, contrast, saturation and hue, each `…_p` the probability of its transform.
+    `size` is in pixels, `scale` the range of the crop's share of the area, `jitter` the strengths
+    of brightness, contrast, saturation and hue, each `…_p` the probability of its transform.
     """
 
     size: int
@@ -85,7 +85,7 @@ class View:
         return Draw(box, order, colour, grey, blur, solarize, flip=rng.random() < self.flip_p)
 
     def apply(self, image: Image.Image, draw: Draw) -> Tensor:
-        """RGB image -> uint8 (3,size,size), in the order of BYOL's and MoCo-v3's code."""
+        """Makes uint8 (3,size,size) of an RGB image, in the order of BYOL's and MoCo-v3's code."""
         left, top, width, height = draw.box
         image = image.crop((left, top, left + width, top + height))
         image = image.resize((self.size, self.size), RESAMPLE[self.interpolation])
@@ -106,12 +106,12 @@ class View:
 
 
 def crop_only(draw: Draw) -> Draw:
-    """The same crop, with nothing after it."""
+    """Returns the draw of the same crop, with nothing after it."""
     return Draw(draw.box, None, draw.colour, grey=False, blur=None, solarize=False, flip=False)
 
 
 def draw_row(draw: Draw) -> np.ndarray:
-    """One draw as (16,) float64, in the columns above; the hue as Pillow's whole levels."""
+    """Returns a draw as (16,) float64, in the columns above; the hue in Pillow's whole levels."""
     row = np.zeros(COLUMNS)
     row[BOX] = draw.box
     row[ORDER] = -1 if draw.colour_order is None else draw.colour_order
@@ -153,9 +153,9 @@ def two_views(
     interpolation: str = "bilinear",
     jitter_strength: float = 1.0,
 ) -> tuple[View, View]:
-    """The two views of this name, of `size` pixels; crops take `crop_min` or more of the area, and
-    brightness, contrast, saturation and hue are changed `jitter_strength` times as much. Raises
-    UserError for a strength that `check_jitter_strength` refuses.
+    """Returns the two views of this name, of `size` pixels. Crops take `crop_min` or more of the
+    area; brightness, contrast, saturation and hue are changed `jitter_strength` times as much.
+    Raises UserError for a strength that `check_jitter_strength` refuses.
     """
     check_jitter_strength(name, jitter_strength)
     both, *each = VIEWS[name]
@@ -166,8 +166,8 @@ def two_views(
 
 
 def check_jitter_strength(name: ViewName, strength: float) -> None:
-    """UserError if views without colours are told a strength, or if the hue would turn by more than
-    half a turn either way, which is all there are.
+    """Raises UserError if views without colours are told a strength, or if the hue would turn by
+    more than half a turn either way, which gives every hue there is.
     """
     hue = VIEWS[name][0]["jitter"][3]
     if hue == 0 and strength != 1:
@@ -180,8 +180,8 @@ def check_jitter_strength(name: ViewName, strength: float) -> None:
 def small_crops(
     views: Sequence[View], number: int, size: int, scale: tuple[float, float]
 ) -> list[View]:
-    """The small crops of multi-crop: `number` of the same views in turn, of `size` pixels, that
-    take a share of the area within `scale`.
+    """Returns the small crops of multi-crop: `number` of the same views in turn, of `size` pixels,
+    that take a share of the area within `scale`.
     """
     small = [dataclasses.replace(view, size=size, scale=scale) for view in views]
     return [small[i % len(small)] for i in range(number)]
@@ -194,8 +194,8 @@ def draw_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Inception's random crop as torchvision's RandomResizedCrop draws it: ten tries of a random
-    share of the area and log-uniform aspect, else the largest central crop within the aspects.
+    """Draws (left, top, width, height) of Inception's crop as torchvision's RandomResizedCrop does:
+    ten tries of a random share of the area and log-uniform aspect, else the largest central crop.
     """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -215,10 +215,10 @@ def draw_crop(
 
 
 def view_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
-    """The generator of one view: a counter-based stream keyed by all four numbers."""
+    """Returns the generator of one view: a counter-based stream keyed by all four numbers."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, view, sample, 0]))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> uint8 (3,H,W)."""
+    """Turns an RGB image into uint8 (3,H,W)."""
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())

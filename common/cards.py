@@ -29,9 +29,9 @@ class Card:
 
 @functools.cache
 def load(path: Path = CARDS) -> dict[str, Card]:
-    """Every recipe's card by the name of its script, in the order of the tables.
+    """Returns every recipe's card by the name of its script, in the order of the tables.
 
-    Raises UserError for a card that is not as schemas/cards.yaml has it, or names another's method.
+    Raises UserError for a card that does not fit schemas/cards.yaml, or names another's method.
     """
     cards, methods = {}, {}
     for recipe, card in (documents.read_yaml(path, "cards") or {}).items():
@@ -44,13 +44,13 @@ def load(path: Path = CARDS) -> dict[str, Card]:
 
 
 def methods(path: Path = CARDS) -> list[str]:
-    """The names of all methods, in the order of the tables."""
+    """Returns the names of all methods, in the order of the tables."""
     return [name for card in load(path).values() for name in card.methods]
 
 
 def protocol(recipe: str | None, kind: str, known: Iterable[str]) -> str | None:
-    """The protocol, of those `known`, that a recipe's card names for its `kind` of evaluation,
-    "linear" or "finetune"; None without a card or if it names none. UserError for an unknown one.
+    """Returns the protocol that a recipe's card names for its `kind` of evaluation, "linear" or
+    "finetune"; None without a card or if it names none. Raises UserError for one not in `known`.
     """
     card = load().get(recipe)
     name = getattr(card, kind) if card else None
@@ -60,7 +60,7 @@ def protocol(recipe: str | None, kind: str, known: Iterable[str]) -> str | None:
 
 
 def method_of(recipe: str, config: dict[str, Any]) -> str:
-    """The paper's name of what a run's configuration does; without a card, the recipe's own."""
+    """Returns the paper's name of what a configuration does, or the recipe's own without a card."""
     card = load().get(recipe)
     name = recipe
     for method, flags in card.methods.items() if card else ():

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 @dataclass(frozen=True)
 class Bound:
-    """What a field's value must do, in words and as a test; stands at the field's type."""
+    """A condition on a field's value, in words and as a test; it stands at the field's type."""
 
     words: str
     holds: Callable[[float], bool]
@@ -61,13 +61,13 @@ PHOTOS = CIFAR10 | {"arch": "tiny", "epochs": 10, "batch_size": 64, "lr": 0.02, 
 
 
 def free(default: Any) -> Any:
-    """A field that does not enter the numbers: it may change when a run is continued."""
+    """Returns a field that does not enter the numbers: it may change when a run is continued."""
     return field(default=default, metadata={"free": True})
 
 
 def later(default: Any, before: Any = None) -> Any:
-    """A field that enters the numbers, added when runs existed already: they did what `before`
-    says, else `default`, so that they can be continued and keep their hash.
+    """Returns a field that enters the numbers but came when runs existed already. These did what
+    `before` says, or else `default`, so that they can be continued and keep their hash.
     """
     return field(default=default, metadata={"before": default if before is None else before})
 

@@ -17,25 +17,25 @@ from common.errors import UserError
 
 
 def rank() -> int:
-    """This process's number among all ranks, 0 without a process group."""
+    """Returns this process's number among all ranks, 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def ranks_on_this_machine() -> int:
-    """How many ranks share this machine's cores: torchrun says it, else one per GPU in use."""
+    """Returns how many ranks share this machine's cores: torchrun's number, else one per GPU."""
     if (said := variable("LOCAL_WORLD_SIZE", least=1)) is not None:
         return said
     return min(world_size(), torch.cuda.device_count()) or world_size()
 
 
 def world_size() -> int:
-    """The number of ranks, 1 without a process group."""
+    """Returns the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def variable(name: str, least: int = 0) -> int | None:
-    """A whole number that the environment holds, None if it holds none of this name; UserError,
-    said by the rank that has it, for anything else.
+    """Reads a whole number from the environment, None if it holds none of this name. Raises
+    UserError, said by the rank that has it, for anything else.
     """
     text = os.environ.get(name)
     if text is None:
@@ -55,7 +55,7 @@ def stop() -> None:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(N,…) of each rank -> (world*N,…) in rank order, without gradient."""
+    """Gathers (N,…) of each rank to (world*N,…) in rank order, without gradient."""
     if world_size() == 1:
         return x.detach()
     x = x.detach().contiguous()
@@ -65,26 +65,26 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """(N,…) of each rank -> (world*N,…) in rank order; the gradient of every rank flows back."""
+    """Gathers (N,…) of each rank to (world*N,…) in rank order; every rank's gradient flows back."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of x over ranks, without gradient; overwrites x."""
+    """Returns the sum of x over ranks, without gradient; overwrites x."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of x over ranks, without gradient."""
+    """Returns the mean of x over ranks, without gradient."""
     if world_size() == 1:
         return x.detach()
     return all_reduce_sum(x.detach().clone()) / world_size()
 
 
 def any_rank(flags: list[bool]) -> list[bool]:
-    """For each flag whether any rank has raised it: how ranks agree on a step."""
+    """Tells for each flag whether any rank has raised it; so ranks agree on a step."""
     if world_size() == 1:
         return flags
     raised = torch.tensor([int(f) for f in flags])
@@ -93,7 +93,7 @@ def any_rank(flags: list[bool]) -> list[bool]:
 
 
 def from_rank_zero(value):
-    """Rank 0's value (any picklable object) on all ranks."""
+    """Returns rank 0's value (any picklable object) on all ranks."""
     if world_size() == 1:
         return value
     box = [value]
@@ -102,7 +102,7 @@ def from_rank_zero(value):
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order."""
+    """Returns every rank's value, in rank order."""
     found = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, value)
@@ -118,7 +118,7 @@ def barrier() -> None:
 def average_gradients(module: nn.Module) -> None:
     """Replaces every gradient by its mean over ranks, in one all-reduce of one flat tensor.
 
-    Plain and in one fixed order: DistributedDataParallel rebuilds its buckets after the first
+    The order of the sum is fixed: DistributedDataParallel rebuilds its buckets after the first
     step, so that with more than two ranks a resumed run would add in another order and lose
     bit-identity. The price is that communication does not overlap the backward pass.
     """

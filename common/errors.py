@@ -21,7 +21,7 @@ NO_MEMORY = ("can't allocate memory", "size calculation overflowed", "Overflow w
 
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong, where, and what to do, in one line.
+    """A mistake that the user can fix. One line says what is wrong, where, and what to do.
 
     Rank 0 says it, since all ranks meet it alike (a wrong flag). `this_rank=True` marks what one
     rank alone meets (a corrupt image, a killed loader worker): that rank says it.
@@ -33,7 +33,7 @@ class UserError(Exception):
 
 
 class PeerFailed(Exception):  # noqa: N818, another rank says the error
-    """Another rank has met an error and says it: this one ends without a word."""
+    """Ends this rank without a word: another rank has met an error and says it."""
 
 
 class Stopped(Exception):  # noqa: N818, it is no error
@@ -41,8 +41,8 @@ class Stopped(Exception):  # noqa: N818, it is no error
 
 
 def nearest_name(name: str, choices, cutoff: float = 0.5) -> str:
-    """`"; did you mean X?"` for the choice nearest to `name`, or an empty string where none has
-    difflib's ratio `cutoff`.
+    """Returns `"; did you mean X?"` for the choice nearest to `name`, or an empty string if no
+    choice has a difflib ratio of `cutoff`.
     """
     import difflib
 
@@ -51,18 +51,18 @@ def nearest_name(name: str, choices, cutoff: float = 0.5) -> str:
 
 
 def nearest_path(name: str, choices) -> str:
-    """`nearest_name` of a file or folder: any folder has names that are a little alike."""
+    """Returns a stricter `nearest_name`, since any folder has names that are a little alike."""
     return nearest_name(name, choices, cutoff=0.8)
 
 
 def brief(what: object, most: int = 100) -> str:
-    """As text of about `most` characters, its middle left out if it is longer."""
+    """Returns `what` as text; beyond about `most` characters its middle is left out."""
     text = str(what)
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}"
 
 
 def make_folder(folder: Path, flag: str = "--output") -> None:
-    """Makes a folder and those above it; UserError naming the flag where it cannot be one."""
+    """Makes a folder and those above it; raises UserError that names the flag if it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,13 +74,13 @@ def make_folder(folder: Path, flag: str = "--output") -> None:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """True for an error that says the disk is full, over quota or read-only."""
+    """Tells whether an error says that the disk is full, over quota or read-only."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 def is_first_rank() -> bool:
-    """Whether this is rank 0, by torchrun's or srun's number, or is no rank. A number that is none
-    makes each first: none may fail in silence.
+    """Tells whether this process is rank 0, by torchrun's or srun's number, or is no rank. If the
+    number is malformed, every rank counts as first: none may fail in silence.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     return not rank.isdecimal() or int(rank) == 0
@@ -92,19 +92,19 @@ def say_error(message: str) -> None:
 
 @functools.cache
 def say_once(text: str) -> None:
-    """What a user should know and may not have meant, on standard output, by rank 0, once."""
+    """Prints a note once, on rank 0: what a user should know and may not have meant."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text.encode(errors='backslashreplace').decode()}", flush=True)
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
+    """Tells whether a collective failed because another rank is gone."""
     text = str(error).lower()
     return any(t in text for t in ("connection closed by peer", "connection reset", "broken pipe"))
 
 
 def lost_worker(error: RuntimeError) -> str | None:
-    """What to say where a loader worker was killed or ended; None for any other error."""
+    """Returns what to say if a loader worker was killed or ended; None for any other error."""
     text = str(error)
     if "DataLoader worker (pid" not in text:
         return None
@@ -116,7 +116,7 @@ def lost_worker(error: RuntimeError) -> str | None:
 
 
 def disk_advice(error: OSError) -> str:
-    """One line for what the file system refused: where, why, and what helps."""
+    """Returns one line on what the file system refused: where, why, and what helps."""
     where = f" ({brief(error.filename)})" if error.filename else ""
     if error.errno in ODD_PATH:
         return f"{brief(error.filename)}: {error.strerror}"
@@ -134,8 +134,9 @@ def disk_advice(error: OSError) -> str:
 def command(main: Callable[[], None]) -> int:
     """Runs a script's `main` and turns its outcome into an exit code and at most one line.
 
-    0: finished. 2: a mistake, said in one line. 75: stopped on request, can be continued.
-    130: interrupted. Anything unforeseen keeps its traceback, since it is a bug of ours.
+    Returns 0 if it finished, 2 for a mistake, said in one line, 75 if it was stopped on request and
+    can be continued, 130 if it was interrupted. An unforeseen error keeps its traceback, since it
+    is a bug of ours.
     """
     try:
         main()
@@ -154,7 +155,7 @@ def command(main: Callable[[], None]) -> int:
         if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
             say_error(f"{error or 'memory ran out'}: ask for less, a smaller batch or size")
             return EXIT_USER_ERROR
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is dear to import for this
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: slow to import for this
             text = str(error).split(". ")[0]
             say_error(f"{text}: use a smaller --batch-size, more ranks or --precision bf16")
             return EXIT_USER_ERROR

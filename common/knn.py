@@ -26,11 +26,12 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
-    """Fraction of test rows whose label wins the vote of their k nearest training rows.
+    """Returns the fraction of test rows whose label wins the vote of their k nearest training rows.
 
-    train_x (M,D), train_y (M,), test_x (N,D), test_y (N,); features of any scale, labels from 0.
-    Each neighbour votes with exp(cos / temperature); k is at most M. Sums of equal weight go to
-    the smaller label. k and temperature: lightly's CIFAR benchmark, which GSG App. C.2 follows.
+    train_x is (M,D), train_y (M,), test_x (N,D), test_y (N,); features have any scale, labels count
+    from 0. Each neighbour votes with exp(cos / temperature); k is cut to M. Of equal sums the
+    smaller label wins. k and temperature are from lightly's CIFAR benchmark, which GSG App. C.2
+    follows.
     """
     if len(train_x) == 0 or len(test_x) == 0:
         raise ValueError("k-NN needs at least one training and one test row")
@@ -46,7 +47,7 @@ def knn_accuracy(
 def nearest_labels(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (N,k) and labels (N,k) of the nearest training rows, best first."""
+    """Returns cosines (N,k) and labels (N,k) of the nearest training rows, best first."""
     train_x, test_x = full_precision(train_x, test_x)
     kind = torch.promote_types(train_x.dtype, test_x.dtype)
     train_x, test_x = train_x.to(kind), test_x.to(kind)
@@ -63,7 +64,7 @@ def nearest_labels(
 def vote(
     similarity: Tensor, labels: Tensor, truth: Tensor, classes: int, temperature: float
 ) -> float:
-    """Accuracy of the weighted vote; cosines and labels (N,k), truth (N,)."""
+    """Returns the accuracy of the weighted vote; cosines and labels are (N,k), truth is (N,)."""
     votes = similarity.new_zeros(len(similarity), classes)
     similarity = similarity - similarity.max(dim=1, keepdim=True).values  # exp cannot overflow
     votes.scatter_add_(1, labels, (similarity / temperature).exp())
@@ -81,9 +82,9 @@ def extract_features(
     view: CenterView = center_view,
     after_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """(len(samples), embed_dim) features of the evaluation views, encoder in eval mode.
-    `after_batch` is told the number of images after each batch. UserError, on all ranks, for
-    features that are not finite.
+    """Returns features (len(samples), embed_dim) of the evaluation views, with the encoder in eval
+    mode. Calls `after_batch` with the number of images after each batch. Raises UserError, on all
+    ranks, if features are not finite.
     """
     weight = next(encoder.parameters())
     training = encoder.training
@@ -121,10 +122,10 @@ def knn_of_encoder(
     temperature: float = 0.1,
     after_batch: Callable[[int], None] | None = None,
 ) -> float:
-    """k-NN accuracy of an encoder, whole training and test set, spread over ranks.
+    """Returns an encoder's k-NN accuracy over the whole training and test set, spread over ranks.
 
-    Each rank holds the features of its share of the training set only: it finds the nearest of
-    its own for every test image, and the ranks' candidates are merged.
+    Each rank holds the features of its share of the training set only: it finds the nearest of its
+    own for every test image, and the ranks' candidates are merged.
     """
     how = image_size, workers, autocast
     seen = {"after_batch": after_batch}
@@ -142,8 +143,8 @@ def knn_of_encoder(
 
 
 def rank_share(images: int, padded: bool = False) -> np.ndarray:
-    """The samples of this rank: every world-size-th. `padded` gives all ranks equally many, as
-    gathers need: the last ones repeat.
+    """Returns the samples of this rank: every world-size-th. `padded` gives all ranks equally many,
+    as gathers need: the last sample repeats.
     """
     ranks = distributed.world_size()
     end = -(-images // ranks) * ranks if padded else images
@@ -151,7 +152,7 @@ def rank_share(images: int, padded: bool = False) -> np.ndarray:
 
 
 def gather_shares(rows: Tensor, images: int) -> Tensor:
-    """Rows of every rank's padded share -> (images,…) in the order of samples, on all ranks."""
+    """Gathers the rows of every rank's padded share to (images,…) in the order of samples."""
     gathered = distributed.gather(rows)
     ranks = distributed.world_size()
     order = torch.arange(len(gathered)).view(-1, ranks).T.reshape(-1)  # sample of each row
@@ -168,13 +169,13 @@ def knn_over_ranks(
     ks: Sequence[int],
     temperature: float,
 ) -> list[float]:
-    """k-NN accuracy for each k. train_x (M,D) and train_y (M,) are this rank's share of
+    """Returns the k-NN accuracy for each k. train_x (M,D) and train_y (M,) are this rank's share of
     `train_images`; test_x (N,D) and truth (N,) are the same on all ranks.
     """
     similarity, labels = nearest_labels(train_x, train_y, test_x, max(ks))
     if distributed.world_size() > 1:
         k = min(max(ks), train_images)
-        missing = (0, k - similarity.shape[1])  # a small share cannot give k: nothing, of no weight
+        missing = (0, k - similarity.shape[1])  # a share of fewer than k images: no weight
         similarity, labels = F.pad(similarity, missing, value=-torch.inf), F.pad(labels, missing)
         similarity = distributed.gather(similarity.T).T
         labels = distributed.gather(labels.T).T

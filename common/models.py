@@ -34,12 +34,12 @@ LAB_STAGES = (((16, 1),), ((32, 2),), ((64, 2),), ((128, 2), (128, 1)))
 
 
 def build_encoder(arch: str, image_size: int = 224, zero_init_residual: bool = False) -> nn.Module:
-    """The encoder of one exact name, randomly initialised, with its output width in `embed_dim`.
+    """Builds the encoder of one exact name, with random weights; `embed_dim` is its output width.
 
-    (N,3,H,W) -> (N,embed_dim): global average pooling for ResNets and `tiny`, the CLS token after
-    the last norm for ViTs. Parameter names are torchvision's and timm's. `image_size` matters to
-    ViTs only (their positions), `zero_init_residual` to ResNets only. Raises ValueError for an
-    unknown arch.
+    It maps (N,3,H,W) to (N,embed_dim) by global average pooling for ResNets and `tiny`, by the CLS
+    token after the last norm for ViTs. Parameter names are torchvision's and timm's. `image_size`
+    matters to ViTs only (their positions), `zero_init_residual` to ResNets only. Raises ValueError
+    for an unknown arch.
     """
     if arch not in EMBED_DIMS:
         raise ValueError(f"unknown arch {arch}: one of {', '.join(EMBED_DIMS)}")
@@ -80,15 +80,15 @@ def build_vit(arch: str, image_size: int) -> nn.Module:
 
 
 def timm_arguments(arch: str, image_size: int) -> dict[str, Any]:
-    """The arguments of timm.create_model that give this ViT without its classifier."""
+    """Returns the arguments of timm.create_model that give this ViT without its classifier."""
     name = arch.removesuffix("_mocov3") + "_patch16_224"
     heads = 6 if arch == "vit_small" else 12
     return {"model_name": name, "num_heads": heads, "num_classes": 0, "img_size": image_size}
 
 
 def build_tiny() -> nn.Module:
-    """The demo's CNN for 32x32 pixels: eight 3x3 convolutions, 84 thousand weights, initialised
-    as torchvision's ResNets are.
+    """Builds the demo's CNN for 32x32 pixels: eight 3x3 convolutions, 84 thousand weights,
+    initialised as torchvision's ResNets are.
     """
     layers: list[nn.Module] = []
     channels = 3
@@ -101,10 +101,10 @@ def build_tiny() -> nn.Module:
 
 
 def build_resnet_lab(zero_init_residual: bool) -> nn.Module:
-    """A ResNet for 32x32 pixels on two CPU cores: 5.2 million multiply-adds an image.
+    """Builds a ResNet for 32x32 pixels on two CPU cores: 5.2 million multiply-adds an image.
 
-    A 3x3 stem of stride 2 and torchvision's basic blocks under its names. The last block has an
-    identity shortcut into the pooled output, which DirectCLR's argument needs (its Fig. 10).
+    It has a 3x3 stem of stride 2 and torchvision's basic blocks under its names. The last block has
+    an identity shortcut into the pooled output, which DirectCLR's argument needs (its Fig. 10).
     """
     from torchvision.models.resnet import BasicBlock
 
@@ -141,9 +141,9 @@ def build_resnet_lab(zero_init_residual: bool) -> nn.Module:
 
 
 def initialise_as_mocov3(vit: nn.Module) -> None:
-    """MoCo-v3's initialisation and fixed positions (moco-v3 vits.py), which SNCLR's code uses:
-    uniform patch embedding, xavier-uniform linears with q, k and v separately, zero biases, CLS
-    token of standard deviation 1e-6, 2-d sin-cos positions that are not trained.
+    """Sets MoCo-v3's first weights and fixed positions (moco-v3 vits.py), which SNCLR's code uses:
+    uniform patch embedding, xavier-uniform linears with q, k and v separately, zero biases, a CLS
+    token of standard deviation 1e-6, and 2-d sin-cos positions that are not trained.
     """
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
@@ -165,8 +165,8 @@ def initialise_as_mocov3(vit: nn.Module) -> None:
 
 
 def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
-    """(rows*columns, dim): for each patch sin and cos of its first grid coordinate, then sin and
-    cos of its second, each at dim/4 frequencies from 1 to 1/10000.
+    """Returns (rows*columns, dim): for each patch sin and cos of its first grid coordinate, then
+    sin and cos of its second, each at dim/4 frequencies from 1 down towards 1/10000.
     """
     omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
     first = torch.arange(rows, dtype=torch.float32).repeat_interleave(columns)[:, None] * omega
@@ -175,7 +175,7 @@ def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
 
 
 def freeze_patch_embedding(vit: nn.Module) -> None:
-    """MoCo-v3's stop-grad-conv1: the patch embedding keeps its random weights."""
+    """Keeps the random weights of the patch embedding: MoCo-v3's stop-grad-conv1."""
     for parameter in vit.patch_embed.proj.parameters():
         parameter.requires_grad = False
 
@@ -187,8 +187,8 @@ def mlp(
     output_norm: bool = False,
     output_affine: bool = True,
 ) -> nn.Sequential:
-    """FC layers of the given sizes with batch norm and ReLU after each but the last; the last one
-    plain, or with a batch norm (`output_norm`), affine or not.
+    """Builds FC layers of the given sizes with batch norm and ReLU after each but the last. The
+    last is plain, or has a batch norm (`output_norm`), affine or not.
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(sizes)):
@@ -202,7 +202,7 @@ def mlp(
 
 
 def momentum_copy(**parts: nn.Module) -> nn.Sequential:
-    """The target: a copy of the named parts, one after another, that gets no gradient.
+    """Returns the target: a copy of the named parts, one after another, that gets no gradient.
 
     `momentum_copy(encoder=…, projector=…)` has both under these names. Its batch norms run in train
     mode on their own inputs, as in BYOL and MoCo-v3; `update_momentum` moves parameters only.
@@ -215,8 +215,8 @@ def momentum_copy(**parts: nn.Module) -> nn.Sequential:
 
 @torch.no_grad()
 def update_momentum(target: nn.Module, model: nn.Module, momentum: float) -> None:
-    """target = momentum * target + (1 - momentum) * model, for each parameter of the target and the
-    model's of the same name.
+    """Sets target = momentum * target + (1 - momentum) * model, for each parameter of the target
+    and the model's of the same name.
     """
     online = dict(model.named_parameters())
     names, copies = zip(*target.named_parameters(), strict=True)
@@ -224,18 +224,18 @@ def update_momentum(target: nn.Module, model: nn.Module, momentum: float) -> Non
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether a batch norm is in it: then its output depends on which images come together."""
+    """Tells whether it has a batch norm: its output then depends on which images come together."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
 def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """bf16 outputs as float32, others as they are: similarities and losses are never in bf16."""
+    """Returns bf16 and fp16 tensors as float32, others as they are; losses need that precision."""
     return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
 
 
 def in_full_precision(function: Callable) -> Callable:
-    """The function with its bf16 and fp16 tensors as float32 and without autocast: similarities,
-    softmax and losses are never computed in less.
+    """Wraps a function so that it gets bf16 and fp16 tensors as float32 and runs without autocast:
+    similarities, softmax and losses are never computed in less.
     """
 
     @functools.wraps(function)

@@ -10,8 +10,8 @@ from torch import Tensor
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) as BYOL and MoCo-v3 use it.
 
-    For a tensor w of two or more dimensions with gradient g: u = g + weight_decay * w, scaled by
-    trust_coefficient * |w| / |u| (by 1 where either norm is 0), then v = momentum * v + u and
+    For a tensor w of two or more dimensions with gradient g, u = g + weight_decay * w is scaled by
+    trust_coefficient * |w| / |u| (by 1 if either norm is 0); then v = momentum * v + u and
     w = w - lr * v. Tensors of one dimension (biases, norms) get neither decay nor scaling, nor do
     those of a group whose `adapted` is False.
 
@@ -43,7 +43,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every tensor that has a gradient; returns the closure's loss, if any."""
+        """Updates every tensor that has a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -62,7 +62,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
-        """u of each tensor; the gradients themselves stay as they are."""
+        """Returns u of each tensor; the gradients themselves stay as they are."""
         updates = [w.grad for w in weights]
         wide = [n for n, w in enumerate(weights) if w.ndim > 1 and group.get("adapted", True)]
         if wide:
@@ -79,14 +79,14 @@ class LARS(torch.optim.Optimizer):
     def move(
         self, weights: list[Tensor], velocities: list[Tensor], updates: list[Tensor], lr: float
     ) -> None:
-        """v = v + u, w = w - lr * v, with v already times the momentum."""
+        """Sets v = v + u and w = w - lr * v; v has been multiplied by the momentum before."""
         torch._foreach_add_(velocities, updates)
         torch._foreach_add_(weights, velocities, alpha=-lr)
 
 
 class ClassicLARS(LARS):
     """LARS with the rate inside the momentum, as SimCLR's code has it ("classic" momentum of its
-    lars_optimizer.py): v = momentum * v + lr * u, then w = w - v, all else alike.
+    lars_optimizer.py): v = momentum * v + lr * u, then w = w - v; all else is alike.
 
     The two differ only while the rate changes: here an update keeps the rate of its own step.
     """
@@ -101,9 +101,9 @@ class ClassicLARS(LARS):
 class LARC(LARS):
     """LARS around SGD as SwAV's code has it: apex's LARC without clipping (trust 0.001).
 
-    Every tensor, biases and norms included: u = g + weight_decay * w, scaled by trust * |w| /
-    (|g| + weight_decay * |w| + 1e-8); the plain gradient, without decay, where |w| or |g| is 0, as
-    of a bias at its start. Then v = momentum * v + u and w = w - lr * v.
+    Every tensor, biases and norms included, has u = g + weight_decay * w, scaled by trust * |w| /
+    (|g| + weight_decay * |w| + 1e-8). If |w| or |g| is 0, as for a bias at its start, u is the
+    plain gradient without decay. Then v = momentum * v + u and w = w - lr * v.
     """
 
     def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
@@ -123,8 +123,8 @@ class LARC(LARS):
 def decayed_and_scaled(
     weights: list[Tensor], grads: list[Tensor], decay: float, trust_coefficient: float
 ) -> list[Tensor]:
-    """u = g + decay * w, times trust * |w| / |u|, or 1 where either norm is 0, for each tensor; in
-    a few kernels for all of them, and without waiting for the device.
+    """Returns u = g + decay * w, times trust * |w| / |u|, or 1 if either norm is 0, for each
+    tensor. It takes a few kernels for all of them, and does not wait for the device.
     """
     updates = torch._foreach_add(grads, weights, alpha=decay)
     weight_norms = torch.stack(torch._foreach_norm(weights))
@@ -137,12 +137,12 @@ def decayed_and_scaled(
 
 class UnguardedLARS(ClassicLARS):
     """LARS as OpenSelfSup has it, the code of the truncated triplet (optimizers.py), and TWIST's:
-    the rate inside the momentum, the two norms apart, and no guard.
+    the rate is inside the momentum, the two norms are taken apart, and there is no guard.
 
-    u = g + weight_decay * w, scaled by trust * |w| / (|g| + weight_decay * |w|), so that a tensor
-    of zeros never moves; of groups with `adapted` False u = g, of those with True every tensor is
-    adapted, without the key those of two or more dimensions. Where the code would divide by 0, u is
-    0 itself, and stays.
+    u = g + weight_decay * w is scaled by trust * |w| / (|g| + weight_decay * |w|), so that a tensor
+    of zeros never moves. In a group with `adapted` False u = g; with True every tensor is adapted;
+    without the key those of two or more dimensions are. If the code would divide by 0, u is 0
+    itself, and stays so.
     """
 
     def updates_of(self, weights: list[Tensor], group: dict) -> list[Tensor]:
@@ -181,9 +181,10 @@ def warmup_cosine(
     start: float = 0.0,
     end: float = 0.0,
 ) -> float:
-    """Linear from `start` to `base` over the warm-up, then half a cosine to `end` at `total_steps`.
+    """Returns the schedule at `step`: a line from `start` to `base` over the warm-up, then half a
+    cosine to `end` at `total_steps`.
 
-    A pure function of the step, so that a resumed run needs no scheduler state.
+    It is a pure function of the step, so that a resumed run needs no scheduler state.
     """
     if step < warmup_steps:
         return start + (base - start) * step / warmup_steps
@@ -194,20 +195,20 @@ def warmup_cosine(
 
 
 def momentum_to_one(step: float, total_steps: float, start: float) -> float:
-    """BYOL's schedule of the momentum (its Sec. 3.3): from `start` to 1 by half a cosine."""
+    """Returns BYOL's momentum (its Sec. 3.3): it rises from `start` to 1 by half a cosine."""
     return warmup_cosine(step, total_steps, 0, base=start, end=1.0)
 
 
 def scaled_lr(lr: float, batch: int, lr_batch: int) -> float:
-    """The linear rule lr * batch / lr_batch (Goyal et al. 2017); lr itself for lr_batch 0."""
+    """Returns lr * batch / lr_batch, the linear rule (Goyal et al. 2017); lr if lr_batch is 0."""
     return lr * batch / lr_batch if lr_batch else lr
 
 
 def weights_and_biases(
     module: torch.nn.Module, bias_factor: float = 1.0
 ) -> list[dict[str, list[Tensor] | float]]:
-    """Two parameter groups: the tensors of two or more dimensions, and those of one (biases,
-    norms), whose rate is `bias_factor` times the others', as Barlow Twins' is.
+    """Returns two parameter groups: the tensors of two or more dimensions, and those of one
+    (biases, norms), whose rate is `bias_factor` times the others', as Barlow Twins' is.
     """
     parameters = [*module.parameters()]
     return [
@@ -219,8 +220,8 @@ def weights_and_biases(
 def build_optimizer(
     name: str, groups: Iterable, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`lars`, `classic_lars`, `unguarded_lars`, `larc`, `sgd` or `adamw` over parameters or
-    parameter groups; frozen tensors are left out.
+    """Builds `lars`, `classic_lars`, `unguarded_lars`, `larc`, `sgd` or `adamw` over parameters or
+    parameter groups, without frozen tensors. Raises ValueError for another name.
 
     sgd and adamw decay every tensor they get, biases and norms included: SimSiam's and MoCo-v3's
     code does so. adamw's betas are (0.9, 0.999), PyTorch's and MoCo-v3's.
@@ -243,7 +244,7 @@ def build_optimizer(
 
 
 def grad_norm(module: torch.nn.Module) -> Tensor:
-    """The norm of all gradients of a module as one vector, a scalar tensor."""
+    """Returns the norm of all gradients of a module, taken as one vector: a scalar tensor."""
     return torch.nn.utils.get_total_norm(
         [p.grad for p in module.parameters() if p.grad is not None]
     )

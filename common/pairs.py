@@ -13,12 +13,12 @@ PAIRING_KEY = 0x475347  # parts these draws from others of the same seed
 
 
 def draw_pairs(pairing: Pairing, batch: int, ranks: int, seed: int, step: int) -> Tensor:
-    """(batch,) int64: image i of the global batch is x1 beside image `pairs[i]` as x2.
+    """Draws (batch,) int64: image i of the global batch is x1 beside image `pairs[i]` as x2.
 
-    Drawn from (seed, step) alone, so equal on every rank. "global": a uniform permutation of the
-    global batch, the same for any number of ranks, about one image of which meets itself (as the
-    `shuffle` of GSG's Algorithm 1 allows). "derangement": uniform among those where none does.
-    "local": a permutation within the run of images that each rank holds (as the released code).
+    It draws from (seed, step) alone, so equally on every rank. "global" is a uniform permutation of
+    the global batch, the same for any number of ranks; about one image meets itself (as the
+    `shuffle` of GSG's Algorithm 1 allows). "derangement" is uniform among those in which none does.
+    "local" is a permutation within the run of images that each rank holds (as the released code).
     Raises ValueError for a derangement of one image or a batch that does not divide.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, PAIRING_KEY], counter=[0, 0, 0, step]))
@@ -40,8 +40,8 @@ def draw_pairs(pairing: Pairing, batch: int, ranks: int, seed: int, step: int) -
 
 
 def rows_of_partners(x2: Tensor, pairs: Tensor | None) -> Tensor:
-    """Rows of the x2 images that this rank's x1 images are paired with, from any rank, without
-    gradient; `pairs` as `draw_pairs` gives them, None: row i with row i.
+    """Returns the rows of the x2 images that this rank's x1 images are paired with, from any rank
+    and without gradient. `pairs` are those of `draw_pairs`; None pairs row i with row i.
     """
     if pairs is None:
         return x2.detach()
@@ -49,15 +49,15 @@ def rows_of_partners(x2: Tensor, pairs: Tensor | None) -> Tensor:
 
 
 def rows_of_owners(x1: Tensor, pairs: Tensor | None) -> Tensor:
-    """Rows of the x1 images that this rank's x2 images are paired with: the inverse."""
+    """Returns the rows of the x1 images that this rank's x2 images are paired with: the inverse."""
     if pairs is None:
         return x1
     return gather(x1)[own_part(pairs.argsort(), len(x1))]
 
 
 def own_part(pairs: Tensor, local: int) -> Tensor:
-    """This rank's rows of the global `pairs`; ValueError if its length is not the batch's, or, on
-    CPU, if it is no permutation (asking would make the host wait for a GPU).
+    """Returns this rank's rows of the global `pairs`. Raises ValueError if its length is not the
+    batch's or, on CPU, if it is no permutation (asking would make the host wait for a GPU).
     """
     if pairs.shape != (world_size() * local,):
         raise ValueError(

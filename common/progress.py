@@ -9,16 +9,16 @@ SECONDS = 60.0  # between two lines
 
 
 def on_terminal() -> bool:
-    """Whether a bar can be drawn. Both streams must be a terminal: behind `| tee log` the lines
-    come late and would meet a bar that is drawn already, so that it stands there twice.
+    """Tells whether a bar can be drawn. Both streams must be a terminal: behind `| tee log` the
+    lines come late and would meet a bar that is drawn already, so that it stands there twice.
     """
     return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 class Progress:
     """Counts the units of a loop. On a terminal it draws a bar; elsewhere it says a line every
-    minute. `every` says one after so many units instead, beside the bar too; 0: none. `silent` is
-    for ranks that say nothing.
+    minute. With `every` it says one after so many units instead, beside the bar too, or none if
+    that is 0. `silent` is for ranks that say nothing.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a line."""
+        """Tells whether it is time for a line."""
         if not self.says:
             return False
         if self.every:
@@ -61,7 +61,7 @@ class Progress:
         self.bar.update(units)
 
     def update(self, units: int = 1) -> None:
-        """Counts, and says a line where one is due."""
+        """Counts, and says a line if one is due."""
         self.advance(units)
         if self.due:
             self.say(self.line())
@@ -73,7 +73,7 @@ class Progress:
         self.said, self.said_at = self.done, time.monotonic()
 
     def line(self) -> str:
-        """features: 12,800 of 50,000 images, 1 min 4 s left."""
+        """Returns the line: "features: 12,800 of 50,000 images, 1 min 4 s left"."""
         seconds = (time.monotonic() - self.started) / max(1, self.done - self.first)
         unit = self.unit + "s" * (self.total != 1)
         text = f"{self.what.strip()}: {self.done:,} of {self.total:,} {unit}"
@@ -90,7 +90,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """90 -> '1 min 30 s'."""
+    """Returns a time in words: 90 -> '1 min 30 s'."""
     minutes, hours = int(seconds // 60), int(seconds // 3600)
     if hours:
         return f"{hours} h {minutes % 60} min"

@@ -22,12 +22,12 @@ class TooFewNeighboursError(UserError, ValueError):
 class SupportSet(nn.Module):
     """Queue of `size` embeddings of `dim` numbers, with the ids of the images they came from.
 
-    Buffers: `embeddings` (Q,D) as they were enqueued (Algorithm 1 normalises at the search, not
-    at the update), `ids` (Q,) with -1 for the random rows of the start, `position` (scalar), the
-    slot that the next row takes. The start is l2-normalised Gaussian rows drawn from `seed`.
+    Its buffers are `embeddings` (Q,D) as they were enqueued (Algorithm 1 normalises at the search,
+    not at the update), `ids` (Q,), -1 for the random rows of the start, and `position` (scalar),
+    the slot that the next row takes. The first rows are Gaussian, l2-normalised, drawn from `seed`.
 
-    `shared=True`: `enqueue` gathers over ranks in rank order, so that all ranks hold the same
-    queue. `shared=False`: each rank keeps its own (SNCLR's released code), and checkpoints hold
+    With `shared=True`, `enqueue` gathers over ranks in rank order, so that all ranks hold the same
+    queue. With `shared=False` each rank keeps its own (SNCLR's released code), and checkpoints hold
     all of them.
     """
 
@@ -36,7 +36,7 @@ class SupportSet(nn.Module):
         if size < 1 or dim < 1:
             raise ValueError(f"a support set needs size and dim of at least 1, got {size}, {dim}")
         self.size, self.dim, self.shared = size, dim, shared
-        self.excess: Tensor | None = None  # entries short of what a search asked, not yet checked
+        self.excess: Tensor | None = None  # entries that a search lacked, not yet checked
         generator = torch.Generator().manual_seed(seed)
         rows = F.normalize(torch.randn(size, dim, generator=generator), dim=1)
         self.register_buffer("embeddings", rows)
@@ -47,13 +47,13 @@ class SupportSet(nn.Module):
     def nearest(
         self, z: Tensor, k: int = 1, exclude_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k rows of the queue with the largest cosine to each row of z, best first.
+        """Finds the k rows of the queue with the largest cosine to each row of z, best first.
 
-        z (N,D) of any scale -> neighbours (N,k,D), l2-normalised and without gradient (the
-        implicit stop-gradient of a hard look-up), and their positions in the queue (N,k).
-        `exclude_ids` (N,): entries whose id equals that row's are skipped (negative: nothing is).
-        Raises TooFewNeighboursError, a ValueError, where fewer than k entries remain; on a GPU
-        the next `check` does.
+        z (N,D) of any scale -> neighbours (N,k,D), l2-normalised and without gradient (the implicit
+        stop-gradient of a hard look-up), and their positions in the queue (N,k). `exclude_ids` (N,)
+        skips the entries whose id equals that row's; a negative one skips nothing. Raises
+        TooFewNeighboursError, a ValueError, if fewer than k entries remain; on a GPU the next
+        `check` does.
         """
         if not 1 <= k <= self.size:
             raise TooFewNeighboursError(f"{k} neighbours asked of a queue of {self.size}")
@@ -79,7 +79,9 @@ class SupportSet(nn.Module):
             return F.normalize(self.embeddings[positions], dim=2), positions
 
     def note_skipped(self, skipped: Tensor, k: int) -> None:
-        """On a GPU the number stays there, so that no step waits for it, until `check` reads it."""
+        """Notes how many entries the search lacks, if any. `check` looks at it: on CPU at once, on
+        a GPU later, so that no step waits for the number.
+        """
         excess = skipped + k - self.size
         if self.excess is not None:
             excess = torch.maximum(excess, self.excess)
@@ -88,7 +90,7 @@ class SupportSet(nn.Module):
             self.check()
 
     def check(self) -> None:
-        """Raises TooFewNeighboursError where a search since the last check found too few."""
+        """Raises TooFewNeighboursError if a search since the last check found too few."""
         excess, self.excess = self.excess, None
         if excess is not None and (missing := int(excess)) > 0:
             raise TooFewNeighboursError(
@@ -100,9 +102,9 @@ class SupportSet(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, z: Tensor, ids: Tensor | None = None) -> None:
-        """Writes the rows of z (N,D) over the oldest entries, in order; of a batch longer than
-        the queue the last Q rows stay. `ids` (N,) are the images' numbers, of any integer type, -1
-        where not given. With `shared`, every rank must call it with as many rows as the others.
+        """Writes the rows of z (N,D) over the oldest entries, in order; of a batch longer than the
+        queue the last Q rows stay. `ids` (N,) are the images' numbers, of any integer type, -1 if
+        not given. With `shared`, every rank must call it with as many rows as the others.
         """
         z = z.detach().to(self.embeddings.dtype)
         if ids is None:
@@ -122,7 +124,7 @@ class SupportSet(nn.Module):
         self.position.copy_((self.position + rows) % self.size)
 
     def checkpoint_state(self) -> dict:
-        """State for a checkpoint; of private queues, those of all ranks (a collective call)."""
+        """Returns the checkpoint's state; of private queues, all ranks' (a collective call)."""
         state = {name: buffer.cpu().clone() for name, buffer in self.named_buffers()}
         if self.shared:
             return {"shared": True, "ranks": [state]}

@@ -99,8 +99,8 @@ PRESETS = {
 
 
 def branch(config: Config, arch: str) -> tuple[nn.Module, nn.Module]:
-    """An encoder and its projector: batch norm and ReLU after all FCs but the last, which is plain;
-    no biases (unstated; code).
+    """Builds an encoder and its projector: batch norm and ReLU after all FCs but the last, which is
+    plain; there are no biases (unstated; code).
     """
     encoder = build_encoder(arch, config.image_size, config.zero_init_residual)
     hidden = [config.projector_hidden] * (config.projector_layers - 1)
@@ -119,8 +119,8 @@ class BarlowTwins(nn.Module):
 
 
 def standardised(z: Tensor) -> Tensor:
-    """(M,D) with each column's mean 0 and deviation 1 over the batch: the affine-free batch norm of
-    the released code, biased variance and 1e-5 under the root.
+    """Scales each column of (M,D) to mean 0 and deviation 1 over the batch, as the affine-free
+    batch norm of the released code does: biased variance, and 1e-5 under the root.
     """
     z = z - z.mean(dim=0)
     return z / torch.sqrt(z.square().mean(dim=0) + 1e-5)
@@ -128,8 +128,8 @@ def standardised(z: Tensor) -> Tensor:
 
 @in_full_precision
 def correlation_terms(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of Eq. 1, over the diagonal of (1 - C_ii)^2 and off it of C_ij^2, of projections
-    (N,D); C of Eq. 2 over the global batch, gathered with gradient.
+    """Returns the sums of Eq. 1 for projections (N,D): that over the diagonal of (1 - C_ii)^2, and
+    that off it of C_ij^2. C is Eq. 2's over the global batch, gathered with gradient.
     """
     Z1, Z2 = standardised(gather_with_grad(z1)), standardised(gather_with_grad(z2))
     C = Z1.T @ Z2 / len(Z1)
@@ -145,9 +145,9 @@ def barlow_twins_loss(
     terms: Terms = "both",
     sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Eq. 1: the sum of (1 - C_ii)^2 + lambd * the sum of C_ij^2; projections (N,D) -> scalar.
+    """Computes Eq. 1 of projections (N,D): sum of (1 - C_ii)^2 + lambd * sum of C_ij^2 -> scalar.
 
-    Sums over dimensions, no means. `terms` keeps the first ("invariance") or the second
+    These are sums over dimensions, not means. `terms` keeps the first ("invariance") or the second
     ("redundancy") alone. `sums` are `correlation_terms` of the same projections, if known already.
     """
     if terms not in ("both", "invariance", "redundancy"):
@@ -164,7 +164,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration itself; UserError for a second encoder that cannot take the images."""
+    """Checks the configuration; raises UserError if a second encoder cannot take the images."""
     if config.second_arch.startswith("vit") and config.image_size % 16:
         text = f"--second-arch {config.second_arch}: --image-size must be a multiple of 16"
         raise UserError(f"{text}, not {config.image_size}")

@@ -77,7 +77,7 @@ LENGTHS = {
     1000: {"lr": 0.2, "weight_decay": 1.5e-6, "momentum": 0.996},
 }
 # unstated: no paper has BYOL with these heads on CIFAR-10. Views and budget of GSG's App. B.2 and
-# C.2; the rate is lightly's, 0.06 x batch/128 of a loss of a quarter of this one; ours else
+# C.2; the rate is lightly's, 0.06 x batch/128 of a loss a quarter of this one; the rest is ours
 SMALL_IMAGES = {
     "lr_batch": 512,
     "optimizer": "sgd",
@@ -94,8 +94,8 @@ PRESETS = {
 
 
 class BYOL(nn.Module):
-    """Sec. 3.3: projector and predictor are FC, batch norm, ReLU, FC each, their outputs without
-    batch norm; the first FC with bias, the last without (code).
+    """Encoder, projector and predictor. Both heads are FC, batch norm, ReLU, FC, with no batch norm
+    at their output (Sec. 3.3); the first FC has a bias, the last none (code).
     """
 
     def __init__(self, config: Config):
@@ -111,7 +111,7 @@ class BYOL(nn.Module):
 
 @in_full_precision
 def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """Eq. 2 in both directions: |p1 - z2|^2 + |p2 - z1|^2 of l2-normalised rows, which is
+    """Computes Eq. 2 in both directions: |p1 - z2|^2 + |p2 - z1|^2 of l2-normalised rows, which is
     4 - 2 cos(p1, z2) - 2 cos(p2, z1); the mean over images.
 
     Predictions p and the target's projections z, (N,D) each -> scalar; no gradient flows through z.
@@ -120,7 +120,7 @@ def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def squared_distance(p: Tensor, z: Tensor) -> Tensor:
-    """|p - z|^2 of l2-normalised rows with stop-gradient on z: (N,D),(N,D) -> (N,)."""
+    """Computes |p - z|^2 of l2-normalised rows, with stop-gradient on z: (N,D),(N,D) -> (N,)."""
     # norms of at least 1e-6, as the code's rsqrt(max(|x|^2, 1e-12))
     p, z = F.normalize(p, dim=1, eps=1e-6), F.normalize(z.detach(), dim=1, eps=1e-6)
     return (p - z).square().sum(dim=1)
@@ -132,7 +132,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """Rate, decay and momentum of the length, where no flag or preset gives them."""
+    """Fills in the rate, decay and momentum of the length, if no flag or preset gives them."""
     length = next((n for n in LENGTHS if config.epochs <= n), max(LENGTHS))
     unset = {n: v for n, v in LENGTHS[length].items() if getattr(config, n) is None}
     return dataclasses.replace(config, **unset)

@@ -95,7 +95,7 @@ PRESETS = {
 
 class BYOL(nn.Module):
     """The online network, with SimSiam's heads (App. C): batch norm after every FC of the
-    projector, also the last, ReLU after all but the last; the predictor's last FC plain.
+    projector, also the last, ReLU after all but the last; the predictor's last FC is plain.
     """
 
     def __init__(self, config: Config):
@@ -113,7 +113,7 @@ CHOICES = ("11_21", "11_22", "12_21", "12_22")  # columns of the distances, in A
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """D of SimSiam Eq. 1 with stop-gradient on z, row by row: (N,D),(N,D) -> (N,)."""
+    """Computes D of SimSiam Eq. 1 by rows, with stop-gradient on z: (N,D),(N,D) -> (N,)."""
     return -F.cosine_similarity(p, z.detach(), dim=1)
 
 
@@ -121,10 +121,10 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 def guiding_distances(
     z11: Tensor, z12: Tensor, z21: Tensor, z22: Tensor, pairs: Tensor | None = None
 ) -> Tensor:
-    """(N,4): Euclidean distances d11,21 d11,22 d12,21 d12,22 of this rank's images x1 to the x2
-    that they are paired with, without gradient.
+    """Returns (N,4): Euclidean distances d11,21 d11,22 d12,21 d12,22 of this rank's images x1 to
+    the x2 that they are paired with, without gradient.
 
-    z (N,D), unnormalised projections of this rank's images; `pairs` as in `gsg_loss`.
+    z (N,D) are unnormalised projections of this rank's images; `pairs` are those of `gsg_loss`.
     """
     z11, z12 = z11.detach(), z12.detach()
     z21, z22 = rows_of_partners(z21, pairs), rows_of_partners(z22, pairs)
@@ -145,13 +145,13 @@ def gsg_loss(
     pairs: Tensor | None = None,
     distances: Tensor | None = None,
 ) -> Tensor:
-    """Algorithm 1: 0.5 * (D(source of x1, target of x1) + D(source of x2, target of x2)), the mean
-    over pairs; D the negative cosine. Predictions p and targets z, (N,D) each -> scalar.
+    """Computes Algorithm 1: 0.5 * (D(source of x1, target of x1) + D(source of x2, target of x2)),
+    the mean over pairs; D is the negative cosine. Predictions p, targets z, (N,D) each -> scalar.
 
-    Row i is image x1, paired with row `pairs[i]` of the x2 tensors; None: row i with row i. Under
-    a process group `pairs` is the permutation of the global batch (world*N,), rows in rank order,
-    equal on all ranks. Each rank adds the x1 term and the x2 term of its own images, which may
-    belong to two pairs; the mean over ranks is the mean over pairs. Gradient flows through the
+    Row i is image x1, paired with row `pairs[i]` of the x2 tensors; None pairs row i with row i.
+    Under a process group `pairs` is the permutation of the global batch (world*N,), rows in rank
+    order, equal on all ranks. Each rank adds the x1 term and the x2 term of its own images, which
+    may belong to two pairs; the mean over ranks is the mean over pairs. Gradient flows through the
     predictions that were chosen, never through z. Ties go to the first of Algorithm 1's branches.
     `distances` are `guiding_distances` of the same tensors, if they are already known.
     """
@@ -168,17 +168,17 @@ def gsg_loss(
 
 @in_full_precision
 def symmetric_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """The baseline's loss without GSG: D(p1, z2)/2 + D(p2, z1)/2, the mean over images.
+    """Computes the baseline's loss: D(p1, z2)/2 + D(p2, z1)/2, the mean over images.
 
-    SimSiam Eq. 2; for BYOL with z of the momentum encoder (its Eq. 2 is 2 - 2 cos of the same).
-    All (N,D) -> scalar; no gradient flows through z.
+    It is SimSiam's Eq. 2; for BYOL z is the momentum encoder's (its Eq. 2 is 2 - 2 cos of the
+    same). All (N,D) -> scalar; no gradient flows through z.
     """
     return 0.5 * (negative_cosine(p1, z2) + negative_cosine(p2, z1)).mean()
 
 
 def choice_statistics(distances: Tensor) -> dict[str, Tensor]:
-    """For the metrics, of distances (N,4): `choice_11_21` … the share of pairs that took each
-    branch, `distance_11_21` … the mean of each distance.
+    """Returns the metrics of distances (N,4): `choice_11_21` … are the shares of pairs that took
+    each branch, `distance_11_21` … the means of each distance.
     """
     choice, means = distances.argmin(dim=1), distances.mean(dim=0)
     shares = [(choice == i).double().mean() for i in range(len(CHOICES))]
@@ -187,7 +187,7 @@ def choice_statistics(distances: Tensor) -> dict[str, Tensor]:
 
 
 def views_of(config: Config) -> list[View]:
-    """x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
+    """Returns x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
     size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
     views = two_views(config.views, size, crop_min, mode, config.jitter_strength)
     return [*views] * (2 if config.gsg else 1)

@@ -100,7 +100,7 @@ PRESETS = {
 
 
 class SubVector(nn.Module):
-    """z = r[0:d0] (Sec. 6.2): nothing is trained."""
+    """Takes z = r[0:d0] (Sec. 6.2); nothing is trained."""
 
     def __init__(self, d0: int):
         super().__init__()
@@ -111,8 +111,8 @@ class SubVector(nn.Module):
 
 
 class RandomFeatures(nn.Module):
-    """The features of r whose numbers are in `features`, another draw for each step (App. F); all
-    of r in eval mode, since the loss sees every feature in its turn.
+    """Takes the features of r whose numbers are in `features`, drawn anew for each step (App. F).
+    In eval mode it takes all of r, since the loss sees every feature in its turn.
     """
 
     features: Tensor
@@ -122,16 +122,16 @@ class RandomFeatures(nn.Module):
 
 
 def draw_features(width: int, d0: int, seed: int, step: int) -> Tensor:
-    """(d0,) int64, distinct numbers of features below `width`: drawn from (seed, step) alone, so
-    equal on all ranks and after a restart.
+    """Draws (d0,) int64, distinct numbers of features below `width`, from (seed, step) alone, so
+    equally on all ranks and after a restart.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, RANDOM_KEY], counter=[0, 0, 0, step]))
     return torch.from_numpy(rng.permutation(width)[:d0])
 
 
 class DirectCLR(nn.Module):
-    """Representations r = f(x), and what the loss sees of them. Heads as the code's: linear is one
-    layer without bias, mlp two without biases, each with a batch norm.
+    """Makes representations r = f(x), and what the loss sees of them. The heads are the code's:
+    linear is one layer without bias; mlp is two without biases, each with a batch norm.
     """
 
     def __init__(self, config: Config):
@@ -156,14 +156,14 @@ def directclr_loss(
     temperature: float = 0.1,
     form: Literal["paper", "official"] = "official",
 ) -> Tensor:
-    """InfoNCE on the first d0 features of both views' representations (N,D) -> scalar, with N - 1
-    negatives: cosines, the mean over images.
+    """Computes InfoNCE on the first d0 features of both views' representations (N,D) -> scalar,
+    with N - 1 negatives: cosines, the mean over images.
 
-    "official": half the cross-entropy of view 1's rows with view 2's columns plus half of the
-    converse; no negatives of the anchor's own view. "paper": Eq. 2, and Sec. 6.2 with the minus
-    sign and the positive pair in the sum, which its print lacks: anchors are view 1's, negatives
-    the other images of view 1. Columns are of all ranks, gathered with gradient. Raises ValueError
-    if d0 is not within 1 to D.
+    "official" is half the cross-entropy of view 1's rows with view 2's columns plus half of the
+    converse, with no negatives of the anchor's own view. "paper" is Eq. 2, and Sec. 6.2 with the
+    minus sign and the positive pair in the sum, which its print lacks: anchors are view 1's,
+    negatives the other images of view 1. Columns are of all ranks, gathered with gradient. Raises
+    ValueError if d0 is not within 1 to D.
     """
     if form not in ("paper", "official"):
         raise ValueError(f"unknown form {form} of DirectCLR's loss: paper or official")
@@ -187,8 +187,8 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """With the d0 of the encoder's width where none is given; UserError for one that is wider, or
-    that --projector does not read.
+    """Fills in the d0 of the encoder's width if none is given; raises UserError for one that is
+    wider, or that --projector does not read.
     """
     width = EMBED_DIMS[config.arch]
     usual = round(360 / 2048 * width)

@@ -113,8 +113,8 @@ PRESETS = {
 
 
 class FNC(nn.Module):
-    """Embeddings z = g(h) of h = f(x). Each FC of the projector g starts at N(0, 0.01) and has a
-    batch norm after it, the last one with a scale and no offset (code).
+    """Makes embeddings z = g(h) of h = f(x). Each FC of the projector g starts at N(0, 0.01) and
+    has a batch norm after it, the last one with a scale and no offset (code).
     """
 
     def __init__(self, config: Config):
@@ -146,12 +146,12 @@ class Memory(nn.Module):
 
 
 def as_columns(views: Tensor) -> Tensor:
-    """(V,N,D) of each rank -> (V*M,D), row v*M + the image's number among M; with gradient."""
+    """Joins (V,N,D) of each rank to (V*M,D), row v*M + image's number among M; with gradient."""
     return gather_with_grad(views.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
 
 
 def own_columns(images: int, views: int, columns: int, device: torch.device) -> Tensor:
-    """(N,V): which of so many columns, in as_columns' order, are views of this rank's images."""
+    """Returns (N,V): the numbers of the columns, in as_columns' order, with this rank's images."""
     batch = images * world_size()
     if columns < views * batch:
         raise ValueError(f"{columns} keys do not begin with {views} views of {batch} images")
@@ -169,7 +169,7 @@ def false_negatives(
     aggregate: Literal["max", "mean"] = "max",
     key_views: int = 0,
 ) -> Tensor:
-    """Which columns each image takes for its false negatives: (V,N,D), any scale -> bool (N,C).
+    """Finds each image's false negatives among the columns: (V,N,D), any scale -> bool (N,C).
 
     A column's score is the largest (or mean) cosine with the image's V views. It is a false
     negative if it is no view of the image itself, is among the `top_k` largest scores (of equal
@@ -205,12 +205,12 @@ def fnc_loss(
     form: Literal["attract", "eliminate", "none"] = "attract",
     keys: Tensor | None = None,
 ) -> Tensor:
-    """(V,N,D) of any scale, bool (N,C) -> scalar, the mean over all anchors, which all views are.
+    """Returns the mean loss of all views as anchors: (V,N,D) of any scale, bool (N,C) -> scalar.
 
-    For an anchor P are the V - 1 other views of its image, F the masked columns, A all columns but
-    the anchor's own. "attract": log sum_A exp(s/t) less the mean of s/t over P and F; F stays in
-    the sum. "eliminate": A without F, mean over P. "none": F and so `mask` are not read. Columns
-    are as false_negatives has them, with gradient; `keys` get none.
+    For an anchor, P are the V - 1 other views of its image, F the masked columns, A all columns but
+    the anchor's own. "attract" is log sum_A exp(s/t) less the mean of s/t over P and F; F stays in
+    the sum. "eliminate" takes A without F and the mean over P. "none" reads neither F nor `mask`.
+    Columns are those of false_negatives, with gradient; `keys` get none.
     """
     if form not in ("attract", "eliminate", "none"):
         raise ValueError(f"unknown form {form} of FNC's loss: attract, eliminate or none")
@@ -244,7 +244,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration itself; UserError for flags that cannot be meant together."""
+    """Checks the configuration; raises UserError for flags that cannot be meant together."""
     preset = PRESETS.get(config.dataset, {})
     if config.lr_scaling == "sqrt" and config.lr_batch != preset.get("lr_batch", Config.lr_batch):
         raise UserError(
@@ -265,7 +265,7 @@ def parse_arguments(argv: list[str] | None = None) -> Config:
 
 
 def project(encode: Pieces, projector: nn.Module, views: list[Tensor]) -> Tensor:
-    """V views (N,3,H,W) -> projections (V,N,D). One forward: batch statistics are joint (code)."""
+    """Projects V views (N,3,H,W) to (V,N,D), in one forward: batch statistics are joint (code)."""
     (h,) = encode(torch.cat(views))
     return projector(h).unflatten(0, (len(views), -1))
 

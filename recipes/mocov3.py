@@ -94,7 +94,7 @@ LENGTHS = {
     300: {"lr": 0.3, "weight_decay": 1e-6, "momentum": 0.99},
     1000: {"lr": 0.3, "weight_decay": 1.5e-6, "momentum": 0.996},
 }
-# unstated: no paper has MoCo-v3 on CIFAR-10. Views and budget of GSG's App. B.2 and C.2, ours else
+# unstated: no paper has MoCo-v3 on CIFAR-10. Views, budget: GSG's App. B.2, C.2; the rest is ours
 SMALL_IMAGES = {
     "lr_batch": 512,
     "optimizer": "sgd",
@@ -124,8 +124,8 @@ PRESETS = {
 
 
 class MoCo(nn.Module):
-    """Code (builder.py): no biases; projector of 2 layers, ViT's of 3, with a batch norm without
-    affine at its output; predictor of 2 layers, ViT's with that batch norm too.
+    """Encoder and the code's heads (builder.py), without biases: a projector of 2 layers, ViT's of
+    3, with a batch norm without affine at its output; a predictor of 2, ViT's with that norm too.
     """
 
     def __init__(self, config: Config):
@@ -144,7 +144,7 @@ class MoCo(nn.Module):
 
 @in_full_precision
 def mocov3_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """ctr(q, k) of Algorithm 1, one direction: 2 T times the cross-entropy of row i with column i.
+    """Computes ctr(q, k) of Algorithm 1, one way: 2 T times the cross-entropy of row and column i.
 
     Queries q (N,D), keys k (N,D), any scale -> scalar, the mean over rows. Rows are this rank's
     queries, columns the keys of all ranks, gathered without gradient: none flows through k.
@@ -161,8 +161,8 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """Rate, decay and momentum of the length, where no flag or preset gives them; UserError for
-    a patch embedding to freeze where there is none.
+    """Fills in the rate, decay and momentum of the length, if no flag or preset gives them. Raises
+    UserError if a patch embedding is to be frozen and there is none.
     """
     length = next((n for n in LENGTHS if config.epochs <= n), max(LENGTHS))
     changes = {n: v for n, v in LENGTHS[length].items() if getattr(config, n) is None}

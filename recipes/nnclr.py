@@ -83,7 +83,7 @@ class Config(RunConfig):
     multi_crop_scale: Share = 0.14
 
 
-# unstated: no paper has NNCLR on CIFAR-10. Views and budget of GSG's App. B.2 and C.2, ours else
+# unstated: no paper has NNCLR on CIFAR-10. Views, budget: GSG's App. B.2, C.2; the rest is ours
 SMALL_IMAGES = {
     "lr_batch": 512,
     "optimizer": "sgd",
@@ -101,8 +101,8 @@ PRESETS = {
 
 
 class NNCLR(nn.Module):
-    """Secondary (quote): batch norm after every FC of the projector, ReLU after all but the last;
-    predictor with batch norm and ReLU on its hidden layer.
+    """Encoder and heads (secondary, quote): batch norm after every FC of the projector, ReLU after
+    all but the last; a predictor with batch norm and ReLU on its hidden layer.
     """
 
     def __init__(self, config: Config):
@@ -114,13 +114,13 @@ class NNCLR(nn.Module):
         self.predictor = mlp([width, config.predictor_hidden, width], output_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Projections, (N,3,H,W) -> (N,D)."""
+        """Returns projections, (N,3,H,W) -> (N,D)."""
         return self.projector(self.encoder(x))
 
 
 @in_full_precision
 def nnclr_loss(neighbours: Tensor, predictions: Tensor, temperature: float = 0.1) -> Tensor:
-    """L(nn, p) of Algorithm 1, one direction: cross-entropy of row i with column i.
+    """Computes L(nn, p) of Algorithm 1, one direction: cross-entropy of row i with column i.
 
     neighbours (N,D), predictions (N,D), any scale -> scalar, the mean over rows. Rows are this
     rank's neighbours, columns the predictions of all ranks, gathered with gradient.
@@ -136,7 +136,7 @@ def nnclr_transposed_loss(
     neighbours: Tensor, predictions: Tensor, temperature: float = 0.1
 ) -> Tensor:
     """Computes the term that a secondary reading of Sec. 3.2 adds: it is normalised over the
-    neighbours of all ranks instead of over the predictions. Shapes as in nnclr_loss.
+    neighbours of all ranks instead of over the predictions. Shapes are those of nnclr_loss.
     """
     nn_, p = F.normalize(neighbours, dim=1), F.normalize(predictions, dim=1)
     logits = p @ gather(nn_).T / temperature
@@ -156,8 +156,8 @@ def views_of(config: Config) -> list[View]:
 
 
 def look_up(config: Config, state: dict) -> tuple[nn.Module, None]:
-    """(what maps images to the embedding that is looked up, None: neighbours have no weight), of a
-    checkpoint's state.
+    """Returns, from a checkpoint's state, what maps images to the embedding that is looked up, and
+    None, since neighbours have no weight.
     """
     model = NNCLR(config)
     model.load_state_dict(state["model"])
@@ -169,7 +169,7 @@ def look_up(config: Config, state: dict) -> tuple[nn.Module, None]:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration itself; UserError for small crops that cannot be."""
+    """Checks the configuration; raises UserError for small crops that cannot be."""
     if config.multi_crop and config.arch.startswith("vit"):
         raise UserError("--multi-crop needs a ResNet: a ViT's positions fit one size")
     if config.multi_crop and not 0.05 < config.multi_crop_scale < 1:

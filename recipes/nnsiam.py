@@ -63,7 +63,7 @@ class Config(RunConfig):
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # SimSiam's code
 
 
-# unstated: no paper has NNSiam on CIFAR-10. GSG's App. B.2 and C.2 and lightly's; the queue ours
+# unstated: no paper has NNSiam on CIFAR-10. GSG's App. B.2, C.2 and lightly's; the queue is ours
 SMALL_IMAGES = {
     "lr_batch": 512,
     "optimizer": "sgd",
@@ -82,8 +82,8 @@ PRESETS = {
 
 
 class NNSiam(nn.Module):
-    """As SimSiam Sec. 3: batch norm after every FC of the projector, also the last, ReLU after all
-    but the last; the predictor's last FC plain.
+    """SimSiam's networks (its Sec. 3): batch norm after every FC of the projector, also the last,
+    ReLU after all but the last; the predictor's last FC is plain.
     """
 
     def __init__(self, config: Config):
@@ -95,22 +95,22 @@ class NNSiam(nn.Module):
         self.predictor = mlp([width, config.predictor_hidden, width], output_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Projections, (N,3,H,W) -> (N,D)."""
+        """Returns projections, (N,3,H,W) -> (N,D)."""
         return self.projector(self.encoder(x))
 
 
 @in_full_precision
 def nnsiam_loss(p1: Tensor, p2: Tensor, nn1: Tensor, nn2: Tensor) -> Tensor:
-    """D(p1, nn2)/2 + D(p2, nn1)/2, D the negative cosine; all (N,D) -> scalar.
+    """Computes D(p1, nn2)/2 + D(p2, nn1)/2, D the negative cosine; all (N,D) -> scalar.
 
     p are predictions, nn1 and nn2 the neighbours of z1 and z2, which get no gradient. The
-    supplement writes no formula: SimSiam's symmetric loss with z replaced by its neighbour.
+    supplement writes no formula: this is SimSiam's symmetric loss with z replaced by its neighbour.
     """
     return negative_cosine(p1, nn2) / 2 + negative_cosine(p2, nn1) / 2
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """D of SimSiam Eq. 1 with stop-gradient on z, mean over the batch."""
+    """Computes D of SimSiam Eq. 1 with stop-gradient on z, the mean over the batch."""
     return -F.cosine_similarity(p, z.detach(), dim=1).mean()
 
 
@@ -120,8 +120,8 @@ def views_of(config: Config) -> list[View]:
 
 
 def look_up(config: Config, state: dict) -> tuple[nn.Module, None]:
-    """(what maps images to the embedding that is looked up, None: neighbours have no weight), of a
-    checkpoint's state.
+    """Returns, from a checkpoint's state, what maps images to the embedding that is looked up, and
+    None, since neighbours have no weight.
     """
     model = NNSiam(config)
     model.load_state_dict(state["model"])

@@ -84,7 +84,7 @@ class Config(RunConfig):
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
 
 
-# base rates where --lr is not given, by --lr-scaling; other sets as ImageNet
+# base rates if --lr is not given, by --lr-scaling; other data sets have ImageNet's
 RATES = {
     "imagenet": {"linear": 0.3, "sqrt": 0.075},  # Sec. 2.3, App. B.1: 4.8 at batch 4096, both
     "cifar10": {"linear": 1.0},  # code's README
@@ -107,8 +107,8 @@ PRESETS = {
 
 
 class SimCLR(nn.Module):
-    """Embeddings z = g(h) of h = f(x). The projector g starts at N(0, 0.01) (code); `none` is the
-    identity, `linear` one layer.
+    """Makes embeddings z = g(h) of h = f(x). The projector g starts at N(0, 0.01) (code); `none` is
+    the identity, `linear` is one layer.
     """
 
     def __init__(self, config: Config):
@@ -135,7 +135,7 @@ class SimCLR(nn.Module):
 
 @in_full_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1, l2_norm: bool = True) -> Tensor:
-    """Eq. 1 and Algorithm 1: both views (N,D), any scale -> scalar, the mean over all anchors.
+    """Computes Eq. 1 and Algorithm 1: views (N,D), any scale -> scalar, the mean over all anchors.
 
     Each of the 2N embeddings of this rank is an anchor, its positive the other view of its image;
     the sum is over the other 2M - 1 embeddings of the global batch of M images, gathered with
@@ -157,8 +157,8 @@ def simclr_loss(
     l2_norm: bool = True,
     form: Literal["paper", "official"] = "paper",
 ) -> Tensor:
-    """ "paper": NT-Xent. "official": the mean over view 1's anchors plus that over view 2's, twice
-    as much (objective.py). Shapes as in nt_xent.
+    """Computes NT-Xent ("paper"), or the mean over view 1's anchors plus that over view 2's, twice
+    as much ("official"; objective.py). Shapes are those of nt_xent.
     """
     if form not in ("paper", "official"):
         raise ValueError(f"unknown form {form} of SimCLR's loss: paper or official")
@@ -168,8 +168,8 @@ def simclr_loss(
 @torch.no_grad()
 @in_full_precision
 def contrastive_accuracy(z1: Tensor, z2: Tensor, l2_norm: bool = True) -> Tensor:
-    """The share of view 1's embeddings that are nearest, among view 2's of the global batch, to
-    their own image's (code, model.py; "contrastive acc." of Table 5). (N,D),(N,D) -> scalar.
+    """Returns the share of view 1's embeddings whose nearest, among view 2's of the global batch,
+    is their own image's (code, model.py; "contrastive acc." of Table 5). (N,D),(N,D) -> scalar.
     """
     if l2_norm:
         z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
@@ -179,7 +179,7 @@ def contrastive_accuracy(z1: Tensor, z2: Tensor, l2_norm: bool = True) -> Tensor
 
 
 def base_rate(config: Config) -> float:
-    """The rate after the warm-up: --lr times batch/lr-batch, or times sqrt(batch) (App. B.1)."""
+    """Returns the rate after the warm-up: --lr times batch/lr-batch, or sqrt(batch) (App. B.1)."""
     if config.lr_scaling == "sqrt":
         return config.lr * math.sqrt(config.batch_size)
     return scaled_lr(config.lr, config.batch_size, config.lr_batch)
@@ -191,8 +191,8 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """With the base rate of --dataset and --lr-scaling where --lr is not given; UserError if no
-    source has one, and for a --lr-batch that --lr-scaling does not read.
+    """Fills in the base rate of --dataset and --lr-scaling if --lr is not given. Raises UserError
+    if no source has one, and for a --lr-batch that --lr-scaling does not read.
     """
     preset = PRESETS.get(config.dataset, {})
     if config.lr_scaling == "sqrt" and config.lr_batch != preset.get("lr_batch", Config.lr_batch):

@@ -90,8 +90,8 @@ PRESETS = {
 
 
 class SimSiam(nn.Module):
-    """As App. C: batch norm after every FC of the projector, also the last, ReLU after all but the
-    last; the predictor's last FC plain.
+    """SimSiam's networks (App. C): batch norm after every FC of the projector, also the last, ReLU
+    after all but the last; the predictor's last FC is plain.
     """
 
     def __init__(self, config: Config):
@@ -109,7 +109,7 @@ CHOICES = ("11_21", "11_22", "12_21", "12_22")  # columns of the distances, in A
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """D of SimSiam Eq. 1, row by row: (N,D),(N,D) -> (N,)."""
+    """Computes D of SimSiam Eq. 1 by rows: (N,D),(N,D) -> (N,)."""
     return -F.cosine_similarity(p, z, dim=1)
 
 
@@ -117,10 +117,10 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 def guiding_distances(
     z11: Tensor, z12: Tensor, z21: Tensor, z22: Tensor, pairs: Tensor | None = None
 ) -> Tensor:
-    """(N,4): Euclidean distances d11,21 d11,22 d12,21 d12,22 of this rank's images x1 to the x2
-    that they are paired with, without gradient.
+    """Returns (N,4): Euclidean distances d11,21 d11,22 d12,21 d12,22 of this rank's images x1 to
+    the x2 that they are paired with, without gradient.
 
-    z (N,D), unnormalised projections of this rank's images; `pairs` as in `gsg_loss`.
+    z (N,D) are unnormalised projections of this rank's images; `pairs` are those of `gsg_loss`.
     """
     z11, z12 = z11.detach(), z12.detach()
     z21, z22 = rows_of_partners(z21, pairs), rows_of_partners(z22, pairs)
@@ -141,13 +141,13 @@ def gsg_loss(
     pairs: Tensor | None = None,
     distances: Tensor | None = None,
 ) -> Tensor:
-    """Algorithm 1: 0.5 * (D(source of x1, target of x1) + D(source of x2, target of x2)), the mean
-    over pairs; D the negative cosine. Predictions p and targets z, (N,D) each -> scalar.
+    """Computes Algorithm 1: 0.5 * (D(source of x1, target of x1) + D(source of x2, target of x2)),
+    the mean over pairs; D is the negative cosine. Predictions p, targets z, (N,D) each -> scalar.
 
-    Row i is image x1, paired with row `pairs[i]` of the x2 tensors; None: row i with row i. Under
-    a process group `pairs` is the permutation of the global batch (world*N,), rows in rank order,
-    equal on all ranks. Each rank adds the x1 term and the x2 term of its own images, which may
-    belong to two pairs; the mean over ranks is the mean over pairs. Gradient flows through the
+    Row i is image x1, paired with row `pairs[i]` of the x2 tensors; None pairs row i with row i.
+    Under a process group `pairs` is the permutation of the global batch (world*N,), rows in rank
+    order, equal on all ranks. Each rank adds the x1 term and the x2 term of its own images, which
+    may belong to two pairs; the mean over ranks is the mean over pairs. Gradient flows through the
     predictions that were chosen, never through z. Ties go to the first of Algorithm 1's branches.
     `distances` are `guiding_distances` of the same tensors, if they are already known.
     """
@@ -167,10 +167,10 @@ def gsg_loss(
 def symmetric_loss(
     p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, stop_gradient: bool = True
 ) -> Tensor:
-    """The baseline's loss without GSG: D(p1, z2)/2 + D(p2, z1)/2, the mean over images.
+    """Computes the baseline's loss: D(p1, z2)/2 + D(p2, z1)/2, the mean over images.
 
-    SimSiam Eq. 2, or Eq. 1 without the stop-gradient, where gradient flows through z too.
-    All (N,D) -> scalar.
+    It is SimSiam's Eq. 2, or without the stop-gradient Eq. 1, in which gradient flows through z
+    too. All (N,D) -> scalar.
     """
     if stop_gradient:
         z1, z2 = z1.detach(), z2.detach()
@@ -178,8 +178,8 @@ def symmetric_loss(
 
 
 def choice_statistics(distances: Tensor) -> dict[str, Tensor]:
-    """For the metrics, of distances (N,4): `choice_11_21` … the share of pairs that took each
-    branch, `distance_11_21` … the mean of each distance.
+    """Returns the metrics of distances (N,4): `choice_11_21` … are the shares of pairs that took
+    each branch, `distance_11_21` … the means of each distance.
     """
     choice, means = distances.argmin(dim=1), distances.mean(dim=0)
     shares = [(choice == i).double().mean() for i in range(len(CHOICES))]
@@ -188,14 +188,14 @@ def choice_statistics(distances: Tensor) -> dict[str, Tensor]:
 
 
 def views_of(config: Config) -> list[View]:
-    """x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
+    """Returns x11, x12, and with GSG x21, x22: fresh views of every image in both of its parts."""
     size, crop_min, mode = config.image_size, config.crop_min, config.crop_interpolation
     views = two_views(config.views, size, crop_min, mode, config.jitter_strength)
     return [*views] * (2 if config.gsg else 1)
 
 
 def resolve(config: Config) -> Config:
-    """The configuration itself; UserError for GSG without the stop-gradient that it guides."""
+    """Checks the configuration; raises UserError for GSG without the stop-gradient it guides."""
     if config.gsg and not config.stop_gradient:
         raise UserError("--no-stop-gradient needs --no-gsg: GSG is a stop-gradient")
     return config

@@ -97,7 +97,7 @@ class Config(RunConfig):
     crop_min: Share = 0.08  # smallest share of the area; BYOL App. B; code
 
 
-# unstated: no paper has SNCLR on CIFAR-10. Views and budget of GSG's App. B.2 and C.2, ours else
+# unstated: no paper has SNCLR on CIFAR-10. Views, budget: GSG's App. B.2, C.2; the rest is ours
 SMALL_IMAGES = {
     "lr_batch": 512,
     "optimizer": "sgd",
@@ -136,8 +136,8 @@ PRESETS = {
 
 
 class SNCLR(nn.Module):
-    """Projections y = projector(encoder(x)), predictions z = predictor(y); the momentum branch is a
-    copy of encoder and projector.
+    """Makes projections y = projector(encoder(x)) and predictions z = predictor(y); the momentum
+    branch is a copy of encoder and projector.
     """
 
     def __init__(self, config: Config):
@@ -158,16 +158,16 @@ class SNCLR(nn.Module):
         self.encoder, self.projector = encoder, projector
 
     def forward(self, x: Tensor) -> Tensor:
-        """Projections, (N,3,H,W) -> (N,D)."""
+        """Returns projections, (N,3,H,W) -> (N,D)."""
         return self.projector(self.encoder(x))
 
 
 @in_full_precision
 def positiveness(projections: Tensor, neighbours: Tensor) -> Tensor:
-    """w_i of Eq. 4 with identity f1 and f2, no scale: y1 (N,D), NN(y2) (N,K,D) -> (N,K).
+    """Computes w_i of Eq. 4 (identity f1 and f2, no scale): y1 (N,D), NN(y2) (N,K,D) -> (N,K).
 
-    Softmax over the K own neighbours of the cosine with y1 (the code normalises both, the paper
-    does not say). The weight of the instance itself, w_0 = 1, is not in it.
+    It is the softmax over the K own neighbours of the cosine with y1 (the code normalises both, the
+    paper does not say). The weight of the instance itself, w_0 = 1, is not in it.
     """
     return cosines(F.normalize(projections, dim=1), neighbours).softmax(dim=1)
 
@@ -183,13 +183,13 @@ def snclr_loss(
     positiveness_scale: float = 1.0,
     detach_positiveness: bool = False,
 ) -> Tensor:
-    """One direction: z1, y1, y2 (N,D), NN(y2) (N,K,D), any scale -> scalar, the mean over images.
+    """Computes one direction: z1, y1, y2 (N,D), NN(y2) (N,K,D), any scale -> the mean over images.
 
-    Columns are the keys y2 and their neighbours of all ranks, N + N*K of them without gradient;
+    Columns are the keys y2 and their neighbours of all ranks, N + N*K of each, without gradient;
     positives are the own key with weight 1 and the own K neighbours with their positiveness.
-    "paper": Eq. 2, -log of the weighted sum over the whole sum. "official": cross-entropy with the
-    weights as soft labels, times 2 * temperature. K = 0 gives Eq. 1. Gradient flows through z1
-    and, by the positiveness, through y1.
+    "paper" is Eq. 2, -log of the weighted sum over the whole sum. "official" is the cross-entropy
+    with the weights as soft labels, times 2 * temperature. K = 0 gives Eq. 1. Gradient flows
+    through z1 and, by the positiveness, through y1.
     """
     if form not in ("paper", "official"):
         raise ValueError(f"unknown form {form} of SNCLR's loss: paper or official")
@@ -215,7 +215,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """What depends on other flags: the ViT-S of the release, its patch embedding, App. A's m."""
+    """Sets what depends on other flags: the release's ViT-S, its patch embedding, App. A's m."""
     changes = {}
     if config.arch == "vit_small" and config.vit_small == "mocov3":
         changes["arch"] = "vit_small_mocov3"
@@ -319,8 +319,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def look_up(config: Config, state: dict) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """(what maps images to the embedding that is looked up, the positiveness of images and their
-    neighbours), of a checkpoint's state.
+    """Returns, from a checkpoint's state, what maps images to the embedding that is looked up, and
+    what gives the positiveness of images and their neighbours.
     """
     model = SNCLR(config)
     target = momentum_copy(encoder=model.encoder, projector=model.projector)
@@ -333,7 +333,7 @@ def look_up(config: Config, state: dict) -> tuple[nn.Module, Callable[[Tensor, T
 def neighbours_of(
     queue: SupportSet, keys: Tensor, k: int, others: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 3: the k entries of the candidate set nearest to each key; none for k = 0."""
+    """Finds the k entries of the candidate set nearest to each key (Eq. 3); none for k = 0."""
     if k == 0:
         return keys.new_zeros(len(keys), 0, keys.shape[1]), keys.new_zeros(len(keys), 0)
     return queue.nearest(keys, k, exclude_ids=others)
@@ -341,7 +341,7 @@ def neighbours_of(
 
 @torch.no_grad()
 def positiveness_statistics(y1: Tensor, neighbours: Tensor) -> dict[str, Tensor]:
-    """Mean of the positiveness over neighbours (1/K) and its spread within one image's."""
+    """Returns the mean positiveness over neighbours (1/K) and its spread within one image's."""
     w = positiveness(y1, neighbours)
     return {"positiveness_mean": w.mean(), "positiveness_std": w.std(dim=1, correction=0).mean()}
 

@@ -106,7 +106,7 @@ PRESETS = {
 
 class SwAV(nn.Module):
     """Encoder, projector (code: Linear, batch norm, ReLU, Linear, both with a bias) and prototypes,
-    the rows of a linear layer without bias.
+    which are the rows of a linear layer without bias.
     """
 
     def __init__(self, config: Config):
@@ -124,18 +124,18 @@ class SwAV(nn.Module):
 
 @in_full_precision
 def similarities(z: Tensor, prototypes: Tensor) -> Tensor:
-    """(N,D) of length 1, (K,D) of length 1 -> (N,K) cosines, in float32 at least."""
+    """Computes cosines (N,K), in float32 at least, of rows (N,D) and (K,D) of length 1."""
     return z @ prototypes.T
 
 
 @torch.no_grad()
 @in_full_precision
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Codes (N,K), whose rows sum to 1, of cosines (N,K) of this rank's part of the global batch.
+    """Makes codes (N,K), whose rows sum to 1, of cosines (N,K) of this rank's part of the batch.
 
-    Q = exp(scores / epsilon) over its sum; `iterations` times each prototype is brought to the
-    share 1/K of the global batch, then each image to 1/M; at last times M. Without iterations
-    only the sum and M act. All of it in logarithms, where no epsilon is too small.
+    Q is exp(scores / epsilon) over its sum. `iterations` times each prototype is brought to the
+    share 1/K of the global batch, then each image to 1/M; at last Q is multiplied by M. Without
+    iterations only the sum and M act. All is done in logarithms, in which no epsilon is too small.
     """
     log_Q = scores / epsilon
     if iterations == 0:
@@ -148,16 +148,16 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
 
 def over_ranks(logarithms: Tensor) -> Tensor:
-    """(K,) of each rank -> (K,), the logarithm of the sum over ranks of what they stand for."""
+    """Returns the logarithm of the sum over ranks of what `logarithms` mean: (K,) each -> (K,)."""
     return gather(logarithms[None]).logsumexp(0)
 
 
 def swav_loss(
     scores: Sequence[Tensor], codes: Sequence[Tensor], temperature: float = 0.1
 ) -> Tensor:
-    """The swapped prediction: V tensors of cosines (N,K), S <= V of codes (N,K) -> scalar.
+    """Computes the swapped prediction: V tensors of cosines (N,K), S <= V of codes (N,K) -> scalar.
 
-    codes[s] were made from crop s. The mean over s of the mean over the other crops v of the
+    codes[s] were made from crop s. It is the mean over s of the mean over the other crops v of the
     cross-entropy of codes[s] with softmax(scores[v] / temperature), over this rank's images. Codes
     get no gradient. Raises ValueError for fewer than two crops, or no code or too many.
     """
@@ -174,19 +174,19 @@ def swav_loss(
 
 @in_full_precision
 def cross_entropy(scores: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """The mean over rows of -sum_k target_k log softmax(scores / temperature)_k."""
+    """Returns the mean over rows of -sum_k target_k log softmax(scores / temperature)_k."""
     return -(target * F.log_softmax(scores / temperature, dim=1)).sum(dim=1).mean()
 
 
 @torch.no_grad()
 def code_entropy(codes: Tensor) -> Tensor:
-    """Mean entropy of the codes (N,K) over ln K: 1 if they say nothing, as after a collapse."""
+    """Returns the mean entropy of codes (N,K) over ln K: 1 if they say nothing (a collapse)."""
     return torch.special.entr(codes).sum(dim=1).mean() / math.log(max(2, codes.shape[1]))
 
 
 @torch.no_grad()
 def prototype_usage(scores: Tensor) -> Tensor:
-    """How evenly the images of the global batch have the prototypes for their nearest one: the
+    """Tells how evenly the images of the global batch spread over their nearest prototypes: the
     entropy of these shares over the largest possible; 0 if all have one. (N,K) -> scalar.
     """
     shares = scores.new_zeros(scores.shape[1])
@@ -206,7 +206,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration itself; UserError for small crops that cannot be."""
+    """Checks the configuration; raises UserError for small crops that cannot be."""
     if config.multi_crop and config.arch.startswith("vit"):
         raise UserError("--multi-crop needs a ResNet: a ViT's positions fit one size")
     if config.multi_crop and not 0.05 < config.multi_crop_scale < 1:

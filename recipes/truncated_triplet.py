@@ -115,7 +115,7 @@ PRESETS = {
 
 class Triplet(nn.Module):
     """BYOL's online network as the code has it: projector and predictor are FC, batch norm, ReLU,
-    FC each, all FCs with bias; the projector starts at He's normal weights, the predictor at
+    FC each, all FCs with bias. The projector starts at He's normal weights, the predictor at
     N(0, 0.01), biases at 0.
     """
 
@@ -144,13 +144,13 @@ def triplet_loss(
     margin: float = 100.0,
     block: int = 0,
 ) -> Tensor:
-    """One direction: max(0, gamma d(i, i) - deputy(i) + margin), the mean over images.
+    """Computes one direction: max(0, gamma d(i, i) - deputy(i) + margin), the mean over images.
 
     Predictions and the target's projections (N,D), any scale -> scalar; no gradient flows through
-    targets. d = -2 cos; deputy(i) is the mean of the `ranks` (both included, 1 is the smallest) of
+    targets. d is -2 cos; deputy(i) is the mean of the `ranks` (both included, 1 is the smallest) of
     d(i, j) over the other images j: of all ranks' (`block` 0), or of the same `block` consecutive
     rows of the global batch. Raises ValueError for ranks that are none or more than there are
-    negatives, and a block that does not divide the global batch.
+    negatives, and for a block that does not divide the global batch.
     """
     first, last = ranks
     p, z = F.normalize(predictions, dim=1), gather(F.normalize(targets.detach(), dim=1))
@@ -169,7 +169,7 @@ def triplet_loss(
 
 
 def ranks_of(config: Config) -> tuple[int, int]:
-    """--ranks as numbers; UserError for what is none."""
+    """Returns --ranks as numbers; raises UserError if they are none."""
     found = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", config.ranks)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:
@@ -178,8 +178,8 @@ def ranks_of(config: Config) -> tuple[int, int]:
 
 
 def draw_sides(seed: int, step: int, block: int, image_size: int) -> list[int]:
-    """Pixels of --random-resize for a block of images at a step: of the online network's views 1
-    and 2, then of the target's, each drawn from these numbers alone.
+    """Draws the pixels of --random-resize for a block of images at a step: of the online network's
+    views 1 and 2, then of the target's, each from these numbers alone.
     """
     sides = []
     for view, smallest in enumerate((ONLINE_SIDE, ONLINE_SIDE, TARGET_SIDE, TARGET_SIDE)):
@@ -190,13 +190,13 @@ def draw_sides(seed: int, step: int, block: int, image_size: int) -> list[int]:
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """(N,C,H,W) -> (N,C,side,side), bilinear without antialiasing, as the code."""
+    """Resizes (N,C,H,W) to (N,C,side,side), bilinear without antialiasing, as the code."""
     return F.interpolate(images, size=(side, side), mode="bilinear")
 
 
 def parameter_groups(model: nn.Module, adapt_shortcuts: bool) -> list[dict]:
-    """The tensors that the code's LARS decays and adapts, and those that it does not: all of one
-    dimension, but with `adapt_shortcuts` the scales of torchvision's `downsample.1`.
+    """Splits the tensors into those that the code's LARS decays and adapts and those it does not:
+    all of one dimension, but with `adapt_shortcuts` not the scales of torchvision's `downsample.1`.
     """
     groups = [{"params": [], "adapted": True}, {"params": [], "adapted": False}]
     for name, p in model.named_parameters():
@@ -206,7 +206,7 @@ def parameter_groups(model: nn.Module, adapt_shortcuts: bool) -> list[dict]:
 
 
 def rate_at(config: Config, lr: float, step: int, steps_per_epoch: int, total: int) -> float:
-    """Half a cosine from the first step on, which the warm-up multiplies (code)."""
+    """Returns the rate: half a cosine from the first step on, times the warm-up (code)."""
     moved = step if config.cosine_per == "step" else step - step % steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
     line = warmup_cosine(min(step, warmup), warmup, warmup, 1.0, start=WARMUP_START)
@@ -219,12 +219,12 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """With --ranks as first-last."""
+    """Returns the configuration with --ranks as first-last."""
     return dataclasses.replace(config, ranks="-".join(map(str, ranks_of(config))))
 
 
 def parse_arguments(argv: list[str] | None = None) -> Config:
-    """The configuration; UserError for a block, ranks or a resizing that cannot be."""
+    """Reads the flags; raises UserError for a block, ranks or a resizing that cannot be."""
     config = parse(Config, PRESETS, argv, resolve)  # resolve also sees the preset alone
     if config.block and config.batch_size % config.block:
         text = "must divide the global batch, --batch-size"
@@ -238,8 +238,8 @@ def parse_arguments(argv: list[str] | None = None) -> Config:
 
 
 def own_block(config: Config, ranks: int) -> int:
-    """The block of this rank's images, all of which must be of one, since a size is drawn for
-    each and batch norms take the images of a rank together; UserError if they are of several.
+    """Returns the block of this rank's images. Raises UserError if they are of several: a size is
+    drawn for each block, and batch norms take the images of a rank together.
     """
     local, block = config.batch_size // ranks, config.block or config.batch_size
     if block % local:

@@ -109,10 +109,10 @@ class TWIST(nn.Module):
 
 @in_full_precision
 def normalize_logits(logits1: Tensor, logits2: Tensor, bunch: int = 0) -> tuple[Tensor, Tensor]:
-    """Batch norm without scale and offset, of both views' logits (N,C) together.
+    """Applies batch norm without scale and offset to both views' logits (N,C) together.
 
     Mean and biased variance (+ 1e-5) are those of `bunch` consecutive images of the global batch,
-    with gradient, whichever ranks hold them; 0: of all. `bunch` divides the global batch.
+    with gradient, whichever ranks hold them; 0 takes all. `bunch` divides the global batch.
     """
     logits = torch.stack([logits1, logits2], dim=1)  # (N,2,C)
     bunch = bunch or len(logits) * world_size()
@@ -123,7 +123,7 @@ def normalize_logits(logits1: Tensor, logits2: Tensor, bunch: int = 0) -> tuple[
 
 
 def bunch_means(rows: Tensor, bunch: int) -> Tensor:
-    """(N,C) -> (N,C): each row's place takes the mean of its bunch of the global batch."""
+    """Replaces each row of (N,C) by the mean of its bunch of the global batch."""
     piece = math.gcd(len(rows), bunch)  # images that are in one bunch and on one rank
     means = rows.unflatten(0, (-1, piece)).mean(dim=1)  # of this rank's pieces
     if piece == bunch:
@@ -134,7 +134,7 @@ def bunch_means(rows: Tensor, bunch: int) -> Tensor:
 
 
 def entropy(p: Tensor, log_p: Tensor) -> Tensor:
-    """The mean over rows of -sum_k p_k log p_k."""
+    """Returns the mean over rows of -sum_k p_k log p_k."""
     return -(p * log_p).sum(dim=1).mean()
 
 
@@ -142,11 +142,11 @@ def entropy(p: Tensor, log_p: Tensor) -> Tensor:
 def twist_terms(
     logits1: Tensor, logits2: Tensor, tau: float = 1.0, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Consistency, sharpness and diversity of the logits (N,C) of two views, scalars.
+    """Returns consistency, sharpness and diversity of the logits (N,C) of two views, scalars.
 
-    Consistency: half of KL(p1|p2) + KL(p2|p1) of their softmax, meaned over images. Of the softmax
-    of logits / tau, meaned over views: sharpness, the mean entropy of an image; diversity, the
-    entropy of the mean over the images of all ranks, gathered with gradient.
+    Consistency is half of KL(p1|p2) + KL(p2|p1) of their softmax, averaged over images. Of the
+    softmax of logits / tau, averaged over views, sharpness is the mean entropy of an image, and
+    diversity the entropy of the mean over the images of all ranks, gathered with gradient.
     """
     p1, p2 = logits1.softmax(dim=1), logits2.softmax(dim=1)
     log1, log2 = (p1 + eps).log(), (p2 + eps).log()
@@ -170,7 +170,7 @@ def twist_loss(
     eps: float = 1e-5,
     terms: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """consistency + (1 + lam1) * sharpness - lam2 * diversity of logits (N,C) -> scalar.
+    """Computes consistency + (1 + lam1) * sharpness - lam2 * diversity of logits (N,C) -> scalar.
 
     Logits are those after the batch norm. `terms` are `twist_terms` of them, if already known.
     """
@@ -184,7 +184,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """With the warm-up of --epochs where none is given."""
+    """Fills in the warm-up of --epochs if none is given."""
     if config.warmup_epochs is not None:
         return config
     short = 3.0 if config.epochs <= 20 else 5.0
@@ -192,7 +192,7 @@ def resolve(config: Config) -> Config:
 
 
 def check_bunches(config: Config) -> None:
-    """UserError for bunches that do not fill the batch, or that nothing would read."""
+    """Raises UserError for bunches that do not fill the batch, or that nothing would read."""
     bunch = PRESETS.get(config.dataset, {}).get("bunch_size", Config.bunch_size)
     if not config.logit_norm and config.bunch_size != bunch:
         text = f"--bunch-size {config.bunch_size}: --no-logit-norm leaves nothing that reads it"

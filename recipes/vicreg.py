@@ -96,8 +96,8 @@ PRESETS = {
 
 
 def branch(config: Config, arch: str) -> tuple[nn.Module, nn.Module]:
-    """An encoder and its expander: batch norm and ReLU after all FCs but the last, which is plain
-    and has no bias; the others have one (unstated; code).
+    """Builds an encoder and its expander: batch norm and ReLU after all FCs but the last, which is
+    plain and has no bias; the others have one (unstated; code).
     """
     encoder = build_encoder(arch, config.image_size, config.zero_init_residual)
     hidden = [config.projector_hidden] * (config.projector_layers - 1)
@@ -116,12 +116,12 @@ class VICReg(nn.Module):
 
 
 def variance(z: Tensor) -> Tensor:
-    """v of Eq. 1 and 2: (M,D) -> scalar, how far standard deviations are below 1."""
+    """Computes v of Eq. 1 and 2: (M,D) -> scalar, how far standard deviations are below 1."""
     return F.relu(1 - torch.sqrt(z.var(dim=0) + 1e-4)).mean()
 
 
 def covariance(z: Tensor) -> Tensor:
-    """c of Eq. 3 and 4: (M,D) -> scalar, the squared covariances of any two dimensions over D."""
+    """Computes c of Eq. 3 and 4: (M,D) -> scalar, squared covariances of dimension pairs over D."""
     z = z - z.mean(dim=0)
     C = z.T @ z / (len(z) - 1)
     return (C - torch.diag(C.diagonal())).square().sum() / z.shape[1]
@@ -129,10 +129,10 @@ def covariance(z: Tensor) -> Tensor:
 
 @in_full_precision
 def vicreg_terms(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """s(Z, Z'), v(Z) + v(Z') and c(Z) + c(Z') of Eq. 6, of embeddings (N,D).
+    """Returns s(Z, Z'), v(Z) + v(Z') and c(Z) + c(Z') of Eq. 6, of embeddings (N,D).
 
-    s is Algorithm 1's mse_loss, the mean over images and dimensions: the text's distance of
-    vectors is D times that. Variances and covariances are those of the global batch, gathered with
+    s is Algorithm 1's mse_loss, the mean over images and dimensions: the text's distance of vectors
+    is D times that. Variances and covariances are those of the global batch, gathered with
     gradient; s is the mean over this rank's images.
     """
     Z1, Z2 = gather_with_grad(z1), gather_with_grad(z2)
@@ -149,7 +149,7 @@ def vicreg_loss(
     form: Literal["paper", "official"] = "paper",
     terms: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Eq. 6: sim * s + std * (v + v') + cov * (c + c'); embeddings (N,D), as they are -> scalar.
+    """Computes Eq. 6: sim * s + std * (v + v') + cov * (c + c') of raw embeddings (N,D) -> scalar.
 
     "official" takes the mean of v and v', half of the paper's sum; c and c' are added in both.
     `terms` are `vicreg_terms` of the same embeddings, if they are already known.
@@ -166,7 +166,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration itself; UserError for a second encoder that cannot take the images."""
+    """Checks the configuration; raises UserError if a second encoder cannot take the images."""
     if config.second_arch.startswith("vit") and config.image_size % 16:
         text = f"--second-arch {config.second_arch}: --image-size must be a multiple of 16"
         raise UserError(f"{text}, not {config.image_size}")

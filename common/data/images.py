@@ -43,11 +43,11 @@ class ArrayImages:
         return Image.fromarray(self.pixels[index])
 
     def load_array(self, index: int) -> np.ndarray:
-        """uint8 (H,W,4), see common/fast/pixels.py."""
+        """Returns uint8 (H,W,4), see common/fast/pixels.py."""
         return pixels.four_channels(self.pixels[index])
 
     def fingerprint(self) -> str:
-        """A hash of all pixels: a continued run must see the same images."""
+        """Returns a hash of all pixels: a continued run must see the same images."""
         return hashlib.sha256(np.ascontiguousarray(self.pixels)).hexdigest()[:12]
 
 
@@ -70,12 +70,12 @@ class FolderImages:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def read(self, index: int) -> bytes:
-        """The file as it is."""
+        """Returns the file as it is."""
         with open(self.path(index), "rb") as file:
             return file.read()
 
     def load(self, index: int) -> Image.Image:
-        """The image as RGB; UserError that names the file where it cannot be read."""
+        """Loads the image as RGB; raises UserError that names the file if it cannot be read."""
         path = self.path(index)
         try:
             with open_image(self.source(index), self.max_pixels) as image:
@@ -87,12 +87,12 @@ class FolderImages:
             ) from None
 
     def source(self, index: int) -> str | BytesIO:
-        """What Pillow opens."""
+        """Returns what Pillow opens."""
         return self.path(index)
 
     def load_array(self, index: int) -> np.ndarray:
-        """The image of `load` as uint8 (H,W,4), see common/fast/pixels.py. Whatever is odd about a
-        file, Pillow judges.
+        """Loads the image as uint8 (H,W,4), see common/fast/pixels.py. If anything is odd about a
+        file, Pillow judges it, as in `load`.
         """
         try:
             array = pixels.decode_jpeg(self.read(index), self.max_pixels)
@@ -103,13 +103,13 @@ class FolderImages:
         return array
 
     def fingerprint(self) -> str:
-        """A hash of all file names: a continued run must see the same images."""
+        """Returns a hash of all file names: a continued run must see the same images."""
         return hashlib.sha256(b"\n".join(self.paths.tolist())).hexdigest()[:12]
 
 
 def open_image(source: str | Path | BytesIO, max_pixels: int) -> Image.Image:
-    """An image whose header alone is read; ValueError if it has more than `max_pixels`, which a few
-    bytes of a file may claim and decoding would take gigabytes for.
+    """Opens an image and reads its header alone. Raises ValueError if it has more than
+    `max_pixels`: a few bytes of a file may claim so many, and decoding would take gigabytes.
     """
     image = Image.open(source)
     if (number := image.width * image.height) > max_pixels:
@@ -120,13 +120,13 @@ def open_image(source: str | Path | BytesIO, max_pixels: int) -> Image.Image:
 
 
 def said(error: Exception, path: str | Path) -> str:
-    """What an error says, without the file, which is named already."""
+    """Returns what an error says, without the file, which is named already."""
     text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error)).replace(f" {str(path)!r}", "")
     return text or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """8 bits per channel; of 16-bit grey the upper ones, which Pillow would clip to white."""
+    """Converts to 8 bits per channel, of 16-bit grey the upper 8: Pillow would clip it to white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -148,7 +148,7 @@ class PackedImages(FolderImages):
     per_image: ClassVar = ("paths", "shard", "offset", "length")
 
     def path(self, index: int) -> str:
-        """Shard and name, for messages."""
+        """Returns shard and name, for messages."""
         return f"{self.shard_path(index)}: {os.fsdecode(self.paths[index])}"
 
     def shard_path(self, index: int) -> str:
@@ -158,7 +158,7 @@ class PackedImages(FolderImages):
         return self.shard_path(index), int(self.offset[index]), int(self.length[index])
 
     def expect(self, samples: Iterable[int]) -> None:
-        """These are read next, in this order, see `shards.Handles`."""
+        """Announces what is read next, in this order, see `shards.Handles`."""
         self.handles.expect(map(self.place, samples))
 
     def read(self, index: int) -> bytes:
@@ -168,7 +168,7 @@ class PackedImages(FolderImages):
         return BytesIO(self.read(index))
 
     def fingerprint(self) -> str:
-        """That of the folder which was packed, if its files are unchanged."""
+        """Returns the fingerprint of the folder that was packed, if its files are unchanged."""
         if not self.resized:
             return super().fingerprint()
         names = b"\n".join([*self.paths.tolist(), b"resized to %d" % self.resized])
@@ -180,7 +180,7 @@ CenterView = Callable[[Image.Image, int], Tensor]  # (image, size) -> uint8 (3,s
 
 
 def subset(images: Images, samples: np.ndarray) -> Images:
-    """The images of these numbers, in this order, with their labels."""
+    """Returns the images of these numbers, in this order, with their labels."""
     labels = None if images.labels is None else images.labels[samples]
     parts = {name: getattr(images, name)[samples] for name in images.per_image}
     return dataclasses.replace(images, **parts, labels=labels)

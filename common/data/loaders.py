@@ -21,7 +21,7 @@ SKIP_LIMIT = 100  # unreadable images in a row before --on-bad-image skip gives 
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the samples in an epoch, a permutation keyed by (seed, epoch)."""
+    """Returns the order of the samples in an epoch, a permutation keyed by (seed, epoch)."""
     bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1])  # counter 1: not a view's
     return np.random.Generator(bits).permutation(images)
 
@@ -61,8 +61,8 @@ def load_or_next(
     skip: bool,
     load: Callable[[int], Any] | None = None,
 ) -> tuple[Any | None, int, list[str]]:
-    """(image, its number, error texts): with `skip` the next readable image in place of an
-    unreadable one, else None for it. `load` takes the place of `images.load`.
+    """Returns (image, its number, error texts). If an image is unreadable, `skip` gives the next
+    readable one in its place; else the image is None. `load` takes the place of `images.load`.
     """
     problems: list[str] = []
     while True:
@@ -88,15 +88,15 @@ class ImageDataset(torch.utils.data.Dataset):
         return [self[key] for key in keys]
 
     def sample(self, key: Any) -> int:
-        """The number of the image that a key asks for."""
+        """Returns the number of the image that a key asks for."""
         return int(key[-1])
 
 
 class ViewDataset(ImageDataset):
-    """(epoch, sample) -> the sample's views, its number, and what went wrong.
+    """Maps (epoch, sample) to the sample's views, its number, and what went wrong.
 
     An unreadable image gives an error text instead of an exception, so that the loop can name the
-    file in one line; with `skip` the next readable image takes its place. `input` as in
+    file in one line; with `skip` the next readable image takes its place. `input` is that of
     `config.RunConfig`.
     """
 
@@ -137,7 +137,7 @@ class ViewDataset(ImageDataset):
 
 
 class CropDataset(ViewDataset):
-    """As ViewDataset, but of each view its crop, uint8 (3,size,size), and its draw, (16,):
+    """A ViewDataset that gives of each view its crop, uint8 (3,size,size), and its draw, (16,):
     `common.fast.device_views` does the rest.
     """
 
@@ -147,8 +147,8 @@ class CropDataset(ViewDataset):
 
 
 class DrawDataset(ViewDataset):
-    """As CropDataset for images of one size in memory, which `common.fast.device_views` crops too:
-    the draws alone, with nothing for the pixels.
+    """A CropDataset for images of one size in memory, which `common.fast.device_views` crops too:
+    it gives the draws alone, with nothing for the pixels.
     """
 
     def __getitem__(self, key: tuple[int, int]):
@@ -162,8 +162,8 @@ STAGES = {"views": ViewDataset, "crops": CropDataset, "draws": DrawDataset}
 
 
 def collate(items: list) -> tuple[list, Tensor, list[str], bool]:
-    """-> per view uint8 (N,3,H,W), or a tuple of that and the draws (N,16); samples (N,), problems,
-    and whether a problem must stop.
+    """Returns per view uint8 (N,3,H,W), or a tuple of that and the draws (N,16); then samples (N,),
+    problems, and whether a problem must stop the run.
     """
     problems = [text for _, _, texts in items for text in texts]
     if any(views is None for views, _, _ in items):
@@ -188,8 +188,8 @@ def view_loader(
     stage: str = "views",
     input: str = "exact",
 ) -> torch.utils.data.DataLoader:
-    """A loader over all steps of the run: workers start once and prefetch across epochs. `stage`
-    is how far they go: whole views, or what `common.fast.device_views` finishes (crops, draws).
+    """Returns a loader over all steps of the run: workers start once and prefetch across epochs.
+    `stage` is how far they go: whole views, or what `device_views` finishes (crops, draws).
     """
     return torch.utils.data.DataLoader(
         STAGES[stage](images, views, batches.seed, skip_bad_images, input),
@@ -202,7 +202,7 @@ def view_loader(
 
 
 class CenterDataset(ImageDataset):
-    """Sample -> its evaluation view, uint8 (3,size,size), or what is wrong with its file."""
+    """Maps a sample to its evaluation view, uint8 (3,size,size), or what is wrong with its file."""
 
     def __init__(self, images: Images, samples: np.ndarray, size: int, view: CenterView):
         self.images, self.samples, self.size, self.view = images, samples, size, view
@@ -221,7 +221,7 @@ class CenterDataset(ImageDataset):
 
 
 def collate_center(items: list[Tensor | str]) -> Tensor | str:
-    """A batch, or what is wrong with its first unreadable image."""
+    """Returns a batch, or what is wrong with its first unreadable image."""
     return next((text for text in items if isinstance(text, str)), None) or torch.stack(items)
 
 
@@ -233,8 +233,8 @@ def center_batches(
     workers: int = 0,
     view: CenterView = center_view,
 ) -> Iterator[Tensor]:
-    """Evaluation views of the given samples, uint8 (N,3,size,size), in order. An unreadable image
-    raises UserError; `common.run.readable` leaves them out before.
+    """Yields evaluation views of the given samples, uint8 (N,3,size,size), in order. Raises
+    UserError for an unreadable image; `common.run.readable` leaves these out before.
     """
     if isinstance(images, ArrayImages) and images.pixels.shape[1:3] == (size, size):
         for first in range(0, len(samples), batch):
@@ -255,16 +255,16 @@ def center_batches(
 
 
 def default_workers(ranks_here: int) -> int:
-    """One loader process per CPU core of this rank, at most 16. Slurm may have given this task its
-    own cores already, and then says how many.
+    """Returns how many loader processes to start: one per CPU core of this rank, at most 16. Slurm
+    may have given this task its own cores already, and then says how many.
     """
     own = variable("SLURM_CPUS_PER_TASK")
     return max(1, min(16, own or len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Schedulers signal every process of a job; only the training process answers. (`command`
-    ends workers that an error leaves behind, since they ignore the usual request.)
+    """Ignores the signals by which schedulers stop a job: they send them to every process, but only
+    the training process answers. (`command` ends workers that an error leaves behind.)
     """
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

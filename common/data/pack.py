@@ -37,7 +37,7 @@ BLOCK = 512  # tar's
 
 
 def shard_starts(sizes: np.ndarray, limit: int) -> list[int]:
-    """The first image of each shard; a shard ends before it would grow beyond `limit` bytes."""
+    """Returns the first image of each shard; a shard ends before it would exceed `limit` bytes."""
     starts, total = [0], 0
     for number, size in enumerate(sizes.tolist()):
         if total and total + size > limit:
@@ -48,7 +48,7 @@ def shard_starts(sizes: np.ndarray, limit: int) -> list[int]:
 
 
 def file_sizes(images: FolderImages, split: str) -> np.ndarray:
-    """Bytes that each file takes in a tar file."""
+    """Returns the bytes that each file takes in a tar file."""
     sizes = np.empty(len(images), np.int64)
     with Progress(len(images), f"{split}: sizes", "image", leave=True) as progress:
         for number in range(len(images)):
@@ -62,7 +62,7 @@ def file_sizes(images: FolderImages, split: str) -> np.ndarray:
 
 
 def content(images: FolderImages, number: int, resize: int) -> bytes:
-    """The file of an image, or a smaller JPEG where its shorter side is above `resize`."""
+    """Returns the file of an image, or a smaller JPEG if its shorter side is above `resize`."""
     try:
         data = images.read(number)
     except OSError as error:
@@ -71,7 +71,7 @@ def content(images: FolderImages, number: int, resize: int) -> bytes:
         return data
     try:
         image = images.load(number)
-    except UserError as error:  # whose hint is no flag here
+    except UserError as error:  # its hint is no flag here
         raise UserError(str(error).removesuffix(SKIP_HINT)) from None
     if min(image.size) <= resize:
         return data
@@ -85,7 +85,7 @@ def content(images: FolderImages, number: int, resize: int) -> bytes:
 def write_shard(
     path: Path, images: FolderImages, numbers: range, split: str, resize: int, bar: Progress
 ) -> None:
-    """One tar file and, beside it, the places of its images; renamed when complete."""
+    """Writes one tar file and, beside it, the places of its images; renames it when complete."""
     offset, length = np.empty((2, len(numbers)), np.int64)
     with replacing(path) as beside:  # last: a shard of this name is complete
         with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -107,7 +107,7 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def is_done(path: Path, images: FolderImages, numbers: range) -> bool:
-    """Whether a shard of an earlier start holds just these images."""
+    """Tells whether an earlier start finished a shard; raises UserError if its images differ."""
     part = path.with_suffix(".npz")
     if not path.is_file() or not part.is_file():
         return False
@@ -127,7 +127,7 @@ def is_done(path: Path, images: FolderImages, numbers: range) -> bool:
 def pack_split(
     images: FolderImages, sizes: np.ndarray, split: str, arguments: argparse.Namespace
 ) -> dict:
-    """Writes a split's shards and index; what packed.json says of it."""
+    """Writes a split's shards and index; returns what packed.json says of it."""
     output = arguments.output
     starts = [*shard_starts(sizes, arguments.shard_mb << 20), len(images)]
     paths = [output / f"{split}-{number:05}.tar" for number in range(len(starts) - 1)]
@@ -151,7 +151,7 @@ def pack_split(
 
 
 def check_space(output: Path, needed: int) -> None:
-    """UserError if what is still to be written does not fit."""
+    """Raises UserError if what is still to be written does not fit."""
     there = sum(p.stat().st_size for p in output.glob("*.tar"))
     free, missing = shutil.disk_usage(output).free, needed - there
     if missing > free:
@@ -205,7 +205,7 @@ def pack_splits(splits: dict[str, FolderImages], arguments: argparse.Namespace) 
 
 
 def begun(settings: Path) -> dict:
-    """What an interrupted start wrote of itself."""
+    """Returns what an interrupted start wrote of itself."""
     try:
         return documents.read_json(settings, "block")
     except UserError:

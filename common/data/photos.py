@@ -39,7 +39,7 @@ SEED = 18
 
 @functools.cache
 def patches(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (N,32,32,3) and labels (N,) of `train` (5400) or `test` (1080), always the same."""
+    """Cuts uint8 (N,32,32,3) and labels (N,) of `train` (5400) or `test` (1080), always alike."""
     images, labels = [], []
     for label, name in enumerate(PHOTOS):
         photo = read_photo(name)
@@ -57,7 +57,7 @@ def patches(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_photo(name: str) -> Image.Image:
-    """One photograph as RGB, read from scikit-image's own files (nothing is downloaded)."""
+    """Reads one photograph as RGB from scikit-image's own files (nothing is downloaded)."""
     import skimage
 
     path = Path(skimage.__file__).parent / "data" / PHOTOS[name]

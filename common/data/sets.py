@@ -23,14 +23,13 @@ VALPREP = "valprep.sh of github.com/soumith/imagenetloader.torch"  # sorts Image
 def load_dataset(
     name: str, data: str, download: bool = False, max_pixels: int = MAX_PIXELS
 ) -> tuple[Images, Images | None]:
-    """Training images and labelled test images (None where there are none).
+    """Loads training images and labelled test images (None if there are none).
 
-    `photos` needs no folder. `imagenet` is train/ and val/ with class folders, `imagefolder`
+    `photos` needs no folder. `imagenet` is train/ and val/ with class folders, `imagefolder` is
     train/ and optional val/, in class folders or flat (no labels), or a folder with images directly
-    in it. `cifar10` is torchvision's
-    python batches or train/ and test/ with class folders. A folder that pack.py wrote stands for
-    the `imagenet` or `imagefolder` it was made of. Raises UserError for a wrong layout. Larger
-    images than `max_pixels` count as unreadable.
+    in it. `cifar10` is torchvision's python batches or train/ and test/ with class folders. A
+    folder that pack.py wrote stands for the `imagenet` or `imagefolder` it was made of. Raises
+    UserError for a wrong layout. Larger images than `max_pixels` count as unreadable.
     """
     if name == "photos":
         return photo_patches("train"), photo_patches("test")
@@ -76,7 +75,7 @@ def how_to_sort(val: FolderImages) -> str:
 
 
 def check_same_classes(root: Path, train: Images, test: Images, split: str) -> None:
-    """UserError that says which class folders are on one side alone."""
+    """Raises UserError that says which class folders are on one side alone, if any are."""
     own = {
         "train": sorted(set(train.classes) - set(test.classes)),
         split: sorted(set(test.classes) - set(train.classes)),
@@ -98,12 +97,12 @@ def check_same_classes(root: Path, train: Images, test: Images, split: str) -> N
 
 
 def composed(name: str) -> str:
-    """A name in one Unicode form: macOS may have taken accents apart."""
+    """Returns a name in one Unicode form: macOS may have taken accents apart."""
     return unicodedata.normalize("NFC", name)
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of many names."""
+    """Returns the first of many names, as text."""
     return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
 
 
@@ -113,7 +112,7 @@ def photo_patches(split: str) -> ArrayImages:
 
 
 def check_folder(root: Path, name: str) -> None:
-    """UserError that names the layouts of this data set if there is no train/."""
+    """Raises UserError that names the layouts of this data set if there is no train/."""
     if is_folder(root / "train"):
         return
     expected = f"--data {root} has no folder train/: expected {root}/train/CLASS/IMAGE"
@@ -123,7 +122,7 @@ def check_folder(root: Path, name: str) -> None:
 
 
 def images_in(folder: Path) -> list[str]:
-    """The images that lie directly in a folder."""
+    """Returns the images that lie directly in a folder."""
     return images_among(entries_of(folder), "", {})
 
 
@@ -140,7 +139,7 @@ def check_exists(root: Path) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; UserError for a link that leads nowhere."""
+    """Tells whether there is a folder; raises UserError for a link that leads nowhere."""
     if path.is_symlink() and not os.path.exists(path):
         raise UserError(f"{path} is a link to nothing, or to itself: mend or remove it")
     return path.is_dir()
@@ -154,8 +153,9 @@ def scan_folder(
     max_pixels: int = MAX_PIXELS,
     flat: bool = False,
 ) -> FolderImages:
-    """The images of root/split: class folders in sorted order, files sorted within each. `flat`:
-    those directly in it, whatever folders there are. What is left out is said with its count.
+    """Returns the images of root/split: class folders in sorted order, files sorted within each;
+    with `flat` those directly in it, whatever folders there are. Says what is left out and how
+    much.
     """
     folder = root / split
     found = entries_of(folder)
@@ -181,7 +181,7 @@ def scan_folder(
 
 
 def class_folders(folder: Path, found: Sequence[os.DirEntry]) -> dict[str, None]:
-    """Names of the class folders, in order; UserError for a link that cannot be one."""
+    """Names the class folders, in order; raises UserError for a link that cannot be one."""
     names = {}
     for entry in found:
         if entry.name.startswith(".") or not is_folder_entry(entry):
@@ -199,8 +199,8 @@ def class_folders(folder: Path, found: Sequence[os.DirEntry]) -> dict[str, None]
 
 
 def is_folder_entry(entry: os.DirEntry) -> bool:
-    """Whether it is a folder or a link to one; UserError for a link to nothing, unless it is named
-    as an image, whose reader will say so.
+    """Tells whether it is a folder or a link to one. Raises UserError for a link to nothing, unless
+    it is named as an image, whose reader will say so.
     """
     if not entry.is_symlink():
         return entry.is_dir()
@@ -211,7 +211,7 @@ def is_folder_entry(entry: os.DirEntry) -> bool:
 def labelled_images(
     folder: Path, classes: Iterable[str], left_out: dict[str, list[str]]
 ) -> tuple[list[str], np.ndarray]:
-    """(paths, labels) of the images in class folders; UserError for one without."""
+    """Returns (paths, labels) of the images in class folders; raises UserError for one without."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -226,18 +226,18 @@ def labelled_images(
 def images_among(
     entries: Sequence[os.DirEntry], prefix: str, left_out: dict[str, list[str]]
 ) -> list[str]:
-    """The images of a folder, as paths; what else is there goes to `left_out`, by kind."""
+    """Returns a folder's images, as paths; puts what else is there into `left_out`, by kind."""
     files = []
     for entry in entries:
         path = prefix + entry.name
         hidden = entry.name.startswith(".")
-        if entry.is_dir(follow_symlinks=False):  # which needs no look at the file itself
+        if entry.is_dir(follow_symlinks=False):  # this needs no look at the file
             kind = None if hidden else "folders inside folders of images"
         elif is_image(entry.name):
             if entry.is_file(follow_symlinks=False) or entry.is_symlink():
                 files.append(path)
                 continue
-            kind = "pipes and devices"  # which would be waited for
+            kind = "pipes and devices"  # opening one would wait
         elif hidden:
             kind = "hidden images" if is_image(entry.name.lstrip("._")) else None
         else:
@@ -248,7 +248,7 @@ def images_among(
 
 
 def no_class_folders(folder: Path, split: str, name: str, images: int) -> str:
-    """What to do about images that lie side by side where labels are needed."""
+    """Says what to do about images that lie side by side although labels are needed."""
     text = f"{folder} has no class folders, its {images:,} images lie side by side"
     if name == "imagenet" and split == "val":
         return (
@@ -262,7 +262,7 @@ def no_class_folders(folder: Path, split: str, name: str, images: int) -> str:
 
 
 def entries_of(folder: Path) -> list[os.DirEntry]:
-    """What a folder holds, by name."""
+    """Returns what a folder holds, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda e: e.name)
@@ -278,7 +278,7 @@ def check_packed(root: Path, name: str) -> None:
 def packed_split(
     root: Path, split: str, flat_allowed: bool, name: str, max_pixels: int = MAX_PIXELS
 ) -> PackedImages:
-    """The images of root/split as they were before they were packed, in the same order."""
+    """Returns the images of root/split as they were before they were packed, in the same order."""
     index = shards.read_index(root, split)
     if not index.classes and not flat_allowed:
         raise UserError(
@@ -311,7 +311,7 @@ def as_bytes(paths: Sequence[str]) -> np.ndarray:
 
 
 def load_cifar10(root: Path, download: bool) -> tuple[ArrayImages, ArrayImages]:
-    """CIFAR-10 in memory, from the python batches or from class folders of 32x32 images."""
+    """Loads CIFAR-10 into memory, from the python batches or class folders of 32x32 images."""
     if download or (root / "cifar-10-batches-py").is_dir():
         return cifar10_batches(root, train=True, download=download), cifar10_batches(root, False)
     check_exists(root)

@@ -35,10 +35,10 @@ Place = tuple[str, int, int]  # path of a shard, offset, length
 
 @dataclass
 class Index:
-    """One split: (N,) each, and what all images share."""
+    """One split: arrays of (N,), one entry for each image, and what all images share."""
 
     paths: np.ndarray  # bytes, relative to the split's folder
-    labels: np.ndarray  # int64, zeros where there are no classes
+    labels: np.ndarray  # int64, zeros if there are no classes
     shard: np.ndarray  # number in `files`
     offset: np.ndarray  # int64, bytes
     length: np.ndarray  # int64, bytes
@@ -74,14 +74,14 @@ class Handles:
         return Handles()
 
     def expect(self, places: Iterable[Place]) -> None:
-        """These will be read next, in this order; what was expected before is forgotten."""
+        """Notes what will be read next, in this order; forgets what was expected before."""
         self.check_owner()
         self.expected, self.ahead, self.is_first = deque(places), {}, True
         if self.slow:
             self.read_ahead()
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """The bytes at a place; UserError that names the shard where they cannot be had."""
+        """Returns the bytes at a place; raises UserError that names the shard if it cannot."""
         self.check_owner()
         started = time.perf_counter()
         place = path, offset, length
@@ -101,7 +101,7 @@ class Handles:
         return data
 
     def read_ahead(self) -> None:
-        """Asks for as many of the expected as may be under way."""
+        """Asks for as many of the expected images as may be under way."""
         held = sum(length for _, _, length in self.ahead)
         while self.expected and len(self.ahead) < AHEAD:
             held += self.expected[0][2]
@@ -134,7 +134,7 @@ class Handles:
 
 
 def is_packed(root: Path) -> bool:
-    """Whether a folder was written by common/data/pack.py; UserError if that is not finished."""
+    """Tells whether common/data/pack.py wrote a folder; raises UserError if it has not finished."""
     if (root / NAME).is_file():
         return True
     if not (root / "train").is_dir() and any(root.glob("train-?????.tar*")):
@@ -145,7 +145,7 @@ def is_packed(root: Path) -> bool:
 
 
 def describe(root: Path) -> dict:
-    """What packed.json says."""
+    """Returns what packed.json says."""
     try:
         about = documents.read_json(root / NAME, "packed")
     except UserError as error:
@@ -163,8 +163,8 @@ def fits(
     offset: np.ndarray,
     length: np.ndarray,
 ) -> bool:
-    """Whether the arrays of a split are as many numbers, of classes and shards that there are, and
-    of places within them, as packed.json has images.
+    """Tells whether the arrays of a split agree with packed.json: whole numbers, one for each
+    image, of classes and shards that there are, and of places within these shards.
     """
     numbers = (labels, shard, offset, length)
     if paths.dtype.kind != "S" or any(array.dtype.kind not in "iu" for array in numbers):
@@ -183,7 +183,7 @@ def split_names(root: Path) -> list[str]:
 
 
 def read_index(root: Path, split: str) -> Index:
-    """The index of a split; UserError for a shard that is missing or of another size."""
+    """Reads a split's index; raises UserError for a shard that is missing or of another size."""
     about = describe(root)
     entry = about["splits"][split]
     for name, size in entry["shards"].items():

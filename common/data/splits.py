@@ -13,8 +13,8 @@ SEED = 0  # not the run's: seeds of one experiment see the same images
 def split_classes(
     labels: np.ndarray, wanted: Callable[[int], float], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(the rest, those drawn), both in ascending order: of each class round(wanted(its count))
-    samples, at least one and never the last.
+    """Returns (the rest, those drawn), both in ascending order. Of each class it draws
+    round(wanted(its count)) samples, at least one and never the last.
     """
     rng = np.random.default_rng([seed, 1])
     drawn = []
@@ -40,10 +40,10 @@ def parts(
     subset_seed: int = 0,
     scored_on: str = "held-out",
 ) -> tuple[Images, Images | None]:
-    """(images to train on, images that k-NN is scored on), as the flags of these names ask; 0
-    leaves them as they are. What is held out is never trained on.
+    """Returns (images to train on, images that k-NN is scored on), as the flags of these names ask;
+    0 leaves them as they are. What is held out is never trained on.
 
-    UserError where there are not that many images, or no labels to hold out by.
+    Raises UserError if there are not that many images, or no labels to hold out by.
     """
     if validation_share:
         train, held = held_out_share(train, validation_share)
@@ -56,7 +56,7 @@ def parts(
 
 
 def held_out_share(train: Images, share: float) -> tuple[Images, Images]:
-    """(the rest, `share` of each class held out), the same for every run."""
+    """Returns (the rest, `share` of each class held out), the same for every run."""
     if train.labels is None:
         raise UserError("--validation-share needs class folders: k-NN needs labels")
     kept, held = split_classes(train.labels, lambda count: share * count, SEED)
@@ -68,8 +68,8 @@ def held_out_share(train: Images, share: float) -> tuple[Images, Images]:
 
 
 def balanced(images: Images, number: int, draw: int = 0) -> np.ndarray:
-    """`number` of the images, equally many of each class; without labels, any. Draws of different
-    numbers have no image in common.
+    """Draws `number` of the images, equally many of each class; without labels, any. Different
+    values of `draw` have no image in common.
     """
     if number > len(images):
         raise UserError(f"--train-images {number}: there are {len(images)} to choose from")

@@ -20,9 +20,9 @@ from common.fast.compiled import kernel
 
 
 def rank_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Batch norms that take their statistics over all ranks: PyTorch's on CUDA, ours on CPU.
+    """Gives a module batch norms over all ranks: PyTorch's on CUDA, ours on CPU.
 
-    Ours also on one rank: PyTorch's CPU kernel sums (N,C) inputs in float32, and gradients of the
+    Ours serve one rank too: PyTorch's CPU kernel sums (N,C) inputs in float32, and gradients of the
     first step were once 2 % off the float64 ones on one rank, 2e-6 on two.
     """
     if device.type == "cuda":
@@ -49,7 +49,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "RankBatchNorm":
-        """The same layer, sharing the parameters and buffers of `norm`."""
+        """Returns the same layer, sharing the parameters and buffers of `norm`."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         new.weight, new.bias = norm.weight, norm.bias
         new.running_mean, new.running_var = norm.running_mean, norm.running_var
@@ -63,7 +63,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     @torch.compiler.disable  # its Function moves buffers
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if not self.training:  # without running statistics too: those of this rank's batch
+        if not self.training:  # without running statistics it takes this rank's batch
             return super().forward(x)
         if x.numel() // (self.views * x.shape[1]) < 2 and world_size() == 1:
             raise ValueError(f"batch norm over one value of each channel: (N,C,…) is {(*x.shape,)}")
@@ -90,9 +90,9 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 @contextlib.contextmanager
 def views_apart(module: nn.Module, views: int) -> Iterator[None]:
-    """Within it, the batch norms of `module` take a batch as so many views one after another and
-    normalise each by itself: one forward then gives what one forward for each view gives. Only
-    where `can_keep_views_apart` holds.
+    """Makes the batch norms of `module`, within the block, take a batch as so many views one after
+    another and normalise each by itself: one forward then gives what one forward for each view
+    gives. It may be used only if `can_keep_views_apart` holds.
     """
     norms = [m for m in module.modules() if isinstance(m, RankBatchNorm)]
     for norm in norms:
@@ -105,15 +105,15 @@ def views_apart(module: nn.Module, views: int) -> Iterator[None]:
 
 
 def can_keep_views_apart(module: nn.Module) -> bool:
-    """Whether all of its batch norms, if any, are ours, and ranks have images of one size."""
+    """Tells whether all its batch norms, if any, are ours, and ranks have images of one size."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return all(isinstance(norm, RankBatchNorm) and not norm.counts for norm in norms)
 
 
 def count_values(module: nn.Module) -> None:
-    """From now on the batch norms of `module` take inputs whose size is another on each rank, as
-    PyTorch's on CUDA do anyway, at one more all-reduce each; and views one by one, since which of
-    them are of one size is another matter on each rank.
+    """Lets the batch norms of `module` take inputs whose size differs between ranks, as PyTorch's
+    on CUDA do anyway, at one more all-reduce each. Views then go one by one, since which of them
+    have one size differs between ranks too.
     """
     for norm in module.modules():
         if isinstance(norm, RankBatchNorm):
@@ -241,10 +241,10 @@ def sum_over_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(N,C,…) with its channels last in memory, a copy only where they are not."""
+    """Returns (N,C,…) with its channels last in memory, a copy only if they are not."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def as_rows(x: Tensor, views: int) -> np.ndarray:
-    """(N,C,…) with its channels last in memory -> (views, rows, C), the same memory."""
+    """Turns (N,C,…) with its channels last in memory into (views, rows, C), the same memory."""
     return x.detach().movedim(1, -1).numpy().reshape(views, -1, x.shape[1])

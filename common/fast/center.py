@@ -1,7 +1,7 @@
 """The views of evaluations: the central square of a resized image.
 
 Of an image much longer than wide nearly all that resizing makes is cropped away (a line of 1x4000
-pixels becomes 256x1024000): there the square alone is computed, with the same values.
+pixels becomes 256x1024000): then the square alone is computed, with the same values.
 """
 
 import numpy as np
@@ -19,9 +19,9 @@ LONG = 8  # times the shorter side: from here on most of a resized image is not 
 def center_view(
     image: Image.Image, size: int, interpolation: str = "bilinear", square: bool = False
 ) -> Tensor:
-    """The view of evaluations: shorter side to size/0.875 (256 for 224) and the central square of
-    `size`; `square` resizes both sides so, whatever the aspect (GSG's main_knn.py). An image that
-    has just this size is taken as it is.
+    """Makes the view of evaluations: brings the shorter side to size/0.875 (256 for 224) and cuts
+    the central square of `size`. `square` resizes both sides so, whatever the aspect (GSG's
+    main_knn.py). An image that has just this size is taken as it is.
     """
     if image.size == (size, size):
         return to_tensor(image)
@@ -33,8 +33,8 @@ def center_view(
 
 
 def central_square(image: Image.Image, side: int, size: int, interpolation: str) -> Tensor:
-    """uint8 (3,size,size): the shorter side to `side`, then the middle; torchvision's Resize and
-    CenterCrop, bit for bit.
+    """Returns uint8 (3,size,size): brings the shorter side to `side`, then cuts the middle, as
+    torchvision's Resize and CenterCrop do, bit for bit.
     """
     short, long = sorted(image.size)
     if long <= LONG * short:

@@ -11,8 +11,8 @@ from numba import config, njit
 
 
 def cache() -> tuple[bool, str]:
-    """Whether numba can keep the kernels, and what to say of it: they go into a temporary folder of
-    this user where neither the code's folder nor a home takes files (containers).
+    """Tells whether numba can keep the kernels, and what to say of it. They go into a temporary
+    folder of this user if neither the code's folder nor a home takes files (containers).
     """
     beside = Path(__file__).parent / "__pycache__"
     homeless = os.path.expanduser("~") == "~"  # numba would make a folder of this name

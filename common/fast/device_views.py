@@ -23,8 +23,8 @@ FILTER_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on a device. Through pinned memory to a GPU: of any other, more than 64 KB at once may
-    make the host wait for the step before (CUDA's "API synchronization behavior").
+    """Moves `x` to a device, to a GPU through pinned memory: of any other, more than 64 KB at once
+    may make the host wait for the step before (CUDA's "API synchronization behavior").
     """
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.contiguous().pin_memory()
@@ -35,11 +35,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def crop(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor:
-    """Random resized crops: uint8 (N,3,H,W), (N,16) draws on the host -> uint8 (N,3,size,size).
+    """Crops and resizes: uint8 (N,3,H,W), (N,16) draws on the host -> uint8 (N,3,size,size).
 
-    Separable, antialiased (the filter grows with the scale), rounded in between, as Pillow's resize
-    of the cropped image: rows first, or columns where the height shrinks by more than twice the
-    pixels that the width does (`pixels.crop`).
+    It is separable, antialiased (the filter grows with the scale) and rounded in between, as is
+    Pillow's resize of the cropped image: rows come first, or columns if the height shrinks by more
+    than twice the pixels that the width does (`pixels.crop`).
     """
     height, width = images.shape[2:]
     box = to_device(table[:, BOX], images.device)
@@ -57,15 +57,15 @@ def crop(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor
 
 
 def to_levels(x: Tensor) -> Tensor:
-    """Rounded to 0 to 255, in place."""
+    """Rounds to 0 to 255, in place."""
     return x.round_().clamp_(0, 255)
 
 
 def resize_weights(
     side: int, start: Tensor, length: Tensor, size: int, interpolation: str
 ) -> Tensor:
-    """(N,size,side): output pixel i of image n is the sum over j of weight[n,i,j] * input j, for
-    the crop [start, start + length) of N images; Pillow's triangle or cubic (a = -1/2) filter.
+    """Returns (N,size,side): pixel i of image n becomes the sum over j of weight[n,i,j] * input j,
+    for the crop [start, start + length), by Pillow's triangle or cubic (a = -1/2) filter.
     """
     scale = (length / size)[:, None, None]
     stretch = scale.clamp(min=1.0)
@@ -89,8 +89,9 @@ def resize_weights(
 
 
 def photometric(pixels: Tensor, table: Tensor) -> Tensor:
-    """Everything after the crop: uint8 (N,3,H,W) on any device, (N,16) draws on the host -> uint8
-    (N,3,H,W). In blocks, so that a large batch does not hold several float copies of itself.
+    """Does all that follows the crop: uint8 (N,3,H,W) on any device, (N,16) draws on the host ->
+    uint8 (N,3,H,W). It works in blocks, so that a large batch does not hold several copies in
+    float.
     """
     block = max(1, BLOCK // math.prod(pixels.shape[1:]))
     parts = zip(pixels.split(block), table.split(block), strict=True)
@@ -112,7 +113,7 @@ def photometric_block(pixels: Tensor, table: Tensor) -> Tensor:
 
 
 def plan(table: Tensor) -> tuple[list, list[Tensor]]:
-    """The steps of a batch and the rows that each applies to, in the order of BYOL's code."""
+    """Returns a batch's steps and the rows that each applies to, in the order of BYOL's code."""
     todo = [
         (COLOUR_STEPS[colour], table[:, ORDER.start + turn] == colour)
         for turn in range(4)
@@ -136,12 +137,12 @@ def column(values: Tensor, number: int) -> Tensor:
 
 
 def blend(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's ImageEnhance: base + factor * (x - base), clipped, its fraction cut off."""
+    """Returns base + factor * (x - base), clipped, its fraction cut off: Pillow's ImageEnhance."""
     return (base + factor * (x - base)).clamp_(0, 255).floor_()
 
 
 def luma(x: Tensor) -> Tensor:
-    """(N,3,H,W) -> (N,1,H,W): ITU-R 601-2 in Pillow's 16-bit integers."""
+    """Turns (N,3,H,W) into (N,1,H,W): ITU-R 601-2 in Pillow's 16-bit integers."""
     r, g, b = x.int().split(1, dim=1)
     return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).float()
 
@@ -160,7 +161,7 @@ def saturation(x: Tensor, values: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, values: Tensor) -> Tensor:
-    """Through Pillow's 8-bit HSV: the hue turns by whole levels of 1/255."""
+    """Turns the hue by whole levels of 1/255, through Pillow's 8-bit HSV."""
     high, low = x.amax(dim=1), x.amin(dim=1)
     r, g, b = x.unbind(dim=1)
     spread = (high - low).clamp(min=1)
@@ -196,8 +197,8 @@ def grey(x: Tensor, values: Tensor) -> Tensor:
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """The radius of the box filters, (N,) and fractional, that Pillow takes for a Gaussian of
-    `sigma`: three of them have the variance sigma**2 (Gwosdek et al., the extended box filter).
+    """Returns the radius of the box filters, (N,) and fractional, that Pillow takes for a Gaussian
+    of `sigma`: three of them have the variance sigma**2 (Gwosdek et al., the extended box filter).
     """
     variance = sigma.double() ** 2 / BLUR_PASSES
     whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()
@@ -206,7 +207,7 @@ def box_radius(sigma: Tensor) -> Tensor:
 
 
 def blur_of_width(radius: int):
-    """Blur with boxes of 2 * radius + 1 whole pixels and a part of one more on either side."""
+    """Returns a blur with boxes of 2 * radius + 1 whole pixels and a part of one on either side."""
 
     def blur(x: Tensor, values: Tensor) -> Tensor:
         full = 1 / (2 * box_radius(values[:, BLUR]) + 1)
@@ -222,7 +223,7 @@ def blur_of_width(radius: int):
 
 
 def box_filter(x: Tensor, radius: int, full: Tensor, edge: Tensor) -> Tensor:
-    """One box filter along the last axis, rounded to whole levels; border pixels are repeated."""
+    """Applies one box along the last axis, rounds to whole levels, and repeats border pixels."""
     width, reach = x.shape[3], radius + 1
     padded = F.pad(x, (reach, reach, 0, 0), mode="replicate")
     # sums of whole levels, exact in any order: one pass over memory instead of one per pixel
@@ -255,7 +256,7 @@ class DeviceViews:
             self.pixels = pixels.permute(0, 3, 1, 2).contiguous()
 
     def __call__(self, loaded: list[tuple[Tensor, Tensor]], samples: Tensor) -> list[Tensor]:
-        """(crops, draws) of each view as the loader gives them -> uint8 (N,3,size,size) each."""
+        """Turns (crops, draws) of each view, as loaded, into uint8 (N,3,size,size) each."""
         if self.stage == "draws":
             images = self.pixels[to_device(samples, self.device)]
         finished = []

@@ -43,7 +43,7 @@ class Encoded(NamedTuple):
 
 class Pieces:
     """An encoder that takes each view of a batch in pieces of `config.micro_batch` images, of
-    `config.batch_size` (both over all ranks), or whole where that is 0 or there is no config.
+    `config.batch_size` (both over all ranks), or whole if that is 0 or there is no config.
 
     Raises ValueError for an encoder that draws at random: its replay would draw anew.
     """
@@ -60,9 +60,9 @@ class Pieces:
             raise ValueError(f"{name} draws at random: pieces would be replayed with other draws")
 
     def __call__(self, *views: Tensor) -> list[Tensor]:
-        """(N,3,H,W) each -> features (N,D) each; N is this rank's part of the batch or a multiple
-        of it. Whole, views of one size go through in one forward where that changes nothing: there
-        are no batch norms, or they are ours (on CPU), which keep the views' statistics apart.
+        """Encodes (N,3,H,W) each to features (N,D) each; N is this rank's part of the batch or a
+        multiple of it. Whole views of one size go through in one forward if that changes nothing:
+        there are no batch norms, or they are ours (on CPU), which keep the views' statistics apart.
         """
         if self.pieces:
             return [self.in_pieces(x) for x in views]
@@ -77,7 +77,7 @@ class Pieces:
             return self.encoder(torch.cat(views)).chunk(len(views))
 
     def in_pieces(self, images: Tensor) -> Tensor:
-        """Features without graph; where gradients are wanted, a leaf where `replay` goes on."""
+        """Returns features without graph; if gradients are wanted, `replay` goes on from them."""
         with torch.no_grad():
             parts = [self.encoder(part) for part in self.parts(images)]
             features = torch.stack(parts, dim=1).flatten(0, 1)
@@ -106,7 +106,7 @@ class Pieces:
 
 
 def random_layer(module: nn.Module) -> str:
-    """The name of the first layer that drops values or paths at random; "" where there is none."""
+    """Returns the name of the first layer that drops values or paths at random, or ""."""
     for name, child in module.named_modules():
         dropout = isinstance(child, RANDOM) and child.p > 0
         dropout |= isinstance(child, nn.MultiheadAttention | nn.RNNBase) and child.dropout > 0
@@ -117,7 +117,7 @@ def random_layer(module: nn.Module) -> str:
 
 
 def autocast_of(device_type: str) -> dict:
-    """The arguments of torch.autocast that hold here."""
+    """Returns the arguments of torch.autocast that hold here."""
     return {
         "device_type": device_type,
         "dtype": torch.get_autocast_dtype(device_type),
@@ -127,7 +127,7 @@ def autocast_of(device_type: str) -> dict:
 
 @contextlib.contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by their batch, and leave their running statistics as they are."""
+    """Keeps running statistics as they are, while batch norms normalise by their batch."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracking = [norm.track_running_stats for norm in norms]
     try:

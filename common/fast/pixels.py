@@ -35,8 +35,8 @@ SQUARE = np.int32(255 * 255)
 
 
 def decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """JPEG file -> uint8 (H,W,4), the values that Pillow decodes; None for whatever Pillow should
-    judge: another format, CMYK, damage, more than `max_pixels`.
+    """Decodes a JPEG file to uint8 (H,W,4), the values that Pillow decodes. Returns None for
+    whatever Pillow should judge: another format, CMYK, damage, more than `max_pixels`.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -50,7 +50,7 @@ def decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
 
 
 def four_channels(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (H,W,3) -> (H,W,4)."""
+    """Adds a fourth channel: uint8 (H,W,3) -> (H,W,4)."""
     padded = np.empty((*pixels.shape[:2], 4), np.uint8)
     padded[:, :, :3], padded[:, :, 3] = pixels, 255  # as the decoder fills it
     return padded
@@ -63,9 +63,9 @@ def four_channels(pixels: np.ndarray) -> np.ndarray:
 def weights(
     length: int, size: int, cubic: bool, first: int, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First source pixel (number,) and fixed-point weights (number,taps) of Pillow's antialiased
-    filters along one side of `length`, resized to `size`, for `number` of its pixels from `first`
-    on; taps is a multiple of 4, with zeros at the end.
+    """Returns the first source pixel (number,) and fixed-point weights (number,taps) of Pillow's
+    antialiased filters along one side of `length`, resized to `size`, for `number` of its pixels
+    from `first` on. taps is a multiple of 4, with zeros at the end.
     """
     scale = length / size
     stretch = max(scale, 1.0)
@@ -97,7 +97,7 @@ def weights(
 
 @inlined
 def clip(value):
-    """Fixed point -> uint8."""
+    """Turns a fixed-point value into uint8."""
     return uint8(min(max(value >> 22, 0), 255))
 
 
@@ -115,7 +115,7 @@ def add_four(total, a, b, c, d, w):
 def horizontal(
     image: np.ndarray, box: tuple[int, int, int, int], start: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
-    """Words (H,W) -> (height,size): the box, resized along its rows by `weights` of it.
+    """Resizes the box along its rows by their `weights`: words (H,W) -> (height,size).
 
     16 rows at a time are turned on their side, so that what one output pixel needs is contiguous.
     """
@@ -151,7 +151,7 @@ def horizontal(
 def vertical(
     image: np.ndarray, box: tuple[int, int, int, int], start: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
-    """Words (H,W) -> (size,width): the box, resized along its columns."""
+    """Resizes the box along its columns: words (H,W) -> (size,width)."""
     left, top, width, height = box
     size = start.size
     out = np.empty((size, width), np.uint32)
@@ -180,9 +180,9 @@ def crop(
     cubic: bool,
     flip: bool,
 ) -> np.ndarray:
-    """Words (H,W) -> planes (3,size,size): left, top, width, height of the box cut out, resized,
-    and flipped left to right. Pillow rounds between the passes, and takes the vertical one first
-    where the height shrinks by more than twice the pixels that the width does.
+    """Cuts out the box (left, top, width, height), resizes it, and flips it left to right if asked.
+    Words (H,W) -> planes (3,size,size). Pillow rounds between the passes, and takes the vertical
+    one first if the height shrinks by more than twice the pixels that the width does.
     """
     width, height = box[2:]
     column, across = weights(width, size, cubic, 0, size)
@@ -212,7 +212,7 @@ def window(
 
 @kernel
 def both_ways(image, box, tall, column, across, row, down):
-    """Words (H,W) -> (size,size): the box resized along both sides."""
+    """Resizes the box along both sides: words (H,W) -> (size,size)."""
     width, height, size = box[2], box[3], row.size
     if tall:
         narrow = vertical(image, box, row, down)
@@ -223,7 +223,7 @@ def both_ways(image, box, tall, column, across, row, down):
 
 @kernel
 def to_planes(square: np.ndarray, flip: bool) -> np.ndarray:
-    """Words (S,S) -> planes (3,S,S), flipped left to right if asked."""
+    """Turns words (S,S) into planes (3,S,S), flipped left to right if asked."""
     size = len(square)
     planes = np.empty((3, size, size), np.uint8)
     for y in range(size):
@@ -240,7 +240,7 @@ def to_planes(square: np.ndarray, flip: bool) -> np.ndarray:
 
 @inlined
 def luma(red, green, blue):
-    """Pillow's grey value, in 16 fractional bits."""
+    """Returns Pillow's grey value, by weights of 16 fractional bits."""
     return int32(
         int32(int32(red) * 19595 + int32(green) * 38470 + int32(blue) * 7471 + 32768) >> 16
     )
@@ -248,7 +248,7 @@ def luma(red, green, blue):
 
 @inlined
 def blend(value, base, factor):
-    """Pillow's: from `base` (at factor 0) over `value` (at 1), clipped, cut to an integer."""
+    """Returns base + factor * (value - base), clipped and cut to an integer, as Pillow does."""
     mixed = float32(base) + factor * float32(int32(int32(value) - base))
     return uint8(int32(min(max(mixed, float32(0)), float32(255))))
 
@@ -264,7 +264,7 @@ def mean_luma(planes: np.ndarray) -> int:
 
 @kernel
 def away_from(planes: np.ndarray, base: int, factor: float) -> None:
-    """Brightness (base 0) and contrast (base the mean luma), in place."""
+    """Changes brightness (base 0) or contrast (base the mean luma), in place."""
     values, base, factor = planes.ravel(), int32(base), float32(factor)
     for i in range(values.size):
         values[i] = blend(values[i], base, factor)
@@ -282,11 +282,11 @@ def saturate(planes: np.ndarray, factor: float) -> None:
 
 @kernel
 def shift_hue(planes: np.ndarray, shift: int) -> None:
-    """To Pillow's HSV of 0 to 255, `shift` added to the hue, and back, in place.
+    """Adds `shift` to the hue in Pillow's HSV of 0 to 255, and goes back to RGB, in place.
 
-    Without branches and with 32-bit integers, so that it vectorises. Hue and saturation are cut to
-    integers from single-precision quotients: double precision where Pillow has it. Back they are
-    rounded, and the exact quotients give what Pillow rounds to for every colour.
+    It has no branches and 32-bit integers, so that it vectorises. Hue and saturation are cut to
+    integers from quotients in single precision, in double precision where Pillow has it. On the way
+    back values are rounded: exact quotients give what Pillow rounds to for every colour.
     """
     reds, greens, blues = planes[0].ravel(), planes[1].ravel(), planes[2].ravel()
     shift = int32(shift)
@@ -346,8 +346,8 @@ def solarize(planes: np.ndarray) -> None:
 
 
 def box_radius(sigma: float) -> float:
-    """The radius of the extended box, three of which stand for a Gaussian (Gwosdek et al. 2011,
-    Eqs. 7, 11 and 14), in Pillow's single precision.
+    """Returns the radius of the extended box, three of which stand for a Gaussian (Gwosdek et al.
+    2011, Eqs. 7, 11 and 14), in Pillow's single precision.
     """
     one = np.float32
     sigma2 = one(sigma) * one(sigma) / one(3)
@@ -359,7 +359,7 @@ def box_radius(sigma: float) -> float:
 
 
 def box_weights(radius: float) -> tuple[int, int, int]:
-    """Whole radius, the weight of pixels inside and of the two beyond it, in 24 bits."""
+    """Returns the whole radius, the weight of pixels inside and of the two beyond, in 24 bits."""
     whole = int(radius)
     inside = int(np.float32(1 << 24) / (np.float32(radius) * np.float32(2) + np.float32(1)))
     return whole, inside, ((1 << 24) - (2 * whole + 1) * inside) // 2
@@ -367,13 +367,13 @@ def box_weights(radius: float) -> tuple[int, int, int]:
 
 @inlined
 def rounded(mixed):
-    """24 fractional bits -> uint8."""
+    """Rounds 24 fractional bits to uint8."""
     return uint8(uint32(mixed + uint32(1 << 23)) >> uint32(24))
 
 
 @inlined
 def copy(source, out):
-    """Row by row, which becomes memcpy; numba's own assignment goes byte by byte."""
+    """Copies row by row, which becomes memcpy; numba's own assignment goes byte by byte."""
     for y in range(source.shape[0]):
         line, to = source[y], out[y]
         for x in range(line.size):
@@ -382,7 +382,7 @@ def copy(source, out):
 
 @kernel
 def blur(planes: np.ndarray, radius: int, inside: int, beyond: int) -> None:
-    """Three boxes along the rows, then three along the columns, in place; edges are repeated."""
+    """Blurs in place by three boxes along the rows, then three along the columns; repeats edges."""
     inside, beyond = uint32(inside), uint32(beyond)
     height, width = planes.shape[1:]
     reach = max(radius, 1) + 1
@@ -403,8 +403,9 @@ def blur(planes: np.ndarray, radius: int, inside: int, beyond: int) -> None:
 
 @kernel
 def blur_rows(source, out, reach, radius, inside, beyond):
-    """One box along the rows of a plane that has `reach` columns to spare on each side. All rows
-    are one line: what runs over from row to row falls into these columns, which are filled anew.
+    """Blurs by one box along the rows of a plane that has `reach` columns to spare on each side.
+    All rows are one line: what runs over from row to row falls into these columns, which are
+    refilled.
     """
     first, last = reach, source.shape[1] - reach - 1
     for y in range(source.shape[0]):
@@ -433,10 +434,10 @@ def blur_rows(source, out, reach, radius, inside, beyond):
 
 @kernel
 def blur_columns(source, out, radius, inside, beyond):
-    """One box along the columns."""
+    """Blurs by one box along the columns."""
     last = source.shape[0] - 1
     total = np.zeros(source.shape[1], np.uint32)
-    for k in range(-radius - 1, radius):  # the box around the row before the first
+    for k in range(-radius - 1, radius):  # start with the box around the row before the first
         line = source[min(max(k, 0), last)]
         for x in range(total.size):
             total[x] = uint32(total[x] + uint32(line[x]))
@@ -453,7 +454,7 @@ def blur_columns(source, out, radius, inside, beyond):
 
 
 def render(view: View, image: np.ndarray, draw: Draw) -> Tensor:
-    """What `View.apply` makes: uint8 (H,W,4) and what was drawn -> uint8 (3,size,size)."""
+    """Makes what `View.apply` makes: uint8 (H,W,4) and what was drawn -> uint8 (3,size,size)."""
     # the flip may come first: each later step treats left and right alike
     words, cubic = image.view(np.uint32)[:, :, 0], view.interpolation == "bicubic"
     planes = crop(words, draw.box, view.size, cubic, draw.flip)
@@ -481,7 +482,7 @@ COLOUR_STEPS = (
 
 @kernel
 def look_up(planes: np.ndarray, levels: np.ndarray, out: np.ndarray) -> None:
-    """out (N,H,W,3) = levels (3,256) at the values of planes, uint8 (N,3,H,W)."""
+    """Sets out (N,H,W,3) to levels (3,256) at the values of planes, uint8 (N,3,H,W)."""
     for n in range(len(planes)):
         red, green, blue = planes[n]
         for y in range(red.shape[0]):
@@ -492,7 +493,7 @@ def look_up(planes: np.ndarray, levels: np.ndarray, out: np.ndarray) -> None:
 
 
 def to_input(views: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (N,3,H,W) -> normalised input of the encoder on `device`, channels last."""
+    """Turns uint8 (N,3,H,W) into the encoder's normalised input on `device`, channels last."""
     if views.device.type == device.type == "cpu" and dtype in (torch.float32, torch.float64):
         # three channels innermost are slow in PyTorch's loops: a look-up of the same values
         out = torch.empty((len(views), *views.shape[2:], 3), dtype=dtype)
@@ -505,7 +506,7 @@ def to_input(views: Tensor, device: torch.device, dtype: torch.dtype = torch.flo
 
 @functools.cache
 def levels(dtype: torch.dtype) -> np.ndarray:
-    """(3,256): what each of the 256 values of a channel becomes in the encoder's input."""
+    """Returns (3,256): what each of a channel's 256 values becomes in the encoder's input."""
     mean, std = mean_and_std(torch.device("cpu"), dtype).view(2, 3, 1)
     return torch.arange(256, dtype=dtype).div(255).sub(mean).div(std).numpy()
 
@@ -516,7 +517,7 @@ def mean_and_std(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def has_compiled() -> bool:
-    """Whether numba's cache knows these kernels; a guess, for the message only."""
+    """Tells whether numba's cache knows these kernels; a guess, for the message only."""
     return KEPT and any(Path(blur.stats.cache_path).glob("pixels.blur-*.nbi"))
 
 

@@ -21,8 +21,8 @@ TILE = {"cpu": 2**21, "cuda": 2**24}
 
 
 def cosines(x: Tensor, columns: Tensor) -> Tensor:
-    """The cosine of each row with each of its own columns: (N,D) of length 1, (N,C,D) of any
-    scale -> (N,C), without a normalised copy of the columns.
+    """Returns the cosine of each row with each of its own columns: (N,D) of length 1, (N,C,D) of
+    any scale -> (N,C), without a normalised copy of the columns.
     """
     products = torch.einsum("nd,ncd->nc", x, columns)
     return products / torch.linalg.vector_norm(columns, dim=2).clamp_min(1e-12)
@@ -31,18 +31,17 @@ def cosines(x: Tensor, columns: Tensor) -> Tensor:
 def logsumexp_of_cosines(
     x: Tensor, first: Tensor, others: Tensor, temperature: float, tile: int | None = None
 ) -> Tensor:
-    """log sum_c exp(cos(x_i, c) / temperature) over the columns c of all images of all ranks.
+    """Returns log sum_c exp(cos(x_i, c) / temperature) over the columns c of all ranks' images.
 
-    x (N,D) of length 1; the columns of this rank's images, of any scale: one each in `first`
-    (N,D), K each in `others` (N,K,D), K may be 0 -> (N,). The same as, with columns normalised,
+    x (N,D) has length 1. The columns of this rank's images have any scale: one each is in `first`
+    (N,D), K each in `others` (N,K,D), K may be 0. The result (N,) is, with columns normalised,
 
         columns = gather(torch.cat([first[:, None], others], dim=1)).flatten(0, 1)
         (x @ columns.T / temperature).logsumexp(dim=1)
 
     Gradient flows through x, never through the columns, and once only (no second derivative).
-    `tile` is how many logits may be held at once, None: TILE's for the device; those with the
-    columns of one image of each rank always are.
-    All ranks must call it, with equal shapes.
+    `tile` is how many logits may be held at once, None for TILE's of the device; those with the
+    columns of one image of each rank always are. All ranks must call it, with equal shapes.
     """
     tile = TILE[x.device.type] if tile is None else tile
     return _LogSumExp.apply(x, first.detach(), others.detach(), temperature, tile)

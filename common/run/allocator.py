@@ -20,10 +20,10 @@ VARIABLES = (  # settings of the user
 
 
 def keep_freed_memory() -> bool:
-    """Makes this process keep freed blocks of up to 1 GiB for its own next step. Whether it does:
-    not without glibc, nor where the environment sets the allocator already.
+    """Makes this process keep freed blocks of up to 1 GiB for its own next step. Returns whether it
+    does: not without glibc, nor if the environment sets the allocator already.
 
-    The process then keeps its peak, which the blocks' lying apart may raise by some percent
+    The process then keeps its peak, which may be some percent higher, since blocks lie apart
     (benchmarks/README.md); it does not grow from step to step.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in VARIABLES):

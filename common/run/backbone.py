@@ -31,7 +31,7 @@ TOLERANCE = 1e-3  # of their largest: other machines round differently, other ne
 
 
 def loader_of(arch: str, image_size: int) -> tuple[str, dict[str, Any]]:
-    """The public function and arguments that build this arch (a ResNet with its classifier)."""
+    """Returns the public function and arguments that build this arch (a ResNet with classifier)."""
     if arch.startswith("vit"):
         return "timm.create_model", timm_arguments(arch, image_size)
     if arch in ("resnet50", "resnet101", "resnet18"):
@@ -40,14 +40,14 @@ def loader_of(arch: str, image_size: int) -> tuple[str, dict[str, Any]]:
 
 
 def metadata_of(arch: str, image_size: int) -> dict[str, Any]:
-    """What a backbone's file says of how to build the encoder and its input."""
+    """Returns what a backbone's file says of how to build the encoder and its input."""
     loader, arguments = loader_of(arch, image_size)
     how = {"arch": arch, "loader": loader, "loader_kwargs": arguments, "image_size": image_size}
     return how | {"mean": MEAN, "std": STD}
 
 
 def fixed_input(image_size: int) -> Tensor:
-    """(1,3,S,S) float32: smooth waves of fixed frequencies, the same on every machine."""
+    """Returns (1,3,S,S) float32: smooth waves of fixed frequencies, the same on every machine."""
     y, x = np.mgrid[0:image_size, 0:image_size] / image_size
     waves = [np.sin(2 * np.pi * ((c + 1) * x + (3 - c) * y) + c) for c in range(3)]
     return torch.from_numpy(np.stack(waves)[None].astype(np.float32))
@@ -55,7 +55,7 @@ def fixed_input(image_size: int) -> Tensor:
 
 @torch.no_grad()
 def check_features(encoder: nn.Module, image_size: int) -> list[float]:
-    """The first features of the fixed input, in eval mode, float32, on CPU."""
+    """Returns the first features of the fixed input, in eval mode, float32, on CPU."""
     encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval()
     features = encoder(fixed_input(image_size))[0, :CHECK_FEATURES].tolist()
     return [float(f"{f:.7g}") for f in features]
@@ -81,7 +81,7 @@ def export_backbone(
 
 
 def sorted_header(content: bytes) -> bytes:
-    """The same safetensors file with its header in sorted order: equal runs give equal files."""
+    """Sorts the header of a safetensors file, so that equal runs give equal files."""
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
@@ -89,16 +89,16 @@ def sorted_header(content: bytes) -> bytes:
 
 
 def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(encoder in eval mode on CPU, metadata) of a backbone file or of a run folder.
+    """Loads (encoder in eval mode on CPU, metadata) from a backbone file or a run folder.
 
-    Names must match exactly, and the features of the fixed input must be those that the run
-    stored. Raises UserError otherwise.
+    Names must match exactly, and the features of the fixed input must be those that the run stored.
+    Raises UserError otherwise.
     """
     from safetensors import safe_open
 
     path = Path(path)
     path = path / NAME if path.is_dir() else path
-    documents.opened(path).close()  # no pipe, which would be waited for
+    documents.opened(path).close()  # refuses a pipe, which would block
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -122,7 +122,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     found = check_features(encoder, image_size)
     largest = max(map(abs, stored))
     worst = max(abs(a - b) for a, b in zip(stored, found, strict=True))
-    if not worst <= TOLERANCE * largest:  # also where something is not a number
+    if not worst <= TOLERANCE * largest:  # also if something is not a number
         raise UserError(
             f"{path}: the features of the fixed input differ from those stored by the run; "
             "the file was changed or this code builds another network"
@@ -131,7 +131,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_exactly(encoder: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Loads weights whose names and shapes match exactly; UserError that says what does not."""
+    """Loads weights if names and shapes match exactly; raises UserError that says what does not."""
     expected = encoder.state_dict()
     missing = [f"missing {name}" for name in expected if name not in tensors]
     unexpected = [f"unexpected {name}" for name in tensors if name not in expected]
@@ -148,6 +148,6 @@ def load_exactly(encoder: nn.Module, tensors: dict[str, Tensor], where: str) -> 
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names in one line; of more than LISTED the first ones, and how many there are more."""
+    """Joins the names in one line; beyond LISTED it gives the first ones and how many more."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more

@@ -1,9 +1,9 @@
 """The random encoder as a fair yardstick: its weights as drawn, its batch norms with statistics.
 
 A fresh batch norm holds mean 0 and variance 1, which no image ever gave it, while those of any
-trained encoder hold what they saw, even at rate 0. Read in eval mode the fresh ones lose some 20
-points of k-NN on `photos` to the same weights after one pass over images: what a run seems to gain
-over them is in part not learning. So whatever is called "random encoder" is calibrated here.
+trained encoder hold what they saw, even at rate 0. In eval mode the fresh ones lose some 20 points
+of k-NN on `photos` to the same weights after one pass over images: part of what a run seems to gain
+over them is not learning. So whatever is called "random encoder" is calibrated here.
 """
 
 import copy
@@ -34,12 +34,12 @@ def calibrated(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     skip_bad_images: bool = False,
 ) -> nn.Module:
-    """A copy of `encoder` in eval mode whose batch norms hold the mean statistics of one pass over
-    the first two training views of at most IMAGES images, in the order and with the draws of the
-    first epoch under `seed`. Of an encoder without running statistics, as a ViT, a plain copy.
+    """Returns a copy of `encoder` in eval mode whose batch norms hold the mean statistics of one
+    pass over the first two training views of at most IMAGES images, in the order and with the draws
+    of the first epoch under `seed`. Without running statistics, as in a ViT, it is a plain copy.
 
-    Nothing else moves: not the encoder, nor PyTorch's random numbers. UserError for an image that
-    cannot be read.
+    Nothing else moves: neither the encoder nor PyTorch's random numbers. Raises UserError for an
+    image that cannot be read.
     """
     weight = next(encoder.parameters())
     encoder = rank_batch_norm(copy.deepcopy(encoder), weight.device)

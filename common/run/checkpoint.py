@@ -1,6 +1,6 @@
 """A run's checkpoint: everything that the next step depends on, saved so that no crash loses it.
 
-Written beside and renamed, the one before kept: at every moment `checkpoint.pt` is a whole file.
+It is written beside and renamed, the one before is kept: `checkpoint.pt` is always a whole file.
 """
 
 import os
@@ -28,7 +28,7 @@ TARGET_1 = {"0.": "encoder.", "1.": "projector."}
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Saves `state` (tensors and plain values) as the folder's checkpoint.
 
-    Raises UserError where it cannot be written; the checkpoint before is then untouched.
+    Raises UserError if it cannot be written; the checkpoint before is then untouched.
     """
     path = folder / NAME
     try:
@@ -50,7 +50,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
 
 def disk_error_behind(error: BaseException | None) -> OSError | None:
-    """The disk's own error in a chain of errors: torch's zip writer covers it with another."""
+    """Finds the disk's own error in a chain of errors: torch's zip writer covers it."""
     while error is not None and not is_disk_error(error):
         error = error.__cause__ or error.__context__
     return error
@@ -70,7 +70,7 @@ def keep_previous(path: Path, previous: Path) -> None:
 
 
 def keep(folder: Path, path: Path) -> None:
-    """Keeps the folder's present checkpoint under another name, by a hard link where there are."""
+    """Keeps the folder's present checkpoint under another name, by a hard link if that can be."""
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as beside:
         try:
@@ -82,7 +82,7 @@ def keep(folder: Path, path: Path) -> None:
 
 
 def find(folder: Path) -> Path | None:
-    """The folder's checkpoint; the previous one where a crash left no other."""
+    """Returns the folder's checkpoint, the previous one if a crash left no other, or None."""
     for name in (NAME, PREVIOUS):
         if (folder / name).exists():
             return folder / name
@@ -96,14 +96,14 @@ def forget(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint of ours, on CPU. UserError for a truncated or foreign file."""
+    """Loads the state in a checkpoint, on CPU; raises UserError for a truncated or foreign file."""
     spare = path.with_name(PREVIOUS)
     hint = (
         f"to continue from the checkpoint before, move {spare.name} to {path.name}"
         if spare.exists() and path != spare
         else "to begin anew, give another --output or --resume never"
     )
-    documents.opened(path).close()  # no pipe, which would be waited for
+    documents.opened(path).close()  # refuses a pipe, which would block
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and stream errors of many types
@@ -115,19 +115,19 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def is_ours(state: Any) -> bool:
-    """Whether a file that holds this is a checkpoint of these recipes, or of an evaluation."""
+    """Tells whether a file that holds this is a checkpoint of these recipes or evaluations."""
     return isinstance(state, dict) and state.get("format") in (FORMAT, FORMAT_1)
 
 
 def in_format_2(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's state, under the names of format 2 if it is a run's of format 1."""
+    """Returns a checkpoint's state, under the names of format 2 if it is a run's of format 1."""
     if state["format"] == FORMAT_1 and "model" in state.get("state", {}):
         state["state"] = renamed(state["state"])
     return state
 
 
 def renamed(parts: dict[str, Any]) -> dict[str, Any]:
-    """A run's state of format 1 under the names of format 2; the optimizer knows parameters by
+    """Puts a run's state of format 1 under the names of format 2. The optimizer knows parameters by
     their order, which is the same.
     """
     parts = {"target" if name == "f_m" else name: part for name, part in parts.items()}

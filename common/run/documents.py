@@ -34,7 +34,7 @@ KINDS = {"a folder": stat.S_ISDIR, "a named pipe": stat.S_ISFIFO}
 
 
 def expanded(path: str | Path) -> Path:
-    """A path as a user gives it, ~ and ~user resolved; UserError for one that cannot be."""
+    """Resolves ~ and ~user in a path that a user gives; raises UserError for one that cannot be."""
     try:
         found = Path(path).expanduser()
     except RuntimeError:
@@ -48,7 +48,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def opened(path: str | Path) -> BinaryIO:
-    """A file, open to be read; UserError for what is none: nothing, a folder, a pipe, a device."""
+    """Opens a file to be read; raises UserError for nothing, a folder, a pipe or a device."""
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -66,7 +66,7 @@ def opened(path: str | Path) -> BinaryIO:
 
 
 def read_text(path: str | Path, most: int = MOST_JSON) -> str:
-    """The text of a file of at most so many bytes."""
+    """Returns the text of a file; raises UserError if it has more than `most` bytes."""
     with opened(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -78,7 +78,7 @@ def read_text(path: str | Path, most: int = MOST_JSON) -> str:
 
 
 def read_yaml(path: str | Path, schema: str = "block", needs: Sequence[str] = ()) -> Any:
-    """What a YAML file says, if it is as schemas/<schema>.yaml has it, with the keys `needs`."""
+    """Reads a YAML file and checks that it fits schemas/<schema>.yaml and has the keys `needs`."""
     try:
         value = parsed_yaml(read_text(path, MOST_YAML))
     except ValueError as error:
@@ -88,7 +88,7 @@ def read_yaml(path: str | Path, schema: str = "block", needs: Sequence[str] = ()
 
 
 def read_json(path: str | Path, schema: str, needs: Sequence[str] = ()) -> Any:
-    """What a JSON file says, likewise."""
+    """Reads a JSON file and checks it likewise."""
     try:
         value = parsed_json(read_text(path))
     except ValueError as error:
@@ -98,11 +98,12 @@ def read_json(path: str | Path, schema: str, needs: Sequence[str] = ()) -> Any:
 
 
 def read_lines(path: str | Path, schema: str) -> Iterator[Any]:
-    """What each line of a file of JSON lines says. What a crash cut off or filled with zeros at the
-    end is left out; a line that is damaged before a whole one, or wants a key, is a UserError.
+    """Yields what each line of a JSON-lines file says, without what a crash cut off or filled with
+    zeros at the end. Raises UserError for a damaged line before a whole one, or one that lacks a
+    key.
     """
     damaged = None
-    seen: set[Any] = set()  # of lines with the same keys and types one is looked at
+    seen: set[Any] = set()  # of lines with the same keys and types one is checked
     with opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), b""), 1):
             try:
@@ -117,8 +118,8 @@ def read_lines(path: str | Path, schema: str) -> Iterator[Any]:
 
 
 def check_shape(line: Any, schema: str, where: str, seen: set[Any]) -> None:
-    """`check` for many lines of few kinds: of those with the same keys, types and words, which is
-    all that their schema may ask for, one is looked at; `seen` remembers which.
+    """Does `check` for many lines of few kinds: of those with the same keys, types and words, which
+    is all that their schema may ask for, it looks at one; `seen` remembers which.
     """
     flat = isinstance(line, dict) and not any(isinstance(v, dict | list) for v in line.values())
     shape = flat and tuple((n, v if isinstance(v, str) else type(v)) for n, v in line.items())
@@ -155,7 +156,7 @@ Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_
 
 
 def parsed_yaml(text: str) -> Any:
-    """The value of a YAML text; ValueError, in a few words, for what is none or beyond bounds."""
+    """Parses a YAML text; raises ValueError, in a few words, for what is none or beyond bounds."""
     try:
         value = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
@@ -173,7 +174,7 @@ def parsed_yaml(text: str) -> Any:
 
 
 def parsed_json(text: str, strict: bool = True) -> Any:
-    """The value of a JSON text, likewise; NaN and infinities are JSON only if not `strict`."""
+    """Parses a JSON text likewise; NaN and infinities pass only if not `strict`."""
     try:
         value = json.loads(text, object_pairs_hook=once, parse_int=whole)
     except RecursionError:
@@ -199,8 +200,8 @@ def whole(digits: str) -> int:
 
 
 def check_bounds(value: Any) -> None:
-    """ValueError for what no file of ours holds: depth without end, giant or infinite numbers, half
-    characters, sets and bytes.
+    """Raises ValueError for what no file of ours holds: depth without end, giant or infinite
+    numbers, half characters, sets and bytes.
     """
     parts, left = 0, [((), value)]
     while left:
@@ -225,7 +226,7 @@ def check_bounds(value: Any) -> None:
 
 
 def named(place: Sequence[Any], value: Any) -> str:
-    """Where in a value something is: tiers.entry 2.prefix, entries of a list counted from 1."""
+    """Says where in a value something is: tiers.entry 2.prefix; entries of a list count from 1."""
     words = []
     for part in place:
         words.append(f"entry {part + 1}" if isinstance(value, list) else brief(part))
@@ -238,7 +239,7 @@ def named(place: Sequence[Any], value: Any) -> str:
 
 @functools.cache
 def validator(schema: str) -> Any:
-    """jsonschema's validator of schemas/<schema>.yaml, to which 1.0 is no whole number."""
+    """Returns jsonschema's validator of schemas/<schema>.yaml, to which 1.0 is no whole number."""
     import jsonschema  # a fifth of a second that --help need not wait for
 
     types = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
@@ -249,7 +250,7 @@ def validator(schema: str) -> Any:
 
 
 def check(value: Any, schema: str, where: str, needs: Sequence[str] = ()) -> None:
-    """UserError, after the words `where`, for the first thing that the schema does not allow."""
+    """Raises UserError, after the words `where`, for the first thing that the schema forbids."""
     errors = [*validator(schema).iter_errors(value)]
     if errors:
         error = min(errors, key=lambda error: [*map(str, error.absolute_path)])
@@ -262,7 +263,7 @@ def check(value: Any, schema: str, where: str, needs: Sequence[str] = ()) -> Non
 
 
 def said(error: Any) -> str:
-    """A validation error in our words."""
+    """Says a validation error in our words."""
     kind, wanted, found = error.validator, error.validator_value, error.instance
     if kind == "required":
         return f"{', '.join(name for name in wanted if name not in found)} missing"

@@ -29,7 +29,7 @@ FLAGS = __future__.annotations.compiler_flag  # annotations stay text until some
 
 
 def names_bound(statement: ast.stmt) -> set[str]:
-    """The names that a statement of a module's top level gives a value, or changes the value of."""
+    """Returns the names that a top-level statement of a module gives a value, or changes."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return {statement.name}
     if isinstance(statement, ast.Import):
@@ -47,8 +47,8 @@ def names_bound(statement: ast.stmt) -> set[str]:
 
 
 def names_used(statement: ast.stmt) -> set[str]:
-    """The names that a statement needs: of a class all but those in its methods, which are not
-    called here.
+    """Returns the names that a statement needs: of a class all but those in its methods, which are
+    not called here.
     """
     parts: list[ast.AST] = [statement]
     if isinstance(statement, ast.ClassDef):
@@ -60,7 +60,7 @@ def names_used(statement: ast.stmt) -> set[str]:
 
 
 def part_of(name: str, path: Path, wanted: set[str]) -> ModuleType:
-    """A module with what defines the names `wanted`, and with what these need in turn."""
+    """Makes a module of what defines the names `wanted`, and of what these need in turn."""
     tree = ast.parse(path.read_text(), str(path))
     body = tree.body
     needed, new = set(), {*wanted}
@@ -91,7 +91,7 @@ def is_own(module: str | None) -> bool:
 
 
 def imported(module: str, name: str) -> object:
-    """What `from module import name` gives, but for the module's other statements."""
+    """Returns what `from module import name` gives, without the module's other statements."""
     for whole in (f"{module}.{name}", module):
         if whole in WHOLE:
             found = importlib.import_module(whole)
@@ -119,7 +119,7 @@ def answer(path: Path) -> None:
 
 
 def started_script() -> Path | None:
-    """The script that Python was started with, if it imports this module and has flags to parse."""
+    """Returns the script that Python was started with, if it imports this module and has flags."""
     path = getattr(sys.modules.get("__main__"), "__file__", None)
     if path is None or not (path := Path(path)).is_file() or path.suffix != ".py":
         return None

@@ -24,8 +24,8 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "
 
 
 def commit() -> tuple[str, bool | None]:
-    """(commit, dirty): of the checkout, or of the file .commit that a launcher wrote, else
-    ("unknown", None). Dirty: changes outside NO_CODE. A launcher's snapshot may lie within a
+    """Returns (commit, dirty) of the checkout, or of the file .commit that a launcher wrote, else
+    ("unknown", None). Dirty means changes outside NO_CODE. A launcher's snapshot may lie within a
     checkout, so only a checkout with these very files at its root counts.
     """
     if (REPOSITORY / ".git").exists():
@@ -41,8 +41,8 @@ def commit() -> tuple[str, bool | None]:
 
 
 def untraceable(head: str, dirty: bool | None) -> str:
-    """Why results/record.py will refuse what this code makes, and what helps; empty if it will not.
-    A run says so at its start, since nothing mends it later.
+    """Says why results/record.py will refuse what this code makes, and what helps; "" if it will
+    not. A run says so at its start, since nothing can fix it later.
     """
     refused = "results/record.py will refuse its numbers"
     if dirty is False:
@@ -72,8 +72,8 @@ def git(*arguments: str) -> str:
 
 
 def describe(device: "torch.device", ranks: int) -> dict[str, Any]:
-    """One start of a run, as it is stored in environment.json."""
-    import torch  # not for who only asks for the commit
+    """Describes one start of a run, as it is stored in environment.json."""
+    import torch  # who only asks for the commit need not wait for it
 
     head, dirty = commit()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -103,7 +103,7 @@ def cpu_name() -> str:
 
 
 def last_start(folder: Path) -> dict[str, Any]:
-    """The description of a run's last start; UserError if it is not there or lacks its steps."""
+    """Reads the description of a run's last start; raises UserError if it lacks its steps."""
     path = folder / NAME
     starts = documents.read_json(path, "environment")
     last = [starts, *starts.get("restarts", [])][-1]

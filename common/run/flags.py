@@ -26,7 +26,7 @@ from common.run import documents
 
 C = TypeVar("C", bound=RunConfig)
 
-# what a record has fields of its own for, and what changes only where and in which order of sums
+# fields that a record has too, or that change only the device and the order in which sums are taken
 NO_SETTING = {"dataset", "arch", "epochs", "batch_size", "follow", "seed", "train_images"}
 NO_SETTING |= {"subset_seed", "validation_share", "scored_on", "precision", "augment_device"}
 NO_SETTING |= {"compile"}
@@ -40,12 +40,12 @@ def parse(
     argv: Sequence[str] | None = None,
     resolve: Callable[[C], C] = lambda config: config,
 ) -> C:
-    """The configuration that the command line asks for.
+    """Returns the configuration that the command line asks for.
 
     `presets` maps a condition to values. A condition is one or more words, all of which must be
     among: the value of `--follow`, the dataset, the arch and its family (`vit`, `resnet`). Later
-    entries win over earlier ones. `resolve` fills in what depends on other fields. Raises
-    UserError with one line for anything that cannot be meant.
+    entries win over earlier ones. `resolve` fills in what depends on other fields. Raises UserError
+    with one line for anything that cannot be meant.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
     check_flag_names(config_class, argv)
@@ -71,16 +71,16 @@ def parse(
     given = {name: getattr(config, name) for name in NO_SETTING if hasattr(config, name)}
     config = choose_by_device(resolve(config))
     check_values(config)
-    if presets:  # what they alone make of the same data, encoder, length and reading of the paper
+    if presets:  # what they alone give for these data, encoder, length and reading of the paper
         plain = resolve(dataclasses.replace(config_class(), **preset | given))
         object.__setattr__(config, "settings", settings_of(config, plain))
     return config
 
 
 def settings_of(config: Any, plain: Any) -> dict[str, Any]:
-    """The values that enter the numbers of a run and are not those of `plain`, which has no flags;
-    but for those that make nothing but speed: pieces of a batch where no batch norm is in the
-    encoder, and the other way to the same views, bit for bit.
+    """Returns the values that enter the numbers of a run and are not those of `plain`, which has no
+    flags. It leaves out what changes nothing but speed: pieces of a batch if no batch norm is in
+    the encoder, and the other way to the same views, bit for bit.
     """
     encoders = {config.arch, getattr(config, "second_arch", "shared")} - {"shared", "same"}
     exact = all(arch.startswith("vit") for arch in encoders)
@@ -114,7 +114,7 @@ def require_size(
     file_values: dict[str, Any],
     argv: Sequence[str],
 ) -> None:
-    """UserError unless a training on a folder of unknown size is told its length and its batch."""
+    """Raises UserError unless a training on a folder of unknown size is told length and batch."""
     if dataset != "imagefolder" or not issubclass(config_class, RunConfig):
         return
     given = {*matching(presets, {dataset}), *file_values}
@@ -149,7 +149,7 @@ def show_help(config_class: type, values: dict[str, Any], sources: dict[str, str
 
 
 def sources_of(presets: dict[str, dict[str, Any]], words: set) -> dict[str, str]:
-    """The condition of the preset that each value of `matching` comes from."""
+    """Returns the condition of the preset that each value of `matching` comes from."""
     return {
         name: condition
         for condition, preset in presets.items()
@@ -159,7 +159,7 @@ def sources_of(presets: dict[str, dict[str, Any]], words: set) -> dict[str, str]
 
 
 def matching(presets: dict[str, dict[str, Any]], words: set) -> dict[str, Any]:
-    """The values of all presets whose words all hold, in the order they are written."""
+    """Returns the values of all presets whose words all hold, in the order they are written."""
     values: dict[str, Any] = {}
     for condition, preset in presets.items():
         if set(condition.split()) <= words:
@@ -180,7 +180,7 @@ def check_flag_names(config_class: type, argv: Sequence[str]) -> None:
 
 
 def last_value(argv: Sequence[str], name: str) -> str | None:
-    """The value that a flag gets in argv, before the real parse; None where it is not given."""
+    """Returns the value that a flag gets in argv, before the real parse; None if it gets none."""
     value = None
     flags = {f"--{name}", f"--{name.replace('_', '-')}"}
     for token, following in zip(argv, [*argv, None][1:], strict=True):
@@ -192,7 +192,7 @@ def last_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
-    """tyro's parse, with its boxed message turned into one line. Plain flags are read without it:
+    """Parses with tyro, and turns its boxed message into one line. Plain flags are read without it:
     it takes 40 ms to build its parser, and a plan has hundreds of command lines to check.
     """
     if (values := plain_values(config_class, argv)) is not None:
@@ -221,8 +221,8 @@ def parse_flags(config_class: type[C], default: C, argv: Sequence[str]) -> C:
 
 
 def plain_values(config_class: type, argv: Sequence[str]) -> dict[str, Any] | None:
-    """The values of flags that are all `--name value`, `--name` or `--no-name` of plain types; None
-    for anything else, and for every value that tyro might refuse or read in another way.
+    """Returns the values of flags that are all `--name value`, `--name` or `--no-name` of plain
+    types; None for anything else, and for every value that tyro might refuse or read otherwise.
     """
     hints, values, words = hints_of(config_class), {}, iter(argv)
     for word in words:
@@ -242,7 +242,7 @@ def plain_values(config_class: type, argv: Sequence[str]) -> dict[str, Any] | No
 
 
 def plain_value(hint: Any, text: str) -> int | float | str | None:
-    """Text as a whole number, a finite number, one of some words, or itself; else None."""
+    """Returns text as a whole number, a finite number, one of some words, or itself; else None."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         options = {*typing.get_args(hint)} - {types.NoneType}
         hint = options.pop() if len(options) == 1 and text != "None" else None
@@ -263,7 +263,7 @@ def hints_of(config_class: type) -> dict[str, Any]:
 
 
 def read_config_file(config_class: type, path: str) -> dict[str, Any]:
-    """The values of a YAML file, each checked against its field."""
+    """Reads the values of a YAML file, each checked against its field."""
     if not path:
         return {}
     try:
@@ -276,7 +276,7 @@ def read_config_file(config_class: type, path: str) -> dict[str, Any]:
 
 
 def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
-    """`value` as the type of field `name`; UserError with the choices where it cannot be."""
+    """Turns `value` into field `name`'s type; raises UserError with the choices if it cannot."""
     hints = hints_of(config_class)
     if name not in hints:
         hint = nearest_name(name, hints)
@@ -302,7 +302,7 @@ def coerce(config_class: type, name: str, value: Any, where: str) -> Any:
 
 
 def check_values(config: Any) -> None:
-    """UserError for a value beyond its type's bounds, or one that is not finite."""
+    """Raises UserError for a value beyond its type's bounds, or one that is not finite."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for name, value in dataclasses.asdict(config).items():
         if value is None or isinstance(value, str | bool):
@@ -330,7 +330,7 @@ def check_values(config: Any) -> None:
 
 
 def bounds_of(hint: Any) -> list[Bound]:
-    """The bounds at a field's type, also inside `... | None`."""
+    """Returns the bounds at a field's type, also inside `... | None`."""
     own = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bound)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         own += [bound for option in typing.get_args(hint) for bound in bounds_of(option)]
@@ -338,7 +338,7 @@ def bounds_of(hint: Any) -> list[Bound]:
 
 
 def snapshot_epochs(config: Any) -> set[int]:
-    """The epochs of --snapshot-epochs."""
+    """Returns the epochs of --snapshot-epochs."""
     try:
         return {int(word) for word in config.snapshot_epochs.split(",") if word.strip()}
     except ValueError:
@@ -348,19 +348,19 @@ def snapshot_epochs(config: Any) -> set[int]:
 
 
 def is_free(config_class: type, name: str) -> bool:
-    """Whether a field may change when a run is continued."""
+    """Tells whether a field may change when a run is continued."""
     field = config_class.__dataclass_fields__.get(name)
     return field is not None and bool(field.metadata.get("free"))
 
 
 def values_before(config: Any) -> dict[str, Any]:
-    """What runs did that are older than a field, for each such field."""
+    """Returns, for each field that was added later, what runs did that are older than it."""
     fields = dataclasses.fields(config)
     return {f.name: f.metadata["before"] for f in fields if "before" in f.metadata}
 
 
 def numbers_of(config: Any) -> dict[str, Any]:
-    """The fields that enter the numbers of a run."""
+    """Returns the fields that enter the numbers of a run."""
     return {n: v for n, v in dataclasses.asdict(config).items() if not is_free(type(config), n)}
 
 
@@ -369,7 +369,7 @@ def is_float(hint: Any) -> bool:
 
 
 def config_hash(config: Any) -> str:
-    """12 hexadecimal digits over the fields that enter the numbers."""
+    """Returns 12 hexadecimal digits over the fields that enter the numbers."""
     hints = hints_of(type(config))
     added = values_before(config)
     values = {n: v for n, v in numbers_of(config).items() if n not in added or v != added[n]}
@@ -380,7 +380,7 @@ def config_hash(config: Any) -> str:
 
 
 def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
-    """`field: was A, is B` for each field that enters the numbers and differs from `saved`."""
+    """Lists `field was A, is B` for each field that enters the numbers and differs from `saved`."""
     changes = []
     added = values_before(config)
     for name, value in numbers_of(config).items():

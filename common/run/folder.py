@@ -21,8 +21,8 @@ CONFIG = "config.yaml"
 
 
 def choose(path: str | Path, resume: str) -> Path:
-    """The folder itself; with `--resume never` the first of it, its name with -2, -3, … that is
-    not there yet.
+    """Returns the folder itself; with `--resume never` it takes the first of its name, then with
+    -2, -3, …, that is not there yet.
     """
     path = chosen = documents.expanded(path).absolute()
     number = 1
@@ -33,7 +33,7 @@ def choose(path: str | Path, resume: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """A folder's config.yaml, None if there is none; UserError for a damaged one."""
+    """Reads a folder's config.yaml, None if there is none; raises UserError for a damaged one."""
     path = folder / CONFIG
     if not path.exists():
         return None
@@ -45,8 +45,8 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def changes(holds: dict[str, Any], config: Any, saved: dict[str, Any]) -> list[str]:
-    """`name was A, is B` for what a folder holds and for each field that enters the numbers; the
-    fields of another recipe or evaluation, the first of `holds`, are not compared.
+    """Lists `name was A, is B` for what a folder holds and for each field that enters the numbers.
+    The fields of another recipe or evaluation, the first of `holds`, are not compared.
     """
     found = [f"{n} was {saved.get(n)}, is {v}" for n, v in holds.items() if saved.get(n) != v]
     first = next(iter(holds))
@@ -54,8 +54,8 @@ def changes(holds: dict[str, Any], config: Any, saved: dict[str, Any]) -> list[s
 
 
 def facts_of_run(recipe: str, config: Any, saved: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a run's config.yaml says beside its flags: method, plan, and the settings that neither
-    the preset nor the card's flags explain. A plan that was `saved` stays unless another is given.
+    """Returns what a run's config.yaml says beside its flags: method, plan, and the settings that
+    neither the preset nor the card's flags explain. A `saved` plan stays unless another is given.
     """
     card = cards.load().get(recipe)
     chooses = card.chooses if card else []
@@ -80,8 +80,8 @@ class Folder:
         self.flags = {n: v for n, v in dataclasses.asdict(config).items() if n != "plan_name"}
 
     def lock(self) -> None:
-        """Keeps other processes from writing here until this one ends; UserError, on all ranks, if
-        one does.
+        """Keeps other processes from writing here until this one ends. Raises UserError, on all
+        ranks, if another one writes here now.
         """
         error = None
         if distributed.rank() == 0:
@@ -97,7 +97,7 @@ class Folder:
             raise UserError(error)
 
     def refuse_changes(self) -> None:
-        """UserError if the folder holds something else."""
+        """Raises UserError if the folder holds something else."""
         if self.saved is None:
             return
         if changed := changes(self.holds, self.config, self.saved):
@@ -128,12 +128,12 @@ class Folder:
             checkpoint.save(self.path, content)
 
     def present(self) -> dict[str, Any]:
-        """What a continued run should share with the start before."""
+        """Returns what a continued run should share with the start before."""
         torch_version = str(torch.__version__)
         return {"commit": self.commit, "torch": torch_version, "ranks": distributed.world_size()}
 
     def restore(self) -> dict[str, Any] | None:
-        """What was saved last, None if nothing was; UserError if it is of something else."""
+        """Returns what was saved last or None; raises UserError if it is of something else."""
         first = distributed.rank() == 0
         path = distributed.from_rank_zero(checkpoint.find(self.path) if first else None)
         if path is None:
@@ -151,8 +151,8 @@ class Folder:
 
 
 def finished_record(path: Path, backbone: str) -> dict[str, Any] | None:
-    """The record in a file, if it is whole and of the backbone of this checksum: an evaluation has
-    finished if its record is there.
+    """Returns the record in a file, if it is whole and of the backbone of this checksum, else None:
+    an evaluation has finished if its record is there.
     """
     try:
         found = documents.read_json(path, "block")

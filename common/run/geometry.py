@@ -1,7 +1,7 @@
 """How the features of a run's encoder lie: spread, rank and singular values, of test images.
 
 The representation is what the encoder puts out, the embedding what the loss sees of it: the output
-of the model's `projector`. Both are taken in eval mode, where batch norm cannot blow a collapsed
+of the model's `projector`. Both are taken in eval mode, so that batch norm cannot blow a collapsed
 embedding up to unit variance.
 """
 
@@ -24,7 +24,7 @@ IMAGES, VALUES = 2000, 128  # at most: images of the test set, singular values
 
 
 def epochs_of(config: Any) -> set[int]:
-    """The epochs after which --geometry-points measures: spread evenly, the last among them."""
+    """Returns the epochs after which --geometry-points measures: spread evenly, up to the last."""
     points = min(config.geometry_points, config.epochs)
     return {math.ceil(config.epochs * n / points) for n in range(1, points + 1)}
 
@@ -37,8 +37,8 @@ def measure(
     workers: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, dict[str, Any]]:
-    """`representation` and `embedding`, each with what `described` says, of at most 2 000 of the
-    images, equally many of each class, the same every time; over all ranks.
+    """Measures `representation` and `embedding`, each with what `described` says, of at most 2 000
+    of the images, equally many of each class, the same every time; over all ranks.
     """
     chosen = np.arange(len(images))
     if len(images) > IMAGES:
@@ -56,10 +56,10 @@ def measure(
 
 
 def described(rows: Tensor) -> dict[str, Any]:
-    """Of rows (N,D): `std`, the standard deviation of the l2-normalised rows times sqrt(D), 1 if
-    they are spread evenly over the sphere and 0 if they are one; `effective_rank` of the same
-    rows; and the up to 128 largest `singular_values` of the centred rows over sqrt(N), as they are:
-    roots of their covariance's eigenvalues (DirectCLR Sec. 4.1 draws those).
+    """Describes rows (N,D). `std` is the standard deviation of the l2-normalised rows times
+    sqrt(D): 1 if they are spread evenly over the sphere, 0 if they are one. `effective_rank` is of
+    the same rows. `singular_values` are the up to 128 largest of the centred rows over sqrt(N), as
+    they are: roots of their covariance's eigenvalues (DirectCLR Sec. 4.1 draws those).
     """
     rows = rows.double()
     centred = rows - rows.mean(0)
@@ -72,5 +72,5 @@ def described(rows: Tensor) -> dict[str, Any]:
 
 
 def rounded(value: Tensor) -> float:
-    """To four digits, as a record keeps it."""
+    """Rounds to four digits, as a record keeps it."""
     return float(f"{value:.4g}")

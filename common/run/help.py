@@ -32,9 +32,9 @@ def page(
     hints: dict[str, Any],
     first: str,
 ) -> str:
-    """The text of --help, each line within 80 columns. `values` is a configuration with the values
-    to show, `sources` says of those that a preset or a file set which did, `chosen` what the
-    presets were chosen by, `hints` the type of each field, `first` the heading of its own flags.
+    """Returns the text of --help, each line within 80 columns. `values` is a configuration with the
+    values to show. `sources` says which preset or file set a value, `chosen` what the presets were
+    chosen by; `hints` has the type of each field, `first` is the heading of the script's own flags.
     """
     description = inspect.cleandoc(config_class.__doc__ or "")
     lines = [*wrapped(f"usage: python {sys.argv[0]} [flags]", "  "), ""]
@@ -53,7 +53,7 @@ def page(
 
 
 def said_of_values(sources: dict[str, str], chosen: dict[str, str]) -> str:
-    """Which values the page shows."""
+    """Says which values the page shows."""
     if not chosen:
         return "Flags are --name value; if a flag is given twice, the later one wins."
     words = ", ".join(f"--{name} {value}" for name, value in chosen.items())
@@ -65,7 +65,7 @@ def said_of_values(sources: dict[str, str], chosen: dict[str, str]) -> str:
 
 
 def grouped(config_class: type, first: str) -> dict[str, list[str]]:
-    """The flags by group: first what this script's own Config says, then what others share."""
+    """Groups the flags: first what this script's own Config says, then what others share."""
     own = [c for c in config_class.__mro__[:-1] if c.__module__ == config_class.__module__]
     mine, shared = (
         {name for c in config_class.__mro__[:-1] if (c in own) == of_own for name in fields_of(c)}
@@ -87,12 +87,12 @@ def grouped(config_class: type, first: str) -> dict[str, list[str]]:
 
 
 def fields_of(one: type) -> Iterable[str]:
-    """The names that a class itself annotates, without those of the classes that it extends."""
+    """Returns the names that a class itself annotates, without those of the classes it extends."""
     return inspect.get_annotations(one)
 
 
 def invocation(name: str, hint: Any) -> str:
-    """`--lr X`, `--loss {paper,official}`, `--gsg, --no-gsg`."""
+    """Returns `--lr X`, `--loss {paper,official}` or `--gsg, --no-gsg`."""
     flag = name.replace("_", "-")
     options = [hint]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -106,7 +106,7 @@ def invocation(name: str, hint: Any) -> str:
 
 
 def default_of(value: Any, source: str | None) -> str:
-    """`(default: 512; cifar10)`; nothing for what is decided later."""
+    """Returns `(default: 512; cifar10)`, or nothing for what is decided later."""
     if value is None or value == "":
         return ""
     text = {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
@@ -116,7 +116,7 @@ def default_of(value: Any, source: str | None) -> str:
 
 
 def entry(left: str, right: str) -> Iterable[str]:
-    """A flag and its explanation beside it, or below it where the flag is long."""
+    """Yields the lines of a flag, its explanation beside it, or below it if the flag is long."""
     texts = textwrap.wrap(right, WIDTH - LEFT, break_on_hyphens=False) or [""]
     if len(left) + 4 <= LEFT:
         yield f"  {left:{LEFT - 2}}{texts.pop(0)}".rstrip()
@@ -132,8 +132,8 @@ def wrapped(text: str, more: str = "") -> list[str]:
 
 
 def in_80_columns(docstring: str) -> str:
-    """A script's docstring as the description of its --help: paragraphs are filled anew, indented
-    lines stay as they are unless they are too long.
+    """Turns a script's docstring into the description of its --help: paragraphs are filled anew,
+    indented lines stay as they are unless they are too long.
     """
     lines: list[str] = []
     for paragraph in docstring.strip("\n").split("\n\n"):
@@ -147,7 +147,7 @@ def in_80_columns(docstring: str) -> str:
 
 
 def shortened(line: str) -> list[str]:
-    """A command within 80 columns: its comment above it, and what is left over several lines."""
+    """Cuts a command to 80 columns: its comment goes above it, its rest onto further lines."""
     if len(line) <= WIDTH:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()))
@@ -169,7 +169,7 @@ def shortened(line: str) -> list[str]:
 
 
 def comments_of(config_class: type) -> dict[str, str]:
-    """What the comment above or beside each field says, of a class and of those it extends."""
+    """Returns the comments above or beside each field, of a class and of those it extends."""
     found: dict[str, str] = {}
     for one in reversed(config_class.__mro__[:-1]):
         path = getattr(sys.modules[one.__module__], "__file__", None)
@@ -184,7 +184,7 @@ def open_text(path: str) -> str:
 
 
 def comments_in(text: str, class_name: str) -> dict[str, str]:
-    """The comments of one class's fields: whole lines just above a field, and those within it."""
+    """Returns the comments of one class's fields: lines just above a field, and those within it."""
     tree = ast.parse(text)
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)

@@ -22,8 +22,8 @@ UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def take(folder: Path) -> TextIO | None:
-    """The locked file, to be kept open; None if the file system has no locks. UserError that names
-    the process which has it, if it does not end within WAIT seconds.
+    """Returns the locked file, to be kept open; None if the file system has no locks. Raises
+    UserError that names the process which has it, if it does not end within WAIT seconds.
     """
     try:
         file = open(folder / NAME, "a+")  # noqa: SIM115, open as long as the process

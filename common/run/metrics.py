@@ -14,14 +14,14 @@ from common.run import documents
 
 NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # folder in the run's
-NO_METRICS = ("kind", "epoch", "step", "calibrated")  # of a line: they say which it is
+NO_METRICS = ("kind", "epoch", "step", "calibrated")  # these say which line it is
 
 
 def read(path: Path, schema: str = "metrics") -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, in order; what a crash cut off at its end is left out.
+    """Reads all whole lines of a metrics file, in order, without what a crash cut off at its end.
 
-    UserError for a line that is damaged elsewhere or is not as the schema wants it, a run's or that
-    of an evaluation ("log").
+    Raises UserError for a line that is damaged elsewhere or is not as the schema wants it, a run's
+    or that of an evaluation ("log").
     """
     if not path.exists():
         return []
@@ -29,8 +29,8 @@ def read(path: Path, schema: str = "metrics") -> list[dict[str, Any]]:
 
 
 def with_yardstick(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of epoch 0 from before the random encoder was calibrated (calibrate.py) has its k-NN
-    under a name of its own: it is none to measure a run by.
+    """Renames the k-NN of a line of epoch 0 from before the random encoder was calibrated
+    (calibrate.py): a run cannot be measured by it.
     """
     if record.get("epoch") != 0 or record.get("calibrated") or "knn" not in record:
         return record
@@ -54,12 +54,12 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the values that JSON cannot hold (a purity of nothing)."""
+    """Returns the values without those that JSON cannot hold (a purity of nothing)."""
     return {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def means(records: list[dict[str, Any]]) -> dict[str, float]:
-    """The mean of each number over step records, where it is present."""
+    """Returns the mean of each number over the step records that have it."""
     sums: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
@@ -76,8 +76,8 @@ def means(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def curve(records: list[dict[str, Any]], metric: str) -> list[tuple[float, float]]:
-    """(step, value) of a metric in the epoch lines among `records`: the mean over an epoch's steps
-    stands at the epoch's middle, k-NN at its end, where it was measured.
+    """Returns (step, value) of a metric in the epoch lines among `records`: the mean over an
+    epoch's steps stands at the epoch's middle, k-NN at its end, where it was measured.
     """
     epochs = [record for record in records if record["kind"] == "epoch"]
     begins = [0, *(record["step"] for record in epochs)]
@@ -89,7 +89,7 @@ def curve(records: list[dict[str, Any]], metric: str) -> list[tuple[float, float
 
 
 class TensorBoard:
-    """Files for TensorBoard in the run's folder, if asked for; a failure of them is said once and
+    """Writes files for TensorBoard in the run's folder, if asked to; a failure is said once and
     never stops a run. `step` is that of the checkpoint which the run goes on from: what was written
     beyond it is hidden there and written again.
     """
@@ -107,7 +107,7 @@ class TensorBoard:
             self.give_up(error)
 
     def log(self, records: list[dict[str, Any]]) -> None:
-        """Each number of each record, as step/loss or epoch/knn, at the record's step."""
+        """Writes each number of each record, as step/loss or epoch/knn, at the record's step."""
         if self.writer is None:
             return
         try:
@@ -133,7 +133,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, if asked for; a failure of it is said once and never stops a run.
+    """Sends metrics to Weights & Biases, if asked to; a failure is said once and never stops a run.
 
     `wandb_id` in the folder holds the run's name there and the last step sent of each kind, so that
     a continued run sends none twice.

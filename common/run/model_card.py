@@ -39,13 +39,13 @@ encoder, metadata = load_backbone("backbone.safetensors")""",
 
 def write_card(folder: Path, metadata: dict[str, Any], facts: dict[str, Any]) -> None:
     """Writes the card. `metadata` are arch, loader, its arguments, image size, mean and std of the
-    backbone; `facts` what `text` shows of the run.
+    backbone; `facts` are what `text` shows of the run.
     """
     write(folder / NAME, text(metadata, facts))
 
 
 def text(metadata: dict[str, Any], facts: dict[str, Any]) -> str:
-    """The card in Markdown. It has no number that the run did not measure."""
+    """Returns the card in Markdown. It has no number that the run did not measure."""
     rows = {
         "method": method_of(facts),
         "encoder": f"`{metadata['arch']}`, {facts['embed_dim']} features, without a head",
@@ -79,12 +79,12 @@ def method_of(facts: dict[str, Any]) -> str:
 
 
 def labels_of(facts: dict[str, Any]) -> str:
-    """Whether labels were used: the supervised control alone learns from them."""
+    """Says whether labels were used: the supervised control alone learns from them."""
     return ", with their labels" if facts["recipe"] == "supervised" else ", labels unused"
 
 
 def knn_of(facts: dict[str, Any]) -> str:
-    """The accuracy, on what, and that of the random encoder."""
+    """Says the accuracy, on what it was measured, and that of the random encoder."""
     if facts["knn"] is None:
         return "not measured"
     before = facts["knn_before"]
@@ -94,14 +94,14 @@ def knn_of(facts: dict[str, Any]) -> str:
 
 
 def licence_of(dataset: str) -> str:
-    """The code's licence, and that the weights stand under the terms of their images too."""
+    """Names the code's licence, and says that weights stand under the terms of their images too."""
     name = next((n for n in TERMS if dataset.startswith(n)), None)
     terms = TERMS[name] if name else "the terms of the images are for their owner to say"
     return f"code MIT; for weights and their use: {terms}"
 
 
 def loading(metadata: dict[str, Any]) -> str:
-    """Python that loads the backbone, by the public library that builds it where there is one."""
+    """Returns Python that loads the backbone, by the public library that builds it if one does."""
     package, _, name = metadata["loader"].partition(".")
     arguments = metadata["loader_kwargs"]
     return LOAD[package].format(name=name.rsplit(".", 1)[-1], arguments=arguments)

@@ -13,9 +13,9 @@ RANK_ROWS = 512  # rows of the batch that the effective rank is taken over
 @torch.no_grad()
 @in_full_precision
 def embedding_std(z: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation of the l2-normalised rows of z (N,D).
+    """Returns the standard deviation, averaged over dimensions, of l2-normalised rows of z (N,D).
 
-    About 1/sqrt(D) for rows spread evenly over the sphere, 0 for a collapsed embedding
+    It is about 1/sqrt(D) for rows spread evenly over the sphere, 0 for a collapsed embedding
     (SimSiam Sec. 4.1).
     """
     return F.normalize(z, dim=1).std(dim=0, unbiased=False).mean()
@@ -23,8 +23,8 @@ def embedding_std(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(z: Tensor, most: int = RANK_ROWS) -> Tensor:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007) of the
-    l2-normalised rows of z (N,D), over at most `most` of them: 1 when all rows lie on one line.
+    """Returns exp of the entropy of the normalised singular values (Roy and Vetterli 2007) of the
+    l2-normalised rows of z (N,D), over at most `most` of them: 1 if all rows lie on one line.
     """
     rows = F.normalize(z[:most].double(), dim=1)  # a collapsed Gram matrix needs it
     gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
@@ -35,14 +35,14 @@ def effective_rank(z: Tensor, most: int = RANK_ROWS) -> Tensor:
 
 @torch.no_grad()
 def self_matches(query_ids: Tensor, retrieved_ids: Tensor) -> Tensor:
-    """Share of retrieved entries (N,k) that are the query's own image (N,), an older view of it."""
+    """Returns the share of retrieved entries (N,k) that are of the query's own image (N,)."""
     return (retrieved_ids == query_ids[:, None]).double().mean()
 
 
 @torch.no_grad()
 def neighbour_purity(query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor) -> Tensor:
-    """Share of retrieved entries (N,k) with the query's label, for reading only; entries of the
-    queue's random start (id -1) count in neither part. NaN where nothing else was retrieved.
+    """Returns the share of retrieved entries (N,k) with the query's label, for reading only.
+    Entries of the queue's random start (id -1) count in neither part; without others it is NaN.
     """
     known = retrieved_ids >= 0
     same = labels[retrieved_ids.clamp(min=0)] == labels[query_ids][:, None]
@@ -53,9 +53,9 @@ def neighbour_purity(query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor) -
 def shares_found(
     mask: Tensor, others: Tensor, query_ids: Tensor, column_ids: Tensor, labels: Tensor | None
 ) -> dict[str, Tensor]:
-    """What a mask (N,C) finds among the columns that count, `others` (N,C), over all ranks: their
-    share that is masked, and the shares with the query's label of the masked ones (NaN if there is
-    none) and of all, which is chance. Queries (N,) and columns (C,) by the numbers of their images.
+    """Returns what a mask (N,C) finds among the columns that count, `others` (N,C), over all ranks:
+    the share of them that is masked, and the shares with the query's label of the masked ones (NaN
+    if there is none) and of all, which is chance. Images are given by their numbers, (N,) and (C,).
     """
     found = mask & others
     counts = [others.sum(), found.sum()]

@@ -41,15 +41,15 @@ class Found:
     weights: np.ndarray | None
 
     def best(self, shown: int) -> "Found":
-        """The first `shown` of them."""
+        """Returns the first `shown` of them."""
         weights = None if self.weights is None else self.weights[:, :shown]
         return Found(self.epoch, self.ids[:, :shown], self.cosines[:, :shown], weights)
 
 
 @torch.no_grad()
 def look_up(at: Lookup, images: Images, queries: np.ndarray, size: int, k: int) -> Found:
-    """The k nearest entries to the center views of the queries, or all there are, never a query's
-    own; UserError if there are none.
+    """Finds the k entries nearest to the center views of the queries, or all there are, never a
+    query's own; raises UserError if there are none.
     """
     entries = at.queue.embeddings
     ids = torch.from_numpy(queries).to(entries.device)
@@ -66,7 +66,7 @@ def look_up(at: Lookup, images: Images, queries: np.ndarray, size: int, k: int) 
 
 
 def purity(found: Found, images: Images, queries: np.ndarray) -> float | None:
-    """Share of the shown neighbours with the query's label; None without labels or neighbours."""
+    """Returns the share of neighbours with the query's label; None without labels or neighbours."""
     if images.labels is None or not (found.ids >= 0).any():
         return None
     same = images.labels[found.ids.clip(min=0)] == images.labels[queries][:, None]
@@ -76,7 +76,7 @@ def purity(found: Found, images: Images, queries: np.ndarray) -> float | None:
 def draw(
     path: Path, images: Images, queries: np.ndarray, moments: list[Found], size: int, title: str
 ) -> None:
-    """A row for each query; a block of neighbours for each moment."""
+    """Draws a row for each query, with a block of neighbours for each moment."""
     plt = pictures.headless_pyplot()
     k = min(found.ids.shape[1] for found in moments)
     widths = [1.0] + ([0.25] + [1.0] * k) * len(moments)
@@ -119,7 +119,7 @@ def draw(
 
 def add_legend(plt, figure, images: Images, moments: list[Found]) -> float:
     """Says below the picture what the frames' colours and the numbers above the images mean, in as
-    many columns as it is wide; its height in inches.
+    many columns as it is wide; returns its height in inches.
     """
     colours = {"tab:green": "the query's label", "tab:red": "another label"}
     said = {} if images.labels is None else colours

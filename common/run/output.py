@@ -35,7 +35,7 @@ class Outlasting:
 
 
 def outlast_readers() -> None:
-    """From now on this process goes on where nobody reads what it says."""
+    """Lets this process go on from now on even if nobody reads what it says."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, as long as the process
         if not isinstance(stream, Outlasting):

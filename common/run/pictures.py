@@ -38,12 +38,12 @@ def draw_curves(
     own: dict[str, str],
     marks: dict[str, float] | None = None,
 ) -> None:
-    """Each metric that a run has over its epochs: steps in pale, epoch means in full colour at the
-    middle of their epoch. A panel whose name ends in _ shows every metric that begins with it.
+    """Draws each metric that a run has over its epochs: steps in pale, epoch means in full colour
+    at the middle of their epoch. A panel whose name ends in _ shows all metrics that begin with it.
 
     `own` are the panels of the recipe's own metrics, name and title, from its card. `dim` is the
     width of the embedding: its std is 1/sqrt(dim) when spread over the sphere. `marks` are epochs
-    at which something sets in, by name: a dashed line in each panel.
+    at which something sets in, by name: each is a dashed line in every panel.
     """
     plt = headless_pyplot()
     epochs = [r for r in records if r["kind"] == "epoch"]
@@ -91,15 +91,15 @@ def draw_curves(
 
 
 def even_rows(panels: int, most: int) -> list[int]:
-    """How many panels each row has: at most so many, and rows differ by one."""
+    """Returns how many panels each row has: at most so many, and rows differ by one at most."""
     rows = -(-panels // most)
     least, more = divmod(panels, rows)
     return [least + (row < more) for row in range(rows)]
 
 
 def grid(plt, counts: Sequence[int], size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    """(figure, an axis for each panel) with so many panels in each row, `size` in inches in the
-    fullest; those of a row with fewer are wider, so that no place is empty.
+    """Returns (figure, an axis for each panel) with so many panels in each row, `size` in inches in
+    the fullest; those of a row with fewer are wider, so that no place is empty.
     """
     columns = math.lcm(*counts)
     figure = plt.figure(figsize=(size[0] * max(counts), size[1] * len(counts)))
@@ -120,7 +120,7 @@ def in_percent(axis) -> None:
 
 
 def lines_of(panel: str, logged: list[str]) -> list[str]:
-    """The metrics that a panel shows, of those that were logged."""
+    """Returns the metrics that a panel shows, of those that were logged."""
     return [n for n in logged if n == panel or (panel.endswith("_") and n.startswith(panel))]
 
 
@@ -149,7 +149,7 @@ def headless_pyplot():
 
 
 def check_target(path: Path) -> None:
-    """Makes the folder of a picture to come; UserError if it cannot be written there."""
+    """Makes the folder of a picture to come; raises UserError if it cannot be written there."""
     if path.suffix not in (".png", *VECTOR) or path.is_dir():
         raise UserError(f"--output {path}: name a file, like figure.png, figure.pdf or figure.svg")
     make_folder(path.parent)

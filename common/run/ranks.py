@@ -1,7 +1,7 @@
 """The start of the ranks: from torchrun's variables, those of a Slurm step, or as one process.
 
-What cannot be meant is one line that names the variable, said by the rank that has it. Ranks that
-do not all come end after WAIT, those of one GPU before NCCL starts.
+For settings that cannot be meant, the rank that has them says one line that names the variable. If
+not all ranks come, they end after WAIT; if two have one GPU, they end before NCCL starts.
 """
 
 import datetime
@@ -29,7 +29,7 @@ def start() -> torch.device:
     """Joins the process group that torchrun or Slurm describes, if any; returns the device.
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they are
-    taken from the step's SLURM_* variables where RANK is missing.
+    taken from the step's SLURM_* variables if RANK is missing.
     """
     outlast_readers()
     ranks_from_slurm()
@@ -53,8 +53,8 @@ def wrong(text: str) -> UserError:
 
 
 def ranks_and_local_rank() -> tuple[int, int | None]:
-    """The number of ranks, and this one's number on its machine if it is said; UserError for
-    variables that are half-set, malformed or contradict each other.
+    """Returns the number of ranks, and this one's number on its machine if it is said. Raises
+    UserError for variables that are half-set, malformed or contradict each other.
     """
     given = [name for name in OWN if name in os.environ]
     if not given:
@@ -112,16 +112,16 @@ def ranks_from_slurm() -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = first_host()
     os.environ |= {name: str(number) for name, number in (found | {"WORLD_SIZE": tasks}).items()}
-    # one port per job, step and attempt, so that neither two jobs on one node meet, nor a requeued
-    # job what its last attempt left behind; below the ports that systems give out by themselves
+    # one port per job, step and attempt, so that two jobs on one node do not meet, and a requeued
+    # job does not meet its last attempt; it lies below the ports that systems give out themselves
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     attempt = " ".join(os.environ.get(name, "0") for name in names)
     os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(attempt.encode()) % 12000))
 
 
 def first_host() -> str:
-    """The first host of the step's node list, `gpu[01-04,07],big1`, without scontrol, which
-    containers lack; UserError where it cannot be told.
+    """Finds the first host of the step's node list, `gpu[01-04,07],big1`, without scontrol, which
+    containers lack; raises UserError if it cannot be told.
     """
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     source = next((name for name in names if os.environ.get(name)), None)
@@ -137,7 +137,7 @@ def first_host() -> str:
 
 
 def meet(backend: str) -> None:
-    """Joins the other ranks; UserError if they have not all come within WAIT."""
+    """Joins the other ranks; raises UserError if they have not all come within WAIT."""
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
     where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
     limit = f"{WAIT.total_seconds() / 60:g} min"
@@ -161,7 +161,7 @@ def meet(backend: str) -> None:
 
 
 def refuse_shared_gpus(device: torch.device) -> None:
-    """UserError, on all ranks, if two have the same GPU: NCCL would fail with less to read."""
+    """Raises UserError, on all ranks, if two have the same GPU: NCCL would say less as it fails."""
     own = str(torch.cuda.get_device_properties(device).uuid), socket.gethostname()
     all_ = gather_objects(own)
     for rank, (gpu, host) in enumerate(all_):

@@ -16,10 +16,10 @@ from common.knn import rank_share
 
 
 def readable(images: Images, what: str, workers: int = 0) -> Images:
-    """The images whose files can be read, with their labels; each of the others is named, by the
-    rank that met it, and all ranks leave out the same. Decodes every image once, if they are files.
+    """Returns the images whose files can be read, with their labels. The rank that met one of the
+    others names it, and all ranks leave out the same. Decodes each image once, if they are files.
 
-    `what` they are, "training" or "test": UserError if none is left.
+    `what` they are, "training" or "test", is said in errors. Raises UserError if none is left.
     """
     share = rank_share(len(images))
     bad = unreadable(images, share, workers)
@@ -32,7 +32,7 @@ def readable(images: Images, what: str, workers: int = 0) -> Images:
 
 
 def unreadable(images: Images, samples: np.ndarray, workers: int = 0) -> dict[int, str]:
-    """What is wrong with each of these samples whose file cannot be read; all are decoded once."""
+    """Says what is wrong with each of these samples whose file cannot be read; decodes all once."""
     if isinstance(images, ArrayImages):
         return {}
     loader = torch.utils.data.DataLoader(
@@ -46,5 +46,5 @@ def unreadable(images: Images, samples: np.ndarray, workers: int = 0) -> dict[in
 
 
 def nothing(image: Image.Image, size: int) -> torch.Tensor:
-    """The view of an image that is read for its own sake."""
+    """Returns an empty view, of an image that is read for its own sake."""
     return torch.empty(0)

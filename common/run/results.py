@@ -23,7 +23,7 @@ NUMBERS += ("images_per_second", "dataset", "commit", "dirty", "config_hash", "b
 
 
 def is_finished(folder: Path, last_step: int | None = None) -> bool:
-    """Whether a folder holds the results of a run's very last step, with their backbone.
+    """Tells whether a folder holds the results of a run's very last step, with their backbone.
 
     The last step is that of the last start, if it is not given.
     """
@@ -39,7 +39,7 @@ def is_finished(folder: Path, last_step: int | None = None) -> bool:
 
 
 def checksum(path: Path) -> str:
-    """The sha256 of a file, read again only if its time or size has changed."""
+    """Returns the sha256 of a file, read again only if its time or size has changed."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     file = path.stat()
@@ -53,7 +53,7 @@ def checksum_at(path: Path, time: int, size: int) -> str:
 
 
 def read(folder: Path, needs: Sequence[str] = NUMBERS) -> dict[str, Any]:
-    """The results of a finished run; UserError if there are none, or not those that are needed."""
+    """Reads a finished run's results; raises UserError if they, or any of `needs`, are missing."""
     if not (folder / NAME).exists():
         raise UserError(f"{folder} is no finished run: it has no {NAME}")
     return documents.read_json(folder / NAME, "results", needs)
@@ -84,7 +84,7 @@ def write_failure(folder: Path, error: str, at: dict[str, Any], seconds: float) 
 
 
 def say(folder: Path) -> None:
-    """The last lines: what was learned, and where the files are."""
+    """Prints the last lines: what was learned, and where the files are."""
     r = read(folder)
     loss = ""
     if None not in (r["loss_first"], r["loss"]):

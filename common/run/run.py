@@ -61,14 +61,14 @@ from common.run.signals import StopRequests
 from common.support_set import SupportSet
 
 FLUSH_SECONDS = 1.0  # metrics wait at most so long on the device before they are read
-# steps between the dearer monitors: the effective rank's eigenvalues make the host wait for a GPU
+# steps between the slower monitors: the effective rank's eigenvalues make the host wait for a GPU
 MONITOR_STEPS = 20
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 8  # of neighbours.png
 
 
 def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
-    """UserError unless the global batch divides into at least 2 images for each rank, and so does
-    each piece of --micro-batch.
+    """Raises UserError unless the global batch divides into at least 2 images for each rank, and so
+    does each piece of --micro-batch.
     """
     if batch % ranks:
         below, above = batch - batch % ranks, batch + ranks - batch % ranks
@@ -91,7 +91,7 @@ def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
 
 
 def check_memory(config: Any, ranks: int) -> None:
-    """UserError if the views of one batch, or the queue, alone need more memory than there is."""
+    """Raises UserError if one batch's views, or the queue, alone need more memory than there is."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     images = config.batch_size // ranks
     flags = f"--batch-size {config.batch_size} --image-size {config.image_size}"
@@ -107,7 +107,7 @@ def check_memory(config: Any, ranks: int) -> None:
 
 
 def default_folder(recipe: str, config: Any) -> Path:
-    """--output, or runs/<recipe>/<dataset>-<arch>-<seed>; with --resume never another one."""
+    """Returns --output or runs/<recipe>/<dataset>-<arch>-<seed>, a new one with --resume never."""
     name = f"{config.dataset}-{config.arch}-{config.seed}"
     return choose(config.output or f"runs/{recipe}/{name}", config.resume)
 
@@ -157,8 +157,8 @@ class Run:
     # -- set-up ---------------------------------------------------------------------------------
 
     def load_images(self) -> tuple[Images, Images | None]:
-        """The dataset, or the parts of it that are asked for; what is to be downloaded comes first,
-        by rank 0 alone.
+        """Loads the dataset, or the parts of it that are asked for; what is to be downloaded comes
+        first, by rank 0 alone.
         """
         config, error = self.config, None
         if config.download and self.rank == 0:
@@ -183,14 +183,14 @@ class Run:
             torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions is True
 
     def place(self, module: nn.Module) -> nn.Module:
-        """The module on this run's device, in its precision, with batch norms over all ranks."""
+        """Puts a module on this run's device, in its precision, with batch norms over all ranks."""
         module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         module = rank_batch_norm(module, self.device)
         distributed.same_on_all_ranks(module)
         return module
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 for the networks with --precision bf16, nothing otherwise."""
+        """Returns a context in which networks run in bf16, if --precision asks for it."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         )
@@ -201,7 +201,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text)  # above the bar, where there is one
+            tqdm.write(text)  # above the bar, if there is one
 
     # -- begin: a new run or an exact continuation ----------------------------------------------
 
@@ -266,12 +266,12 @@ class Run:
         self.introduce(description)
 
     def is_finished(self) -> bool:
-        """Whether the folder holds the results of this run's very last step."""
+        """Tells whether the folder holds the results of this run's very last step."""
         done = self.rank == 0 and results.is_finished(self.folder, self.last_step)
         return distributed.from_rank_zero(done)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Puts a checkpoint's state into this run; UserError if it does not fit."""
+        """Puts a checkpoint's state into this run; raises UserError if it does not fit."""
         where = f"the checkpoint in {self.folder}"
         try:
             if saved["images"] != self.fingerprint:
@@ -321,13 +321,13 @@ class Run:
     # -- the loop -------------------------------------------------------------------------------
 
     def epoch_of(self, step: int) -> int:
-        """The number, from 1, of the epoch that the step of this number (from 0) belongs to."""
+        """Returns the epoch, counted from 1, that the step of this number (from 0) belongs to."""
         return step // self.steps_per_epoch + 1
 
     def batches(self, views: Sequence[View]) -> Iterator[tuple[int, list[Tensor], Tensor]]:
-        """(step from 0, one normalised (N,3,H,W) per view, sample numbers (N,)) for each step left.
+        """Yields (step from 0, a normalised (N,3,H,W) per view, image numbers (N,)) for each step.
 
-        After the loop's body has run for a step: metrics, k-NN, checkpoint, stop requests.
+        After the body of each step left come metrics, k-NN, checkpoint and stop requests.
         """
         if self.step >= self.last_step:
             return
@@ -389,9 +389,9 @@ class Run:
         **own: Tensor | float,
     ) -> None:
         """Notes this step's metrics: loss and rate, the norm of the model's gradient, whether the
-        embedding z (N,D) collapses, what `retrieved` (N,k), the numbers of the images that were
-        looked up for the batch, has of its labels and of itself, and the recipe's own values.
-        Tensors stay on the device until the next flush.
+        embedding z (N,D) collapses, and the recipe's own values. Of `retrieved` (N,k), the numbers
+        of the images that were looked up for the batch, it notes the share with the query's label
+        and the share that is the query itself. Tensors stay on the device until the next flush.
         """
         values = {"lr": lr, **own, "embedding_std": embedding_std(z)}
         if self.step % MONITOR_STEPS == 0:
@@ -418,7 +418,7 @@ class Run:
             }
 
     def memory_gb(self) -> float:
-        """Peak memory in GB: of the GPU, or of this process on CPU."""
+        """Returns the peak memory in GB: of the GPU, or of this process on CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         import resource
@@ -495,7 +495,7 @@ class Run:
             self.bar.bar.set_postfix_str(f"loss {good[-1]['loss']:.3f}", refresh=False)
 
     def say_progress(self) -> None:
-        """A line of progress where one is due: means over the steps since the last one."""
+        """Says a line of progress if one is due: means over the steps since the last one."""
         if not self.bar.due or not self.unsaid:
             return
         found = metrics.means(self.unsaid)
@@ -508,7 +508,7 @@ class Run:
         self.bar.say(text)
 
     def track(self, records: list[dict[str, Any]]) -> None:
-        """Sends lines of metrics where --wandb and --tensorboard want them."""
+        """Sends lines of metrics to --wandb and --tensorboard."""
         self.wandb.log(records)
         self.tensorboard.log(records)
 
@@ -517,8 +517,8 @@ class Run:
         self.tensorboard.finish()
 
     def check_queues(self) -> None:
-        """On a GPU a look-up that found too few entries is known only here; ranks agree on it, so
-        that none waits for another that has stopped.
+        """Raises on all ranks if a look-up of one found too few entries, which on a GPU is known
+        only here. Ranks agree on it, so that none waits for another that has stopped.
         """
         problem: UserError | None = None
         try:
@@ -531,7 +531,7 @@ class Run:
             raise problem or PeerFailed
 
     def left_out(self) -> dict[str, int]:
-        """How many images k-NN left out because they cannot be read, if any."""
+        """Returns how many images k-NN left out because they cannot be read, if any."""
         if not self.measures_knn or self.config.on_bad_image != "skip":
             return {}
         sizes = zip(("training", "test"), (self.train, self.test), self.knn_images, strict=True)
@@ -539,12 +539,12 @@ class Run:
         return {what: count for what, count in counts.items() if count}
 
     def keep_snapshot(self, epoch: int) -> None:
-        """Keeps the checkpoint just saved as snapshots/epoch-….pt, where --snapshot-epochs asks."""
+        """Keeps the checkpoint just saved as snapshots/epoch-….pt, if --snapshot-epochs asks."""
         if self.rank == 0 and epoch in self.snapshots:
             checkpoint.keep(self.folder, self.folder / "snapshots" / f"epoch-{epoch:04}.pt")
 
     def evaluate_at_start(self, views: Sequence[View]) -> None:
-        """k-NN of the random encoder, calibrated, so that a run says what it learned."""
+        """Scores the random encoder, calibrated, by k-NN, so that a run says what it learned."""
         if self.step == 0 and 0 in self.snapshots:
             self.save()
             self.keep_snapshot(0)
@@ -577,7 +577,7 @@ class Run:
         self.say(f"{text}, {duration(left)} left")
 
     def write_geometry(self, epoch: int) -> None:
-        """A line of geometry.jsonl: how representation and embedding lie (geometry.py)."""
+        """Writes a line of geometry.jsonl: how representation and embedding lie (geometry.py)."""
         how = self.config.image_size, self.workers, self.autocast
         found = geometry.measure(self.state["model"], self.test, *how)
         if self.rank == 0:
@@ -585,8 +585,8 @@ class Run:
             metrics.write(self.folder / geometry.NAME, [line])
 
     def write_part_of_epoch(self, accuracy: float) -> None:
-        """The line of a run that --max-steps ends within an epoch, at a broken number of epochs;
-        a run that goes on drops it (`metrics.cut`).
+        """Writes the line of a run that --max-steps ends within an epoch, at a fractional number of
+        epochs; a run that goes on drops it (`metrics.cut`).
         """
         record = {"kind": "epoch", "epoch": self.step / self.steps_per_epoch, "step": self.step}
         self.write_epoch(record | metrics.means(self.epoch_records) | {"knn": accuracy})
@@ -597,16 +597,16 @@ class Run:
         return bool(self.config.knn_every) and self.test is not None and several
 
     def knn(self, encoder: nn.Module) -> float:
-        """k-NN accuracy of an encoder on the test images."""
+        """Returns the k-NN accuracy of an encoder on the test images."""
         how = self.config.image_size, self.workers, self.autocast
         images = sum(-(-len(part) // self.ranks) for part in self.knn_images)  # of this rank
-        silent = self.rank != 0 or on_terminal()  # where the run's own bar stands already
+        silent = self.rank != 0 or on_terminal()  # a terminal has the run's own bar
         with Progress(images, "k-NN", "image", silent=silent) as progress:
             return knn_of_encoder(encoder, *self.knn_images, *how, after_batch=progress.update)
 
     @functools.cached_property
     def knn_images(self) -> tuple[Images, Images]:
-        """Training and test images for k-NN: with `--on-bad-image skip` those that can be read."""
+        """Returns the training and test images for k-NN, unreadable ones left out if so asked."""
         if self.config.on_bad_image != "skip":
             return self.train, self.test
         parts = (self.train, "training"), (self.test, "test")
@@ -618,7 +618,7 @@ class Run:
             self.track([metrics.finite(record)])
 
     def save(self) -> None:
-        """The checkpoint of this step (private queues are gathered, rank 0 writes)."""
+        """Saves the checkpoint of this step (private queues are gathered, rank 0 writes)."""
         state = {
             name: item.checkpoint_state() if isinstance(item, SupportSet) else item.state_dict()
             for name, item in self.state.items()
@@ -643,10 +643,10 @@ class Run:
         k: int = SHOWN_NEIGHBOURS,
         marks: dict[str, float] | None = None,
     ) -> None:
-        """Export, pictures, results; prints them. `dim` is the width of the watched embedding.
-        With a queue also neighbours.png: `select` maps images to the embedding that looks
-        neighbours up, `weigh` images and their k neighbours to the positiveness. `marks` are
-        epochs at which something sets in, by its name, for the curves.
+        """Exports the backbone, draws pictures, writes results and prints them. `dim` is the width
+        of the watched embedding. With a queue it draws neighbours.png too: `select` maps images to
+        the embedding that looks neighbours up, `weigh` images and their k neighbours to the
+        positiveness. `marks` are epochs at which something sets in, by its name, for the curves.
         """
         if not self.is_finished():
             accuracy = distributed.from_rank_zero(self.last_knn)
@@ -681,7 +681,7 @@ class Run:
         weigh: Callable[[Tensor, Tensor], Tensor] | None,
         k: int,
     ) -> None:
-        """neighbours.png, of a few images spread over the training set."""
+        """Draws neighbours.png, of a few images spread over the training set."""
         for module in self.state.values():
             if isinstance(module, nn.Module):
                 module.eval()
@@ -718,7 +718,7 @@ class Run:
         self.write_model_card(facts | numbers)
 
     def write_model_card(self, facts: dict[str, Any]) -> None:
-        """MODEL_CARD.md of the backbone just exported."""
+        """Writes MODEL_CARD.md of the backbone just exported."""
         config, scored = self.config, self.knn_images[1] if self.measures_knn else ()
         held_out = config.validation_share and config.scored_on == "held-out"
         facts = facts | {
@@ -738,7 +738,7 @@ class Run:
 
 
 def report_problems(problems: list[str], must_stop: bool) -> None:
-    """Says what a batch's unreadable images were; all ranks stop where one of them must."""
+    """Says what a batch's unreadable images were; all ranks stop if one of them must."""
     if must_stop:
         distributed.any_rank([True])  # all ranks stop here, none waits for this one
         raise UserError(problems[-1], this_rank=True)
