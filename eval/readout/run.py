@@ -46,7 +46,7 @@ TEMPERATURE = 0.1
 DECAYS = tuple(np.logspace(-2, 4, 13))
 UNTRAINED = f"{PROTOCOL}, untrained"
 BEGINNING = "snapshots/epoch-0000.pt"  # of a run with --snapshot-epochs 0
-PART = ("train_images", "subset_seed", "validation_share")  # of the data set, named as the run's flags
+PART = ("train_images", "subset_seed", "validation_share")  # flags that say which part is used
 
 
 @dataclass(frozen=True)
