@@ -115,7 +115,7 @@ def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
 
 
 def load(path: Path) -> dict[str, Planned]:
-    """Returns a plan's runs by name; UserError for one without a field, or with an unknown one."""
+    """Returns a plan's runs by name; UserError if one lacks a field or asks for the unknown."""
     found: dict[str, dict[str, Any]] = {}
     tiers = documents.read_yaml(path, "plan")["tiers"]
     for tier, of_tier in tiers.items():
