@@ -124,7 +124,7 @@ def child(arguments: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         inputs = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (Linux)
     seconds = []
     for _ in range(arguments.repeats):
         for tensor in tensors.values():

@@ -28,7 +28,7 @@ for package in ("numpy.core", "numpy._core"):
     SAFE[f"{package}.multiarray.scalar"] = multiarray.scalar
     SAFE[f"{package}.numeric._frombuffer"] = numeric._frombuffer
 NUMBERS = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
-ENTRIES = ("state_dict", "model", "teacher")  # where checkpoints keep them; of DINO the teacher's
+ENTRIES = ("state_dict", "model", "teacher")  # checkpoints keep them there; of DINO the teacher's
 # names in files of encoders that have another name here
 ARCHS = {
     "deit_small": "vit_small",  # dino/main_dino.py calls it so too

@@ -208,7 +208,7 @@ def published_table(rows: list[tables.Row]) -> Table:
 
 
 def position(row: tables.Row) -> tuple:
-    """Sorts numbers next to ours first, then those that this repository aims at."""
+    """Returns a sort key: numbers next to ours first, then those that are aims here."""
     p = row.published
     return not row.records, not tables.is_aim(p), *tables.whole_order(p)
 
@@ -263,7 +263,7 @@ def ours_table(joined: Joined) -> Table:
 
 
 def apart_position(r: tables.Record) -> tuple:
-    """Sorts by what was trained on, then by protocol and method."""
+    """Returns a sort key: by what was trained on, then by protocol and method."""
     what = r["pretraining"]
     data = (what["dataset"], what["incomplete"] or "", *tables.protocol_order(r["protocol"]))
     return (*data, *tables.method_order(r["method"]), what["epochs"] or 0, tables.method_cell(r))

@@ -195,7 +195,7 @@ def protocol_order(protocol: str) -> tuple[int, str]:
 
 
 def method_order(method: str) -> tuple[int, str]:
-    """Sorts by the methods that have a recipe here, each followed by its variants."""
+    """Returns a sort key: methods that have a recipe here, each followed by its variants."""
     ours = cards.methods()
     for number, name in enumerate(ours):
         if method == name or (method.startswith(name + " ") and "(as" not in method):
@@ -204,7 +204,7 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def group_order(pair: tuple[str, str]) -> tuple:
-    """Sorts (protocol, data set): ImageNet first, then protocols in their order."""
+    """Returns a sort key of (protocol, data set): ImageNet first, then protocols in their order."""
     return pair[1] != "ImageNet-1k", *protocol_order(pair[0]), pair[1]
 
 
@@ -213,7 +213,7 @@ def published_order(p: dict[str, Any]) -> tuple:
 
 
 def whole_order(p: dict[str, Any]) -> tuple:
-    """Sorts by protocol and data set, then by method."""
+    """Returns a sort key: by protocol and data set, then by method."""
     return (*group_order((p["protocol"], p["dataset"])), *published_order(p))
 
 

@@ -206,7 +206,7 @@ FORKS.set_forkserver_preload(["warm"])
 
 @functools.cache
 def start_fork_server() -> None:
-    """Starts it with one thread, since none survives a fork, and with tests/, where `warm` is."""
+    """Starts the fork server with one thread, since no other survives, and tests/ for `warm`."""
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     with mock.patch.dict(os.environ, environment(PYTHONPATH=path)):
         forkserver.ensure_running()
@@ -223,7 +223,7 @@ def run_script(script: str, *flags: object, timeout: float = 240, root: Path = R
 
 
 def run_fresh(script: str, *flags: object, timeout: float = 240, **extra: str):
-    """Does as run_script, but by a new interpreter: this is what a user would start."""
+    """Does the same as run_script, but by a new interpreter: this is what a user would start."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, flags)],
         env=environment(**extra),

@@ -6,7 +6,7 @@ from pathlib import Path
 from results import claims, joined, record, tables
 from slurm import check, plan
 
-# the same answers without a process that imports PyTorch anew
+# the same answers without a process that imports PyTorch again
 plan.ask = lambda questions: [check.facts_of(*question) for question in questions]
 GOLDEN = Path(__file__).parent / "golden"
 KNN = "kNN (k200,t.1)"

@@ -264,7 +264,7 @@ def strides(x: Tensor) -> list[int]:
 
 @torch.no_grad()
 def backward(root: Tensor, gradient: Tensor | None = None, *_, **__) -> None:
-    """Does Tensor.backward for fake tensors: every node once, after all that come before it."""
+    """Acts as Tensor.backward for fake tensors: every node once, after all that come before it."""
     start = torch.ones_like(root) if gradient is None else gradient
     waiting, incoming = inputs_of_nodes(root.grad_fn), {root.grad_fn: {root.output_nr: start}}
     ready = [root.grad_fn]
@@ -334,7 +334,7 @@ def accumulate(leaf: Tensor, grad: Tensor | None) -> None:
 
 
 def moved(module: nn.Module, fn, recurse: bool = True) -> nn.Module:
-    """Does nn.Module._apply with new parameters in place of the old. PyTorch's swaps fake ones,
+    """Acts as nn.Module._apply, with new parameters in place of the old. PyTorch's swaps fake ones,
     which it cannot while the fake mode remembers them.
     """
     for child in module.children():
@@ -375,7 +375,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         stack.enter_context(mock.patch.object(accelerator, "is_available", lambda: True))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        # PyTorch's own way without a driver, which it would not take where there seems to be one
+        # PyTorch's own way without a driver, which it would not take if there seems to be one
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         amp = torch.cuda.amp.common

@@ -75,7 +75,7 @@ def test_probability_of_each_transform(table):
     row, draws = table
     for name, flags in applied(draws).items():
         p = ALWAYS.get(name, row.get(name))
-        # 0 and 1 leave no room: never and always
+        # a chance of 0 or 1 leaves no room: never and always
         assert abs(flags.mean() - p) <= 3.3 * np.sqrt(p * (1 - p) / DRAWS), name
 
 
@@ -177,7 +177,7 @@ def test_crop_fallback_is_torchvisions_central_crop(size):
         ((500, 375), (0.2, 1.0)),
         ((375, 500), (0.05, 0.14)),
         ((32, 32), (0.08, 1.0)),
-        ((400, 90), (0.2, 1.0)),  # where most tries fail
+        ((400, 90), (0.2, 1.0)),  # here most tries fail
     ],
 )
 def test_crops_are_distributed_as_torchvisions(size, scale):

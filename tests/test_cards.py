@@ -116,7 +116,7 @@ ONE_PAPERS |= {"eval/semi_supervised/lists.py", "eval/semi_supervised/run.py"}  
 
 
 def test_no_other_file_names_a_recipe():
-    """No name is an identifier, a module or a word of a string that is no docstring."""
+    """No recipe's name is an identifier, a module or a word of a string, docstrings aside."""
     word = re.compile(rf"\b({'|'.join(NAMES)})\b")
     found = []
     for folder in ("common", "eval", "results", "slurm"):

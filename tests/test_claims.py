@@ -242,7 +242,7 @@ def test_curves_are_the_seeds_and_their_mean_by_family():
     lines = numbers["families"]["contrastive"]["NNCLR"][claims.PURITY]
     assert [at for at, _ in lines["mean"]] == [0.5, 1.5]  # means stand at the middle of epochs
     knn = numbers["families"]["contrastive"]["NNCLR"]["knn"]
-    assert [at for at, _ in knn["seeds"][0]] == [0, 2]  # k-NN where it was measured
+    assert [at for at, _ in knn["seeds"][0]] == [0, 2]  # k-NN at the epochs that measured it
     firsts, lasts = zip(*((seed[0], seed[-1]) for seed in lines["seeds"]), strict=True)
     assert lines["mean"][-1][0] == lasts[0][0]
     assert lines["mean"][-1][1] == pytest.approx((lasts[0][1] + lasts[1][1]) / 2)

@@ -64,7 +64,7 @@ def test_presets_of_dataset_and_arch_win_over_follow(condition):
     flags = ["--follow", "official", "--arch", "resnet50"]
     flags += ["--dataset", "photos"] if condition == "photos" else []
     assert snclr(*flags, presets=presets).warmup_start_lr == 0.25
-    # of the real presets too, where the release's rate for ViTs meets a dataset with its own
+    # of the real presets too: the release's rate for ViTs meets a dataset with its own
     config = snclr("--follow", "official", "--arch", "vit_small", "--dataset", "photos")
     assert config.lr == PRESETS["photos"]["lr"] != 1.5e-5
 

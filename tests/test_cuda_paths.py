@@ -128,7 +128,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_crops_of_224_pixels(recipe: str, flags: list[str], photographs: Path, tmp_path: Path):
-    """Workers crop, the GPU does the rest; LARS for the ResNet and AdamW for the ViT."""
+    """Workers crop, the GPU does the rest; LARS trains the ResNet, and AdamW the ViT."""
     data = ["--dataset", "imagefolder", "--data", str(photographs), "--output", str(tmp_path)]
     sizes = ["--batch-size", "2", *PHOTOS_RUN[4:-1], "1"]
     assert in_steps(train(recipe, *small(recipe), *data, *sizes, *flags)) == []
@@ -175,7 +175,7 @@ def test_an_evaluation_on_the_gpu(script: str, finished, tmp_path: Path):
 @pytest.mark.long
 @pytest.mark.parametrize(("precision", "rounded"), [("fp32", False), ("bf16", True)])
 def test_fp32_is_float32_on_a_gpu_too(precision, rounded, finished, tmp_path, monkeypatch):
-    """It is not TF32, which PyTorch lets convolutions take."""
+    """fp32 is not TF32, which PyTorch lets convolutions take."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     flags = ["--backbone", str(finished[0]), "--workers", "0", "--measure", "knn"]
     with pretend_cuda():

@@ -335,7 +335,7 @@ def test_of_an_outline_the_parts_of_two_points_go(tmp_path):
 
 @pytest.mark.parametrize("case", SHAPELESS)
 def test_objects_without_a_shape_in_scoring(tmp_path, capsys, case):
-    """pycocotools would stop at most, after the training, or take two points for a box."""
+    """pycocotools would stop at most of them, after the training, or take two points for a box."""
     root = coco(tmp_path / "coco", 2, 2)
     edit(root, "val", lambda content: content["annotations"][1].update(SHAPELESS[case]))
     images, file = loaded(root, "val"), root / "val2017" / f"{1000:012d}.jpg"
@@ -698,7 +698,7 @@ def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resne
 
 @pytest.mark.long
 def test_detectron2_trains_on_what_torchvision_trains_on(detectron2, tmp_path):
-    """It drops outlines of two points itself, and stops at objects without any."""
+    """detectron2 drops outlines of two points itself, and stops at objects without any."""
     from detectron2.data import DatasetCatalog, DatasetMapper
 
     from eval.detection.detectron2_backend import configuration, register
@@ -724,7 +724,7 @@ def test_detectron2_trains_on_what_torchvision_trains_on(detectron2, tmp_path):
 def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_path):
     """Images have 240 pixels and 16 regions: an iteration takes about a second on 2 cores."""
     sizes = "INPUT.MIN_SIZE_TRAIN=[240] INPUT.MIN_SIZE_TEST=240 TEST.PRECISE_BN.NUM_ITER=4 "
-    # a rate that no order of the images makes diverge: where it is stopped decides on the order
+    # a rate that no order of the images makes diverge: the moment of the stop decides on the order
     override = SMALL + sizes + "SOLVER.MAX_ITER=40 SOLVER.STEPS=[35] SOLVER.BASE_LR=0.005"
     folder = tmp_path / "run"
     arguments = flags(miniature, folder, override=override, arch="resnet50")

@@ -38,7 +38,7 @@ def log_of_sum(scores):
 
 
 def infonce_of_the_code(r1, r2, d0, temperature):
-    """Does main.py: rows of one view, columns of the other, diagonal targets, both ways / 2."""
+    """Follows main.py: rows of one view, columns of the other, diagonal targets, both ways / 2."""
     a, b = ([row[:d0] for row in r.tolist()] for r in (r1, r2))
     total = 0.0
     for rows, columns in ((a, b), (b, a)):

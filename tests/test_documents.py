@@ -381,7 +381,7 @@ def test_a_figure_of_no_tier_is_one_line(tmp_path):
         with pytest.raises(UserError, match="is no tier of"):
             curves.stale(golden_set.join([], [figure]), tmp_path)
     figure["command"] = "python results/curves.py photos 'it"
-    assert curves.stale(golden_set.join([], [figure]), tmp_path)  # no picture: drawn anew
+    assert curves.stale(golden_set.join([], [figure]), tmp_path)  # no picture: drawn again
 
 
 # -- flags -----------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def test_a_run_that_goes_on_after_its_results_gives_its_checkpoint(run_of, tmp_p
 
 
 def test_a_checkpoint_without_an_encoder_is_named(tmp_path):
-    """It is an evaluation's, or one of the first format in which flags were not saved."""
+    """One is an evaluation's, one is of the first format, in which flags were not saved."""
     for state, text in (
         ({"evaluation": "linear_probe"}, "is the checkpoint of an evaluation"),
         ({"recipe": "nnclr", "state": {"model": {}}}, "leave it beside the config.yaml"),
@@ -255,7 +255,7 @@ def test_a_checkpoint_without_an_encoder_is_named(tmp_path):
 
 
 def test_a_checkpoint_of_format_1_is_read_under_the_new_names(tmp_path):
-    """tests/test_old_checkpoint.py says where the file is from; nothing lies beside it here."""
+    """tests/test_old_checkpoint.py says where the file is from; nothing lies next to it here."""
     stored = Path(__file__).resolve().parent / "data" / "checkpoint-format-1.pt.xz"
     (tmp_path / checkpoint.NAME).write_bytes(lzma.decompress(stored.read_bytes()))
     encoder, facts = load_encoder(tmp_path)

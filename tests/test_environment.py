@@ -52,7 +52,7 @@ def test_a_clean_tree_has_a_commit_and_needs_no_warning(checkout):
 
 
 def test_what_the_report_writes_makes_no_tree_dirty(checkout):
-    """It does so neither for a run nor for a launcher; a README in a folder below does."""
+    """This holds for a run and for a launcher; but a README in a folder below counts."""
     (checkout / "README.md").write_text("a table\n")
     (checkout / "results" / "README.md").write_text("a table\n")
     (checkout / "results" / "new.html").write_text("a page\n")

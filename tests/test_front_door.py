@@ -106,7 +106,7 @@ def test_every_script_answers_before_it_imports_torch(script):
 
 @pytest.mark.parametrize("words", [["--help"], ["--epocs", "3"]])
 def test_a_recipe_answers_within_a_second(words):
-    """This is the processor's time, since other work may hold this one up."""
+    """The limit is on the processor's time, since other work may hold this process up."""
     before = os.times()
     command = [sys.executable, "recipes/nnclr.py", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=here(), cwd=ROOT)

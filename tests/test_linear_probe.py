@@ -109,7 +109,7 @@ def plain_training(data, weight, lr, momentum, decay, nesterov, larc):
 
 
 def larc_update(w, g, decay, larc):
-    """Does You et al. 2017, as apex without clipping: trust |w| / (|g| + decay |w| + 1e-8)."""
+    """Follows You et al. 2017, as apex without clipping: trust |w| / (|g| + decay |w| + 1e-8)."""
     if not larc:
         return [gi + decay * wi for wi, gi in zip(w, g, strict=True)]
     size, slope = math.sqrt(sum(v * v for v in w)), math.sqrt(sum(v * v for v in g))
@@ -288,7 +288,7 @@ def test_held_out_images():
     assert not np.array_equal(held, held_out(labels, False, 1)[1])
     assert np.array_equal(held, held_out(labels, False, 0)[1])
     labels = np.repeat(np.arange(4), 1000)
-    assert len(held_out(labels, False, 0)[1]) == 1000  # at least 1 000 where there are as many
+    assert len(held_out(labels, False, 0)[1]) == 1000  # at least 1 000 if there are twice as many
     assert len(held_out(labels[::10], False, 0)[1]) == 40  # else 10 %
 
 
@@ -434,7 +434,7 @@ def test_the_first_features_alone_are_a_smaller_encoder():
 @pytest.mark.long
 @pytest.mark.parametrize("cached", [["--cache-features"], []])
 def test_probe_and_k_nn_of_the_first_features(cached, shortest, tmp_path):
-    """They are as of an encoder that has no others, and a setting of both records."""
+    """Both are those of an encoder without other features; both records name the setting."""
     flags = ["--protocol", "simclr", "--lrs", "0.3", "--epochs", "1", *cached]
     found = probe(tmp_path / "a", "--backbone", shortest, *flags, "--first-features", "11")
     whole = probe(tmp_path / "b", "--backbone", shortest, *flags)
@@ -483,7 +483,7 @@ def test_a_checkpoint_that_changes_between_ranks_is_refused(tmp_path, monkeypatc
 
 @pytest.mark.long
 def test_two_ranks_are_one(tmp_path):
-    """401 test and 1 499 training images: 2 ranks do not divide them, one has an image more."""
+    """401 test and 1 499 training images do not divide over 2 ranks: one has an image more."""
     flags = [*FLAGS, *RANDOM, "--protocol", "byol", "--epochs", "1", "--precision", "fp64"]
     found = {}
     for ranks in (1, 2):

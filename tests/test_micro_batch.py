@@ -157,7 +157,7 @@ def test_a_resnet_in_pieces_has_statistics_per_piece(micro_batch, norms):
 
 
 def test_pieces_of_a_resnet_are_another_gradient_than_the_whole():
-    """The pages say so: with batch norms M enters the numbers."""
+    """With batch norms the size of a piece enters the numbers, as the pages say."""
     encoder, head = encoder_and_head("tiny", torch.float64)
     views = views_of(torch.float64)
     _, whole = gradients(encoder, head, Pieces(encoder), views)
@@ -214,7 +214,7 @@ def test_a_view_that_the_loss_leaves_out_has_no_gradient():
 
 
 def test_no_more_than_one_piece_has_a_graph():
-    """The bytes of activations that autograd saves for the backward pass at one time show it."""
+    """The bytes that autograd saves for the backward pass at one time are those of a piece."""
     encoder, head = encoder_and_head("vit", torch.float32)
     views = views_of(torch.float32)
     saved = {}
@@ -404,7 +404,7 @@ def test_a_wrong_piece_is_one_line(tmp_path):
 
 
 def test_the_piece_is_one_of_the_numbers_of_a_run():
-    """A ResNet's run is another one with other pieces."""
+    """A ResNet's run with other pieces is another run."""
     from common.run.flags import changed_fields
     from recipes.nnclr import Config
 

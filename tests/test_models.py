@@ -199,7 +199,7 @@ def test_unknown_arch_lists_the_known_ones(arch):
 
 
 def sincos_oracle(rows: int, columns: int, dim: int) -> torch.Tensor:
-    """Does moco-v3 vits.py, build_2d_sincos_position_embedding, in plain loops and float64."""
+    """Follows moco-v3 vits.py, build_2d_sincos_position_embedding, in loops and float64."""
     quarter = dim // 4
     table = [[0.0] * dim]  # the CLS token
     for i in range(rows):

@@ -311,7 +311,7 @@ def test_larc_is_apexs_around_sgd_while_the_rate_moves(momentum, wd):
         set_lr(optimizer, rate)
         gradients = draw(10 + step, shapes)
         gradients[0] *= step != 2
-        gradients[1] *= 1e-9 if step == 3 else 1  # where 1e-8 counts
+        gradients[1] *= 1e-9 if step == 3 else 1  # so small that 1e-8 counts
         give(weights, gradients)
         optimizer.step()
         for hand, gradient in zip(hands, gradients, strict=True):

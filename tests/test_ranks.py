@@ -103,7 +103,7 @@ def test_first_step_gradients_agree_in_float32(method, tmp_path):
 
 @pytest.mark.long
 def test_the_k_nn_of_two_ranks_is_that_of_one(tmp_path):
-    """It is spread over ranks and merged, with the same accuracy."""
+    """k-NN is spread over ranks and merged, with the same accuracy."""
     flags = ["--precision", "fp64", "--max-steps", "1", "--knn-every", "1", "--train-images", "180"]
     runs = [run_on(ranks, tmp_path, next(iter(cards.load())), *flags)[0] for ranks in (1, 2)]
     for name in ("knn_before", "knn"):

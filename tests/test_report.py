@@ -50,7 +50,7 @@ def test_published_protocols_of_k_nn_are_what_ours_are_called():
 
 
 def test_what_sources_leave_open_are_flags_that_records_have_as_settings():
-    """So is what they state: else no record of ours could stand next to the number."""
+    """What they state is, too: else no record of ours could stand next to the number."""
     configs = [importlib.import_module(f"recipes.{r}").parse_arguments([]) for r in cards.load()]
     known = {name for config in configs for name in numbers_of(config)} - NO_SETTING
     known -= {name for card in cards.load().values() for name in card.chooses}
@@ -264,7 +264,7 @@ def test_pages_of_golden_records(tmp_path):
     assert "| not run yet |" not in root and "results/README.md" in root
     for path, page in pages.items():
         path.write_text(page)
-    assert build(tmp_path) == pages  # made anew: the same
+    assert build(tmp_path) == pages  # made again: the same
 
 
 def test_results_csv_has_each_number_once_with_what_makes_it(tmp_path):
@@ -458,7 +458,7 @@ def test_numbers_not_run_stand_in_one_table_with_their_notes(tmp_path):
     number = line.split("<sup>")[1].split("<")[0]
     assert f"<sup>{number}</sup> MULAN's Table 7 prints 56.4" in missing
     compared = text.split("## Ours under")[0].split("## Ours beside")[1]
-    assert compared.count("| method |") == 1  # of the one record that stands beside a number
+    assert compared.count("| method |") == 1  # of the one record that stands next to a number
     assert "None so far" in "".join(report.beside([]))
 
 

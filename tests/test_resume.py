@@ -376,7 +376,7 @@ def test_max_steps_keeps_the_schedule_of_the_whole_run(tmp_path):
 
 @pytest.mark.long
 def test_the_last_knn_of_a_run_that_ends_within_an_epoch_is_logged(tmp_path):
-    """It is gone if the run goes on: the epoch then has one line, as without a stop."""
+    """The line is gone if the run goes on: the epoch then has one line, as without a stop."""
 
     def run(steps):
         flags = flags_of("snclr", tmp_path / "a", 1, "--knn-every", "1", "--max-steps", steps)

@@ -129,7 +129,7 @@ def test_no_recipe_stops_at(recipe, flags, tmp_path, capsys):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_demo_learns(seed, tmp_path):
-    """It gains 8 points or more over its own random encoder, calibrated, and over raw pixels."""
+    """k-NN gains 8 points or more over its own random encoder, calibrated, and over raw pixels."""
     done = run_fresh("eval/demo.py", "--seed", seed, "--output", tmp_path / "demo", timeout=600)
     assert done.returncode == 0, done.stderr
     table = {}
@@ -359,7 +359,7 @@ def test_what_is_said_of_a_lost_worker(text, said, capsys):
 
 @pytest.mark.long
 def test_a_killed_loader_worker_is_one_line(capsys, tmp_path, monkeypatch):
-    """The kernel does so if memory runs out; the run before it is continued."""
+    """The kernel kills one if memory runs out; the run before it is continued."""
     flags = [*SMALL, "--output", tmp_path / "run"]
     assert in_process(capsys, "nnsiam", *flags, "--max-steps", "2")[0] == 0
     whole = ArrayImages.load_array

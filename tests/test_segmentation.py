@@ -172,7 +172,7 @@ def test_upernet_on_a_backbone():
     scores, side = net.train()(torch.randn(2, 3, 64, 96))
     assert scores.shape == side.shape == (2, 150, 16, 24)
     assert net.eval()(torch.randn(1, 3, 64, 64))[1] is None
-    # the head on layer3 teaches nothing behind it
+    # the head on layer3 teaches no layer after it
     net.train()
     net(torch.randn(2, 3, 64, 64))[1].square().mean().backward()
     with_gradient = {n.split(".")[2] for n, p in net.named_parameters() if p.grad is not None}

@@ -268,7 +268,7 @@ def test_lars_from_within_the_projector_is_a_plain_loop(run_of, tmp_path):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 head, g = name.startswith("head."), p.grad
-                if p.ndim > 1 and not head and g.any():  # none at first, behind a head of zeros
+                if p.ndim > 1 and not head and g.any():  # none at first: the head is zeros
                     g = g * 0.001 * p.norm() / g.norm()
                 velocities[name].mul_(0.9).add_((3 if head else 30) * factor * g)
                 p.sub_(velocities[name])

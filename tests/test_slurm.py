@@ -159,7 +159,7 @@ def test_a_folder_of_another_run_is_refused_before_submission(tmp_path):
     flags = ["--dataset", "photos", "--output", str(tmp_path)]
     saved = {"recipe": "snclr", **vars(snclr.parse_arguments(flags))}
     path = tmp_path / "config.yaml"
-    # bf16 is decided where it runs, not where it is submitted
+    # the machine that runs it decides on bf16, not the one that submits it
     path.write_text(yaml.safe_dump(saved | {"precision": "bf16", "neighbour_free_epochs": 0.5}))
     assert check.facts_of("recipes/snclr.py", flags, 1)["folder"] == str(tmp_path)
     for change, expected in (
@@ -337,7 +337,7 @@ def test_any_option_can_be_set_to_nothing(count, tmp_path):
 
 
 def test_an_array_too_is_sent_without_the_options_that_are_nothing(code, tmp_path, monkeypatch):
-    """An sbatch that keeps what it is given shows it."""
+    """The sbatch here keeps what it is given, and none of these options is in it."""
     fake(tmp_path / "bin", "srun", [])
     fake(tmp_path / "bin", "sbatch", ["Submitted batch job 77"])
     keep = f'cp "$1" {tmp_path}/sent\n'
@@ -888,7 +888,7 @@ def test_an_error_of_all_ranks_has_its_reason(tmp_path):
 
 
 def test_a_rank_without_a_word_waits_for_the_reason_of_another(tmp_path, capsys):
-    """It does so whichever of them ends first."""
+    """The rank waits whichever of the two ends first."""
     ranks = [task.Task("a", "b", [], "c", str(tmp_path)) for _ in range(2)]
     for number, one in enumerate(ranks):
         one.rank, one.ranks, one.last_error = number, 2, "" if number else "error: no such data"
@@ -902,7 +902,7 @@ def test_a_rank_without_a_word_waits_for_the_reason_of_another(tmp_path, capsys)
 
 
 def test_the_last_line_is_the_scripts_own(tmp_path):
-    """It comes before a requeue's or a cancel's lines, as Slurm's versions write them."""
+    """Slurm writes its lines after it at a requeue or a cancel, each version in its own form."""
     theirs = [
         "submitit INFO (2026-11-26) - Job has timed out",
         "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.",
@@ -943,7 +943,7 @@ def test_a_slurm_that_does_not_answer_is_no_reason_to_call_jobs_lost(tmp_path, m
 
 
 def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
-    """More lines than are read at a time; the last k-NN lies far back; the last line is cut."""
+    """Its file is longer than one read takes, the last k-NN lies far back, the last line is cut."""
     monkeypatch.setattr(status, "TAIL", 1000)
     run = tmp_path / "run"
     run.mkdir()

@@ -131,7 +131,7 @@ def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
 
     now = ended(scratch, "three", 240)
     assert {name: state.state for name, state in now.items()} == dict.fromkeys(jobs, "FINISHED")
-    assert {name: state.job for name, state in now.items()} == jobs  # requeued, not sent anew
+    assert {name: state.job for name, state in now.items()} == jobs  # requeued, not sent again
     assert now["whole"].restarts == 0, events(notes, "whole")
     assert now["limit"].restarts >= 1 and now["requeued"].restarts >= 1
     for name in ("limit", "requeued"):

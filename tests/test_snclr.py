@@ -15,8 +15,8 @@ STEPS = 3
 
 
 def test_official_snclr_has_one_private_queue_per_rank(tmp_path):
-    """Each rank is as a NumPy queue of its own batches; the loss is as a plain loop over the keys
-    and neighbours of both ranks.
+    """Each rank looks up as a NumPy queue of its own batches does; the loss is that of a plain loop
+    over the keys and neighbours of both ranks.
     """
     flags = ["--follow", "official", "--precision", "fp64", "--max-steps", str(STEPS)]
     flags += ["--queue-size", "128", "--output-dim", "256", "--neighbours", "5"]

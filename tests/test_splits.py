@@ -119,7 +119,7 @@ def test_a_record_keeps_what_the_monitors_said_after_each_epoch(run):
 
 
 def test_the_k_nn_of_a_run_is_that_of_the_held_out_images(run):
-    """The exported encoder gives it again, by the definition."""
+    """The exported encoder gives the same accuracy again, by the definition."""
     import torch
 
     from common.data.loaders import center_batches

@@ -71,7 +71,7 @@ def test_variables_that_cannot_be_meant_are_one_line_that_names_them(
 
 
 def test_the_line_is_a_scripts_too():
-    """It is one before the ranks start, too: a rank that has no number does not fail in silence."""
+    """A script says it before the ranks start: a rank without a number does not fail silently."""
     flags = ["--dataset", "photos", "--epochs", "x"]
     assert "--epochs" in only_error(run_script("recipes/nnclr.py", *flags, RANK="abc"))
 

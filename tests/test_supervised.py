@@ -97,7 +97,7 @@ def test_its_record_is_whole_and_made_anew_without_training(trained, tmp_path):
 
 
 def test_the_accuracy_is_a_plain_count(trained):
-    """It counts the test images one by one, from the saved encoder and head."""
+    """The count goes over the test images one by one, from the saved encoder and head."""
     config = supervised.parse_arguments([*PHOTOS, "--output", str(trained)])
     head = state_of(trained)["model"]
     encoder, _ = load_backbone(trained)

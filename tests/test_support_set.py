@@ -182,8 +182,8 @@ def test_nearest_changes_neither_queue_nor_query():
 
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
 def test_the_search_is_in_full_precision_inside_autocast(query_dtype):
-    """Rows 0.01 radians apart: the cosines differ by 1e-4 and more, which float32 resolves; bf16,
-    which steps by 4e-3 below 1, cannot rank them.
+    """Rows are 0.01 radians apart: the cosines differ by 1e-4 and more, which float32 resolves;
+    bf16, which steps by 4e-3 below 1, cannot rank them.
     """
     angles = 0.01 * torch.from_numpy(np.random.default_rng(12).permutation(30) + 1)
     queue = SupportSet(30, 2)

@@ -33,7 +33,7 @@ def cosines(seed, n, k):
 
 
 def balanced(scores, epsilon, iterations):
-    """Does main_swav.py's distributed_sinkhorn on lists of rows, one process."""
+    """Computes main_swav.py's distributed_sinkhorn on lists of rows, one process."""
     M, K = len(scores), len(scores[0])
     Q = [[math.exp(s / epsilon) for s in row] for row in scores]
     total = math.fsum(q for row in Q for q in row)

@@ -672,7 +672,7 @@ def test_an_archive_is_unpacked_whole_or_not_at_all(tmp_path, damage):
 
 
 def test_two_archives_fill_one_folder(tmp_path):
-    """VOC2007's do so; what is there is replaced."""
+    """VOC2007 has two such archives; what is there already is replaced."""
     into = tmp_path / "into"
     (tmp_path / "1.tar").write_bytes(tar_bytes(a=b"1", b=b"2"))
     (tmp_path / "2.tar").write_bytes(tar_bytes(b=b"3", c=b"4"))

@@ -149,7 +149,7 @@ def test_half_the_decay_is_the_softmax_over_two_classes():
 
 def test_the_choice_is_the_best_on_validation_and_the_smallest_of_equals():
     data = clouds(200, 6, 3, spread=1.5)
-    decays = DECAYS[24:40]  # where the minimum is well marked
+    decays = DECAYS[24:40]  # here the minimum is well marked
     # 200 images in turn over 3 classes and 3 splits would give each split one class
     order = np.random.default_rng(0).permutation(200)
     thirds = [Split(data.features[order[i::3]], data.targets[order[i::3]]) for i in range(3)]
@@ -210,7 +210,7 @@ def test_what_cannot_be_learned_is_said():
 
 
 def devkit_ap(confidence: list[float], truth: list[int]) -> float:
-    """Does VOCevalcls.m of the VOC2007 devkit, line by line; the recall levels as fractions."""
+    """Follows VOCevalcls.m of the VOC2007 devkit, line by line; recall levels are fractions."""
     order = sorted(range(len(confidence)), key=lambda i: -confidence[i])
     tp = fp = 0
     recall, precision = [], []

@@ -34,7 +34,7 @@ from recipes.truncated_triplet import draw_sides, own_block, parameter_groups, r
 
 
 def smoothed_triplet(p, z, gamma=2.0, ranks=(2, 10), margin=100.0, block=0):
-    """Does triplet_loss_head.py: the deputy is the mean of the sorted negatives' ranks."""
+    """Follows triplet_loss_head.py: the deputy is the mean of the sorted negatives' ranks."""
     p, z = p.tolist(), z.tolist()
     size = block or len(z)
     losses = []
@@ -320,7 +320,7 @@ def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
     "flags", [["--block", "12", "--ranks", "2-5"], ["--block", "18", "--ranks", "1"]], ids=" ".join
 )
 def test_two_ranks_train_as_one(flags, tmp_path):
-    """They do so with a block that lies across two ranks' images, too."""
+    """A block may lie across two ranks' images."""
     two_ranks_are_one(tmp_path, "truncated_triplet", *flags)
 
 
@@ -357,7 +357,7 @@ distributed.stop()
 
 @pytest.mark.long
 def test_batch_norms_over_ranks_count_the_values_of_each(tmp_path):
-    """Two images of 2 x 4 pixels on one rank and of 3 x 5 on the other are as all values in one."""
+    """Two images of 2 x 4 pixels on one rank, of 3 x 5 on the other, are as all values in one."""
     (tmp_path / "sizes.py").write_text(SIZES)
     run_ranks(2, tmp_path / "sizes.py")
 

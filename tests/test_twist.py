@@ -65,7 +65,7 @@ def by_hand(logits1, logits2, lam1=0.0, lam2=1.0, tau=1.0, eps=1e-5):
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 5), (7, 4), (16, 9)])
 def test_the_loss_is_the_codes(shape, spread, how):
-    """It is so for logits of some thousands, too, whose softmax is one class."""
+    """The two agree on logits of some thousands, too, whose softmax is one class."""
     logits = draw(1, *shape, spread=spread), draw(2, *shape, spread=spread)
     value = twist_loss(*logits, **how)
     assert value.dtype == torch.float64 and value.shape == ()

@@ -135,7 +135,7 @@ FLAGS = ["--projector-hidden", "24", "--output-dim", "12", "--warmup-epochs", "0
 
 
 def plain_loss(z1, z2, form):
-    """Does Algorithm 1 with torch's own functions; the mean of the two hinges for "official"."""
+    """Follows Algorithm 1 with torch's own functions; the mean of two hinges for "official"."""
     loss = 25 * (z1 - z2).pow(2).mean()
     for z in (z1, z2):
         hinge = (1 - (z.var(0) + 1e-4).sqrt()).clamp(min=0).mean()

@@ -74,7 +74,7 @@ def epoch(number: int, at: int) -> dict:
 
 
 def test_each_step_is_sent_once_at_its_number_with_epochs_on_their_own_axis(tmp_path, capsys):
-    """It is so for a run that was killed and goes on from before its last step, too."""
+    """This holds for a run that was killed and goes on from before its last step, too."""
     first = start(tmp_path)
     first.log([epoch(0, 0)])
     first.log([step(1), step(2)])

@@ -254,7 +254,7 @@ def train(
 ) -> None:
     """Runs one process of the training; detectron2's `launch` calls it."""
     register(settings, config.data, shapeless)
-    # detectron2's sampler starts anew with every process: from another order each time, not from
+    # detectron2's sampler starts again with every process: with another order each time, not with
     # the same first images again and again
     seed = step_seed(config.seed, iterations_done(output), 0) % 2**31
     cfg = configuration(settings, weights, output, seed)

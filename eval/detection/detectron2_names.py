@@ -15,7 +15,7 @@ from common.run.backbone import listed
 KEYS = Path(__file__).resolve().parent / "resnet50_keys.txt"
 # where the backbone sits in detectron2's models: res5 is in the head of a C4 one
 BODIES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
-# what a detector has beside the backbone: trained from random weights
+# what a detector has besides the backbone: these parts train from random weights
 NEW = ("backbone.fpn_", "proposal_generator.", "roi_heads.box_", "roi_heads.mask_")
 NEW += ("roi_heads.res5.norm.",)
 COUNTER = "num_batches_tracked"

@@ -20,7 +20,7 @@ Task = Literal[
     "voc_faster_rcnn_R50_FPN",
     "voc0712_faster_rcnn_R50_C4",
 ]
-# names of protocols as in results/published.yaml, where it has them
+# names of protocols, those of results/published.yaml if it has them
 PROTOCOLS = {
     "coco_mask_rcnn_R50_FPN_1x": "FPN Mask R-CNN 1x",
     "coco_mask_rcnn_R50_FPN_3x": "FPN Mask R-CNN 3x",

@@ -126,7 +126,7 @@ def choose(
             {
                 "decay": float(f"{decay:.6g}"),
                 "validation": round(value, 3),
-                "gradient_norm": float(f"{fit.gradient_norm:.6e}"),  # beside the tolerance
+                "gradient_norm": float(f"{fit.gradient_norm:.6e}"),  # to compare with the tolerance
                 "iterations": fit.iterations,
                 "converged": fit.converged,
             }
