@@ -206,7 +206,7 @@ class Evaluation:
         return len(self.train.classes)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Runs the encoder in bf16 with --precision bf16, and changes nothing otherwise."""
+        """Returns a context: bf16 for the encoder with --precision bf16, no change otherwise."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         )

@@ -82,7 +82,7 @@ class Supervised(nn.Module):
 
     @property
     def projector(self) -> nn.Module:
-        """Returns the head: common/run/geometry.py calls what the loss sees, logits, embedding."""
+        """Returns the head, whose logits common/run/geometry.py takes as the embedding."""
         return self.head
 
     def start_from(self, run: str, arch: str) -> None:

@@ -208,7 +208,7 @@ def published_table(rows: list[tables.Row]) -> Table:
 
 
 def position(row: tables.Row) -> tuple:
-    """Returns a sort key: numbers next to ours first, then those that are aims here."""
+    """Returns a sort key: numbers next to ours first, then those this repository aims at."""
     p = row.published
     return not row.records, not tables.is_aim(p), *tables.whole_order(p)
 

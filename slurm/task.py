@@ -91,7 +91,7 @@ class Task:
         agrees with the other ranks on a step and exits with 75. Then it asks for a requeue.
 
         submitit's signal handler calls it, so it runs on top of `wait`. A script that does not
-        answer signals dies of this one and begins anew.
+        answer signals dies of this one and begins again.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -118,7 +118,7 @@ class Task:
         self.reader.start()
 
     def environment(self) -> dict[str, str]:
-        """Returns the child's: the snapshot's packages before the installed ones, and its ranks."""
+        """Returns the child's variables: the snapshot's packages come first; and its ranks."""
         env = dict(os.environ)
         env.pop("PYTHONSAFEPATH", None)  # ours, so that this process does not import the tree
         env["PYTHONPATH"] = python_path(self.code)

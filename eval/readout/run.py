@@ -169,7 +169,7 @@ def standardised(part: Split, by: Tensor) -> Split:
 
 
 def choose(train: Split, held: Split, classes: int) -> tuple[Fit, list[dict[str, float]]]:
-    """Chooses the fit whose penalty is best on `held`, the largest of equals; returns all, too."""
+    """Returns the fit of the best penalty on `held`, the largest of equals, and all tried ones."""
     best, tried = (-1.0, None), []
     for fit in fit_path(train.features, train.targets, classes, DECAYS):
         value = score(fit, held, top1)
