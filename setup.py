@@ -5,8 +5,8 @@ from setuptools.command.build_py import build_py
 
 
 class InPlace(build_py):
-    """A wheel would hold the modules without what they read and start beside them: the recipes'
-    cards, the plan, the records, and the history that a record's commit is checked against.
+    """Refuses to build a wheel. A wheel would hold the modules without what they read and start
+    next to them: cards, plan, records, and the history that a record's commit is checked against.
     """
 
     def run(self) -> None:

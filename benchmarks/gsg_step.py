@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def step_seconds(recipe: str, flags: list[str], steps: int) -> list[float]:
-    """The time of each counted step of one run, without waiting for data."""
+    """Returns the time of each counted step of one run, without waiting for data."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), *flags]
         command += ["--max-steps", str(steps + WARM_UP), "--knn-every", "0", "--output", folder]

@@ -45,7 +45,7 @@ PEER = "torchvision, PIL, as moco-v3"
 
 
 class Files(FolderImages):
-    """Files in memory, so that no disk is timed."""
+    """Files that are kept in memory, so that no disk is timed."""
 
     def __init__(self, data: list[bytes]):
         super().__init__("", as_bytes([str(n) for n in range(len(data))]), None, [], "")
@@ -59,7 +59,7 @@ class Files(FolderImages):
 
 
 def read_files(where: str | None, limit: int) -> list[bytes]:
-    """JPEG files of a folder or tar file, else of scikit-image's photographs at 500 pixels."""
+    """Reads JPEG files of a folder or tar file, else scikit-image's photographs at 500 pixels."""
     if where is None:
         photos = [read_photo(name) for name in PHOTOS]
         data = []
@@ -89,7 +89,7 @@ class MocoBlur:
 
 
 def torchvision_pil(size: int) -> list[Callable]:
-    """moco-v3's two lists (its BYOL augmentations), to uint8 instead of normalised floats."""
+    """Returns moco-v3's two lists (its BYOL augmentations), to uint8, not to normalised floats."""
     t = torchvision.transforms
 
     def compose(blur: float, solarize: float) -> Callable:
@@ -124,7 +124,7 @@ def torchvision_tensors(size: int) -> list[Callable]:
 
 
 def lightly(size: int) -> Callable | None:
-    """lightly's BYOLTransform, PIL image -> two tensors; None where it is not installed."""
+    """Returns lightly's BYOLTransform, PIL image -> two tensors; None if it is not installed."""
     try:
         from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     except ImportError:
@@ -156,7 +156,7 @@ def images_of(data: Sequence[Picture]) -> Images:
 
 
 def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, int], object]]:
-    """Name -> function of (round, image number)."""
+    """Returns each pipeline by name, as a function of (round, image number)."""
     as_pil, as_tensors, peer = torchvision_pil(size), torchvision_tensors(size), lightly(size)
     found = {PEER: lambda epoch, n: [view(image) for image in [pil(data[n])] for view in as_pil]}
 
@@ -179,7 +179,7 @@ def pipelines(data: Sequence[Picture], size: int) -> dict[str, Callable[[int, in
 
 
 def differences(data: Sequence[Picture], size: int) -> dict[str, dict[str, float]]:
-    """How far the values of exact are from the reference's, in levels of 255."""
+    """Measures how far the values of exact are from the reference's, in levels of 255."""
     images, views, table = images_of(data), two_views("byol", size, interpolation="bicubic"), {}
     names = ("reference", "exact")
     sets = {name: ViewDataset(images, views, 0, False, name) for name in names}
@@ -216,7 +216,7 @@ def main() -> None:
         parser.error(f"{arguments.images} holds no JPEG files")
     size = SIDE if arguments.patches else 224
     runs = pipelines(data, size)
-    for run in runs.values():  # imports, compiled kernels, caches
+    for run in runs.values():  # a first turn: imports, compiled kernels, caches
         run(0, 0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for epoch in range(arguments.rounds):

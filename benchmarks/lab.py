@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def flags_of(arguments: argparse.Namespace, name: str = PLANNED) -> list[str]:
-    """The plan's flags of the run, with this benchmark's length, images and precision."""
+    """Returns the plan's flags of the run, with this benchmark's length, images and precision."""
     flags = [*plan.load(ROOT / "results" / "plan.yaml")[name].flags, "--seed", "0"]
     flags += ["--epochs", str(arguments.epochs), "--warmup-epochs", "0"]
     flags += ["--precision", arguments.precision]
@@ -116,7 +116,7 @@ def patches(config: simclr.Config) -> int:
 
 
 def one_round(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    """(what, seconds) of every whole run."""
+    """Yields (what, seconds) of every whole run."""
     flags, environment = flags_of(arguments), dict(os.environ)
     environment |= {"OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT)}
     for name, more in (("whole, ours", []), ("alone, ours", QUIET)):
@@ -135,7 +135,7 @@ def seconds_of(line: list[str], environment: dict[str, str]) -> float:
 
 
 def alone(arguments: argparse.Namespace, part: str) -> float:
-    """Images per second of one part, in a process of its own."""
+    """Returns images per second of one part, in a process of its own."""
     line = [sys.executable, *sys.argv, "--part", part]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
@@ -160,7 +160,7 @@ class InMemory(torch.utils.data.Dataset):
 
 
 def loader_of(config: simclr.Config, workers: int) -> torch.utils.data.DataLoader:
-    """lightly's dataset and transform: the views that GSG's App. B.2 has, which are ours too."""
+    """Loads lightly's dataset by its transform, with views as in GSG's App. B.2, which are ours."""
     from lightly.data import LightlyDataset
     from lightly.transforms import SimCLRTransform
 
@@ -179,7 +179,7 @@ def loader_of(config: simclr.Config, workers: int) -> torch.utils.data.DataLoade
 
 
 def lightly_step(config: simclr.Config):
-    """Forward, loss, backward and SGD, of lightly's modules on our encoder."""
+    """Returns a step of lightly's modules on our encoder: forward, loss, backward and SGD."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
 
@@ -238,7 +238,7 @@ def step_of_lightly(config: simclr.Config, _: list[str]) -> float:
 
 
 def prepared(config: simclr.Config, steps: int) -> Iterator[tuple[Any, ...]]:
-    """Batches as a run's loader gives them."""
+    """Yields batches as a run's loader gives them."""
     images = images_of(config)
     order = RankBatches(len(images), config.batch_size, 0, 0, steps, 0, 1)
     return view_loader(images, simclr.views_of(config), order, 0)
@@ -255,7 +255,7 @@ def input_of_ours(config: simclr.Config, _: list[str]) -> float:
 
 
 def step_of_ours(config: simclr.Config, flags: list[str]) -> float:
-    """The recipe's own loop over a few batches, again and again."""
+    """Measures the recipe's own loop over a few batches, again and again."""
     batches = [(pixels, ids, [], False) for pixels, ids, *_ in prepared(config, 4)]
     times = []
 
@@ -273,7 +273,7 @@ def step_of_ours(config: simclr.Config, flags: list[str]) -> float:
 
 
 def where(arguments: argparse.Namespace) -> str:
-    """Seconds and share of each part of a whole run in this process, its loader included."""
+    """Returns seconds and share of each part of a whole run in this process, also of its loader."""
     recipe = importlib.import_module(f"recipes.{arguments.where}")
     spent: dict[str, float] = {}
     began = time.monotonic()
@@ -328,7 +328,7 @@ NAMES = {"whole": "whole run", "alone": "whole run, without k-NN and geometry"}
 
 
 def table(rates: dict[str, list[float]]) -> str:
-    """A row for the whole run, its training alone, input and step."""
+    """Returns a row for the whole run, its training alone, input and step."""
     middle = {name: statistics.median(values) for name, values in rates.items()}
     lines = ["| part | ours, images/s | lightly, images/s | ratio |", "|---|---|---|---|"]
     for part, ours in (("whole", "whole"), ("whole", "alone"), ("input",) * 2, ("step",) * 2):

@@ -32,7 +32,7 @@ WARM_UP = 1  # steps that are not counted: allocation, the first kernels
 
 
 def run(recipe: str, flags: list[str], batch: int, micro_batch: int, steps: int) -> dict:
-    """One run of the recipe: memory in GB, seconds per step, the losses."""
+    """Runs the recipe once; returns memory in GB, seconds per step, the losses."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), *flags]
         command += ["--batch-size", str(batch), "--micro-batch", str(micro_batch)]

@@ -54,7 +54,7 @@ LOOKED_AT = 50  # files whose pages are counted
 
 
 class OneByOne(torch.utils.data.Dataset):
-    """(epoch, sample) -> bytes of its file, or with `decode` of its pixels."""
+    """Maps (epoch, sample) to the bytes of its file, or with `decode` to those of its pixels."""
 
     def __init__(self, images: FolderImages, decode: bool):
         self.images, self.decode = images, decode
@@ -67,18 +67,18 @@ class OneByOne(torch.utils.data.Dataset):
 
 
 class Reading(ImageDataset, OneByOne):
-    """The same as the recipes ask for it: a batch is known before its first image is read."""
+    """Reads the same as recipes ask for it: a batch is known before its first image is read."""
 
 
 class Checksums(OneByOne):
-    """(epoch, sample) -> CRC-32 of its file."""
+    """Maps (epoch, sample) to the CRC-32 of its file."""
 
     def __getitem__(self, key: tuple[int, int]) -> int:
         return zlib.crc32(self.images.read(key[1]))
 
 
 def through(dataset: OneByOne, batches: Iterable, workers: int) -> list[int]:
-    """What the dataset gives, in order, by the loader that recipes use."""
+    """Returns what the dataset gives, in order, by the loader that recipes use."""
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -93,8 +93,8 @@ def through(dataset: OneByOne, batches: Iterable, workers: int) -> list[int]:
 
 
 def write_files(root: Path, count: int, size: int) -> None:
-    """JPEG files of photographs, brought to `size` bytes by noise behind their end, all different:
-    a file system that compresses or finds doubles gains nothing.
+    """Writes JPEG files of photographs, brought to `size` bytes by noise after their end. All are
+    different: a file system that compresses or finds doubles gains nothing.
     """
     photos = [as_jpeg(name, size) for name in PHOTOS]
     rng = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def write_files(root: Path, count: int, size: int) -> None:
 
 
 def as_jpeg(name: str, size: int) -> bytes:
-    """A photograph at 500 pixels, or at fewer where that takes more than `size` bytes."""
+    """Returns a photograph at 500 pixels, or at fewer if that takes more than `size` bytes."""
     photo = read_photo(name)
     side = 500
     while True:
@@ -124,7 +124,7 @@ def as_jpeg(name: str, size: int) -> bytes:
 
 
 def folder_images(arguments: argparse.Namespace) -> FolderImages:
-    """The files: --limit of --images, evenly over its classes, or those made here."""
+    """Returns the files: --limit of --images, evenly over its classes, or those made here."""
     root = arguments.images
     if root is None:
         root = arguments.scratch / f"files-{arguments.limit}-{arguments.size}"
@@ -142,7 +142,7 @@ def folder_images(arguments: argparse.Namespace) -> FolderImages:
 
 
 def packed_images(images: FolderImages, scratch: Path) -> PackedImages:
-    """The same images in shards below `scratch`, packed where they are not there yet."""
+    """Returns the same images in shards below `scratch`, packed if they are not there yet."""
     output = scratch / f"shards-{images.fingerprint()}"
     if not (output / shards.NAME).is_file():
         flags = ["--data", str(Path(images.root).parent), "--output", str(output)]
@@ -158,7 +158,7 @@ def files_of(images: FolderImages) -> list[str]:
 
 
 def check_same(files: FolderImages, packed: PackedImages, batch: int, workers: int) -> None:
-    """UserError unless every image has the same bytes in both."""
+    """Raises UserError unless every image has the same bytes in both."""
     keys = [(0, sample) for sample in range(len(files))]
     batches = [keys[first : first + batch] for first in range(0, len(keys), batch)]
     same = len(files) == len(packed) and through(Checksums(files, False), batches, workers) == (
@@ -172,7 +172,7 @@ def check_same(files: FolderImages, packed: PackedImages, batch: int, workers: i
 
 
 def write_back(paths: list[str]) -> None:
-    """What was written just now cannot be dropped before it is on disk."""
+    """Writes these files to disk: before that, their pages cannot be dropped."""
     for path in paths:
         file = os.open(path, os.O_RDONLY)
         os.fsync(file)
@@ -188,8 +188,8 @@ def forget(paths: list[str]) -> None:
 
 
 def resident(paths: list[str]) -> float | None:
-    """Share of these files' pages in memory; None where the system does not tell: of files that
-    this user may not write.
+    """Returns the share of these files' pages in memory; None if the system does not tell, as for
+    files that this user may not write.
     """
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     held = pages = 0
@@ -209,7 +209,7 @@ def resident(paths: list[str]) -> float | None:
 
 
 def cool(sources: dict[str, FolderImages], arguments: argparse.Namespace) -> float | None:
-    """What --cold or --before asks for; the share of pages that stayed nevertheless."""
+    """Does what --cold or --before asks for; returns the share of pages that stayed in memory."""
     if arguments.before:
         done = subprocess.run(arguments.before, shell=True, capture_output=True, text=True)
         if done.returncode:
@@ -224,7 +224,7 @@ def cool(sources: dict[str, FolderImages], arguments: argparse.Namespace) -> flo
 
 
 def verdict(stayed: list[float | None]) -> str:
-    """What became of --cold, in words."""
+    """Says in words what became of --cold."""
     if None in stayed:
         return "the system does not tell whether it dropped the pages"
     share = f"{100 * max(stayed):.0f} % of the pages stayed in memory"
@@ -237,7 +237,7 @@ def verdict(stayed: list[float | None]) -> str:
 def measure(
     sources: dict[str, FolderImages], workers: int, arguments: argparse.Namespace
 ) -> tuple[dict, list[float | None]]:
-    """A row of seconds, and for every turn what `cool` found."""
+    """Returns a row of seconds, and for every turn what `cool` found."""
     row: dict = {"workers": workers} | {name: [] for name in sources}
     stayed, images = [], len(sources["files"])
     steps = min(arguments.per_worker * workers or images, images) // arguments.batch_size
@@ -267,7 +267,7 @@ def line(row: dict) -> str:
 
 
 def file_system(path: Path) -> str:
-    """Its type, as the system names it."""
+    """Returns a path's file system, as the system names its type."""
     best = ("", "unknown")
     for entry in Path("/proc/mounts").read_text().splitlines():
         mount, kind = entry.split()[1:3]

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def train(probe: Probe, rates: list[float], forget: bool) -> float:
-    """Seconds of one training; `forget` drops the features of the training before."""
+    """Returns the seconds of one training; `forget` drops the features of the training before."""
     if forget:
         probe.stored.clear()
         (probe.job.folder / "features.safetensors").unlink(missing_ok=True)

@@ -51,7 +51,7 @@ def plain_loss(
     temperature: float,
     form: str = "paper",
 ) -> Tensor:
-    """recipes.snclr.snclr_loss on one rank with all its logits at once; same arguments."""
+    """Computes recipes.snclr.snclr_loss on one rank with all its logits at once; same arguments."""
     n, k = neighbours.shape[:2]
     weights = torch.cat([keys.new_ones(n, 1), positiveness(projections, neighbours)], dim=1)
     columns = F.normalize(torch.cat([keys[:, None], neighbours], dim=1), dim=2)
@@ -65,14 +65,14 @@ def plain_loss(
 
 
 def mocov3_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """MoCo-v3's Algorithm 1: cross-entropy over the keys of the batch, times 2 tau; (N,D) each."""
+    """Computes MoCo-v3's Algorithm 1: cross-entropy over the batch, times 2 tau; (N,D) each."""
     logits = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature
     labels = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, labels) * 2 * temperature
 
 
 def inputs_of(what: str, arguments: argparse.Namespace, device: torch.device) -> dict:
-    """What exists before the loss: all (N,D) but the neighbours (N,K,D) and the queue (Q,D)."""
+    """Makes the loss's inputs: all are (N,D) but the neighbours (N,K,D) and the queue (Q,D)."""
     n, k, d = arguments.images, arguments.neighbours, arguments.dim
     torch.manual_seed(0)
     names = ["z1", "z2", "key1", "key2"] + (["y1", "y2"] if what != "mocov3" else [])
@@ -89,7 +89,7 @@ def inputs_of(what: str, arguments: argparse.Namespace, device: torch.device) ->
 
 
 def step(what: str, t: dict) -> Tensor:
-    """The loss in both directions and its backward pass."""
+    """Returns the loss in both directions, after its backward pass."""
     if what == "mocov3":
         loss = mocov3_loss(t["z1"], t["key2"], TEMPERATURE)
         loss = loss + mocov3_loss(t["z2"], t["key1"], TEMPERATURE)
@@ -102,12 +102,12 @@ def step(what: str, t: dict) -> Tensor:
 
 
 def resident(name: str) -> float:
-    """VmRSS (now) or VmHWM (the peak) of this process in bytes."""
+    """Returns VmRSS (now) or VmHWM (the peak) of this process in bytes."""
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One form; prints memory, time, loss and the gradients' norms as JSON."""
+    """Runs one form; prints memory, time, loss and the gradients' norms as JSON."""
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
@@ -124,7 +124,7 @@ def child(arguments: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         inputs = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (Linux)
     seconds = []
     for _ in range(arguments.repeats):
         for tensor in tensors.values():
@@ -149,7 +149,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def run(form: str, arguments: argparse.Namespace) -> dict:
-    """One form in a process of its own."""
+    """Runs one form in a process of its own."""
     command = [sys.executable, __file__, "--form", form]
     for name in ("images", "neighbours", "dim", "queue", "threads", "repeats"):
         command += [f"--{name}", str(getattr(arguments, name))]

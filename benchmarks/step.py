@@ -90,7 +90,7 @@ def main() -> None:
 def measure(
     arguments: argparse.Namespace, queue_size: int, flags: list[str], groups: list[tuple[str, ...]]
 ) -> dict:
-    """Median seconds of each peer's step, the ratios, and peak memory of each group's process."""
+    """Returns each peer's median step in seconds, the ratios, and each process's peak memory."""
     seconds: dict[str, list[float]] = {name: [] for name in PEERS}
     pipes = [start(arguments, queue_size, flags, group) for group in groups]
     for pipe in pipes:
@@ -132,8 +132,9 @@ def table(arguments: argparse.Namespace, rows: list[dict]) -> str:
 
 
 def start(*what) -> Connection:
-    """The pipe to a new process: it says when it is ready, takes a turn for each message and
-    answers with the seconds of each of its peers, and says its peak memory in MB in the end.
+    """Starts a process and returns the pipe to it. The process says when it is ready, takes a turn
+    for each message, answers with the seconds of each of its peers, and ends with its peak memory
+    in MB.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -157,7 +158,7 @@ def take_turns(
     command += f"--max-steps {turns} --epochs 1000 --workers 0"
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(contextlib.redirect_stdout(nowhere))  # the words of three runs
+        stack.enter_context(contextlib.redirect_stdout(nowhere))  # what three runs say
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         command = [*command.split(), "--output", folder, *flags]
         if "ours" in peers:
@@ -170,11 +171,11 @@ def take_turns(
 
 
 def in_turn(loop: Callable, pipe: Connection, others: list[str]) -> Callable[..., Iterator]:
-    """Run.batches, which waits for each turn, and after each step gives the others theirs."""
+    """Replaces Run.batches: it waits for each turn, and after each step gives the others theirs."""
 
     def batches(this: run.Run, views):
         steps = {name: STEPS[name](this.config, this.device, this) for name in others}
-        # views once, before: the loader is not what is measured
+        # views are made once, before: the loader is not measured
         prepared = [*prepare(this.config, this.train)]
         inputs = {n: inputs_of(n, prepared, this.device, this.dtype) for n in others}
         run.view_loader = lambda *_, **__: repeat(prepared, this.last_step)
@@ -198,7 +199,7 @@ def in_turn(loop: Callable, pipe: Connection, others: list[str]) -> Callable[...
 
 
 def take_turns_alone(pipe: Connection, command: list[str], turns: int, name: str) -> None:
-    """Needed or lightly, in a process without the recipe's loop; lightly's without a run either."""
+    """Runs needed or lightly in a process without the recipe's loop; lightly even without a run."""
     config = nnclr.parse_arguments(command)
     if name == "needed":
         this = run.Run("nnclr", config)
@@ -217,7 +218,7 @@ def take_turns_alone(pipe: Connection, command: list[str], turns: int, name: str
 
 
 def prepare(config: nnclr.Config, images: Images) -> Iterator[tuple]:
-    """What the loader gives for a few steps: pixels of each view, ids, no problems."""
+    """Yields what the loader gives for a few steps: pixels of each view, ids, no problems."""
     order = RankBatches(len(images), config.batch_size, 0, 0, BATCHES, 0, 1)
     for pixels, ids, *_ in view_loader(images, nnclr.views_of(config), order, 0):
         yield pixels, ids, [], False
@@ -226,7 +227,7 @@ def prepare(config: nnclr.Config, images: Images) -> Iterator[tuple]:
 def inputs_of(
     name: str, batches: Iterable, device: torch.device, dtype: torch.dtype
 ) -> list[list[Tensor]]:
-    """A peer's normalised views of each batch: channels last for needed, as a run has them."""
+    """Returns a peer's normalised views of each batch: channels last for needed, as in a run."""
     views = [[to_input(view, device, dtype) for view in pixels] for pixels, *_ in batches]
     return views if name == "needed" else [[x.contiguous() for x in batch] for batch in views]
 
@@ -247,7 +248,7 @@ def now(device: torch.device) -> float:
 def needed_step(
     config: nnclr.Config, device: torch.device, this: run.Run
 ) -> Callable[[Tensor, Tensor], None]:
-    """The same modules without look-up, loss, queue and monitors: a mean costs next to nothing."""
+    """Steps the same modules without look-up, loss, queue and monitors: a mean is nearly free."""
     model = this.place(nnclr.NNCLR(config))
     encode = Pieces(model.encoder, config)
     optimizer = nnclr.build_optimizer("sgd", model.parameters(), 0.01, 0.9, 5e-4)
@@ -267,7 +268,7 @@ def needed_step(
 def lightly_step(
     config: nnclr.Config, device: torch.device, _: run.Run | None
 ) -> Callable[[Tensor, Tensor], None]:
-    """One step of lightly's NNCLR as its example has it (examples/pytorch/nnclr.py), in the
+    """Returns one step of lightly's NNCLR as its example has it (examples/pytorch/nnclr.py), in the
     recipe's precision.
     """
     from lightly.loss import NTXentLoss

@@ -165,8 +165,9 @@ def data_flags(setting: Setting, images: Path, cifar10: str, names: int) -> list
 
 
 def make_photographs(folder: Path, names: int) -> None:
-    """JPEG files of 500x375 pixels, quality 90: crops of the photographs inside scikit-image, with
-    at least so many names that a run ends within its first epoch (an epoch's end is not a step).
+    """Writes JPEG files of 500x375 pixels, quality 90: crops of the photographs inside
+    scikit-image. There are at least so many names that a run ends within its first epoch (an
+    epoch's end is not a step).
     """
     rng, photos = np.random.default_rng(0), [read_photo(name) for name in PHOTOS]
     for number in range(FILES, names):
@@ -187,8 +188,8 @@ def make_photographs(folder: Path, names: int) -> None:
 
 @contextlib.contextmanager
 def gpu_use(processes: int) -> Iterator[list[tuple[float, float]]]:
-    """(time, percent of the time before it in which a kernel ran) of the GPUs of so many ranks,
-    while the block runs; none where there is no nvidia-smi.
+    """Yields (time, percent of the time before it in which a kernel ran) of the GPUs of so many
+    ranks, while the block runs; an empty list if there is no nvidia-smi.
     """
     samples: list[tuple[float, float]] = []
     if shutil.which("nvidia-smi") is None:
@@ -213,13 +214,13 @@ def gpu_use(processes: int) -> Iterator[list[tuple[float, float]]]:
 
 
 def mean_use(samples: list[tuple[float, float]], start: float, end: float) -> float | None:
-    """The mean share of the samples between two times; None without any."""
+    """Returns the mean share of the samples between two times; None without any."""
     shares = [percent / 100 for when, percent in samples if start <= when <= end]
     return statistics.fmean(shares) if shares else None
 
 
 def matrix_rate(precision: str, side: int = 0, repeats: int = 10) -> float:
-    """Operations per second of a square matrix product in the precision of a run."""
+    """Measures operations per second of a square matrix product in the precision of a run."""
     gpu = torch.cuda.is_available()
     side = side or (8192 if gpu else 1024)
     kind = {"dtype": {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision)}
@@ -236,9 +237,9 @@ def matrix_rate(precision: str, side: int = 0, repeats: int = 10) -> float:
 
 
 def encoder_flops(arch: str, image_size: int) -> float:
-    """Operations of the encoder's forward and backward pass for one view of one image."""
+    """Counts operations of the encoder's forward and backward pass for one view of one image."""
     encoder = build_encoder(arch, image_size)
-    # fused attention on CPU is not counted: the plain products are
+    # the counter misses fused attention on CPU, but not plain products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder(torch.randn(2, 3, image_size, image_size)).sum().backward()
     return counter.get_total_flops() / 2

@@ -33,7 +33,7 @@ from eval.transfer.classifier import Sklearn, Split
 from eval.transfer.solver import DECAYS, TOLERANCE, fit_path, gradient_norm
 
 RESULT = Path(__file__).resolve().parent / "results" / "transfer_solver.json"
-LATENT = 64  # of a ResNet's 512 pooled features few directions hold most of the variance
+LATENT = 64  # few directions of a ResNet's 512 pooled features hold most of the variance
 NAMES = {
     "torch": "--solver torch, converged",
     "ssl-transfer": "--solver sklearn (100 iterations)",
@@ -42,7 +42,7 @@ NAMES = {
 
 
 def make(images: int, dimensions: int, classes: int, separation: float) -> Split:
-    """Features (N,D) float32, not negative, and labels."""
+    """Makes features (N,D) float32, not negative, and labels."""
     rng = np.random.default_rng(0)
     means = separation * rng.normal(size=(classes, LATENT))
     labels = rng.integers(classes, size=images)
@@ -70,7 +70,7 @@ def norms_of(fits: list) -> dict:
 
 
 def sklearn_converged(data: Split, classes: int, limit: float) -> dict:
-    """Downwards, at every decay until the norm is ours; ends early where `limit` is over."""
+    """Fits downwards, at every decay until the norm is ours; ends early if `limit` is over."""
     from sklearn.linear_model import LogisticRegression
 
     warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ def sklearn_converged(data: Split, classes: int, limit: float) -> dict:
             norm = gradient_norm(data.features, data.targets, decay, weight, bias)
             if norm < TOLERANCE or time.monotonic() - started > limit:
                 break
-            if regression.n_iter_.max() < 200:  # it thought that it was done
+            if regression.n_iter_.max() < 200:  # scikit-learn takes this for converged
                 tolerance /= 4
         if norm >= TOLERANCE:
             break
@@ -100,7 +100,7 @@ SWEEPS = {"torch": ours, "ssl-transfer": ssl_transfer, "sklearn": sklearn_conver
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One sweep; prints what it took as JSON."""
+    """Runs one sweep; prints what it took as JSON."""
     torch.set_num_threads(arguments.threads)
     sizes = arguments.images, arguments.dimensions, arguments.classes
     data = make(*sizes, arguments.separation)
@@ -115,7 +115,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def run(sweep: str, arguments: argparse.Namespace, limit: float) -> dict:
-    """A sweep in a process of its own."""
+    """Runs a sweep in a process of its own."""
     command = [sys.executable, __file__, "--sweep", sweep, "--limit", str(limit)]
     for name in ("images", "dimensions", "classes", "separation", "threads"):
         command += [f"--{name}", str(getattr(arguments, name))]

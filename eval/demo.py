@@ -82,8 +82,8 @@ def features(encoder: torch.nn.Module, images) -> torch.Tensor:
 
 
 def linear_readout(train_x, train_y, test_x, test_y) -> float:
-    """Test accuracy of logistic regression on standardised features, a quick look (the papers'
-    protocols are another matter).
+    """Returns the test accuracy of logistic regression on standardised features. It is a quick
+    look: the papers' protocols are in eval/linear_probe/.
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression

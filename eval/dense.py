@@ -27,8 +27,8 @@ from eval.evaluation import Evaluation, TrainingConfig
 
 RESNETS = ("resnet50", "resnet18")
 LOG_EVERY = 20  # iterations between lines of metrics.jsonl, as detectron2 and ssl-transfer
-THREADS = 16  # that read headers of files
-SAY_TIMES = 20  # lines on the screen over a training
+THREADS = 16  # they read the headers of files
+SAY_TIMES = 20  # lines on the screen in a whole training
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class DenseConfig(TrainingConfig):
 
 
 class DenseEvaluation(Evaluation):
-    """An evaluation whose encoder is a ResNet of torchvision's layout; subclasses say `load_images`
-    and `dataset_fields`.
+    """An evaluation whose encoder is a ResNet of torchvision's layout. Subclasses define
+    `load_images`, `dataset_fields`, `trained` and `conclude`.
     """
 
     calibrates = False  # it is trained from scratch, or its norms' statistics are a setting
@@ -62,8 +62,8 @@ class DenseEvaluation(Evaluation):
         return dataclasses.replace(config, arch=self.facts["arch"])
 
     def evaluate(self, name: str) -> None:
-        """The whole evaluation in the folder of this name: what `trained` gives goes to
-        `conclude`, which writes the record; both are the subclass's.
+        """Runs the whole evaluation in the folder of this name: the subclass's `trained` gives what
+        its `conclude` scores and writes as the record.
         """
         self.begin(name)
         with self.working():
@@ -73,8 +73,8 @@ class DenseEvaluation(Evaluation):
         distributed.stop()
 
     def over_ranks(self, model: nn.Module) -> nn.Module:
-        """Batch norms with the statistics of all ranks. Images differ in size from rank to rank,
-        which only CUDA's SyncBatchNorm counts rightly.
+        """Gives batch norms the statistics of all ranks. Images differ in size from rank to rank,
+        and only CUDA's SyncBatchNorm weights them rightly. UserError on several ranks without GPUs.
         """
         if self.ranks == 1:
             return model
@@ -83,7 +83,8 @@ class DenseEvaluation(Evaluation):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def check_body(self, body: nn.Module, features: Callable[[Tensor], Tensor]) -> None:
-        """The encoder's tensors and features must be in `body`, exactly; AssertionError otherwise.
+        """Raises AssertionError unless `body` holds exactly the encoder's tensors, and UserError
+        unless it computes the encoder's features.
 
         `features` maps (1,3,S,S) to the pooled last feature map of `body` in eval mode.
         """
@@ -107,8 +108,8 @@ class DenseEvaluation(Evaluation):
         loss_of: Callable[[Any], dict[str, Tensor]],
         rate: Callable[[int], float],
     ) -> None:
-        """The iterations of `total` that the checkpoint, if any, leaves; saved where asked to stop
-        and at the end.
+        """Runs the iterations up to `total` that the checkpoint, if any, leaves. Saves by the
+        clock, if asked to stop, and at the end.
 
         `batches` gives those of the iterations (first, last), `loss_of` maps one to its losses,
         `rate` an iteration to the learning rate. Everything random in an iteration follows from
@@ -172,7 +173,7 @@ class DenseEvaluation(Evaluation):
 def same_features(
     encoder: nn.Module, features: Callable[[Tensor], Tensor], device: torch.device
 ) -> None:
-    """UserError unless both give the same features (1,D) for the fixed input of
+    """Raises UserError unless both give the same features (1,D) for the fixed input of
     common/run/backbone.py: a network with its stride elsewhere has the same names and shapes.
     """
     with torch.no_grad():
@@ -187,12 +188,12 @@ def same_features(
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The key of everything random in one iteration of one rank."""
+    """Returns the seed of everything random in one iteration of one rank."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def load_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An RGB image, `upright` as its camera says; UserError that names an unreadable file."""
+    """Returns an RGB image, `upright` as its camera says; UserError if the file cannot be read."""
     try:
         with open_image(path, max_pixels) as image:
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
@@ -203,8 +204,8 @@ def load_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIX
 
 
 def check_each(items: Sequence, problem: Callable[[Any], str | None], what: str) -> None:
-    """UserError that counts the items of which `problem` says something, and says the first. Each
-    rank takes its share, by threads, which wait for the file system.
+    """Raises UserError if `problem` says something of any item: it tells how many, and the first.
+    Each rank checks its share by threads, which wait for the file system.
     """
     own = [items[i] for i in per_rank(len(items))]
     bar = Progress(len(own), "checking files", "file", silent=distributed.rank() != 0)
@@ -220,7 +221,7 @@ def check_each(items: Sequence, problem: Callable[[Any], str | None], what: str)
 
 
 def or_error(load: Callable[[], Any]) -> Any:
-    """What `load` gives, or the text of its UserError: how a loader's process says one line."""
+    """Returns what `load` gives, or the text of its UserError: a loader's process says one line."""
     try:
         return load()
     except UserError as error:
@@ -228,7 +229,7 @@ def or_error(load: Callable[[], Any]) -> Any:
 
 
 def raise_errors(items: list[Any]) -> list[Any]:
-    """The items; UserError where one of them is an error's text."""
+    """Returns the items; UserError if one of them is an error's text."""
     for item in items:
         if isinstance(item, str):
             raise UserError(item)
@@ -236,12 +237,12 @@ def raise_errors(items: list[Any]) -> list[Any]:
 
 
 def per_rank(number: int) -> range:
-    """The numbers of this rank's share of `number` test images."""
+    """Returns the numbers of this rank's share of `number` test images."""
     return range(distributed.rank(), number, distributed.world_size())
 
 
 def gathered(items: list[Any]) -> list[Any]:
-    """The lists of all ranks, one after the other."""
+    """Returns the lists of all ranks, one after the other."""
     if distributed.world_size() == 1:
         return items
     import torch.distributed as dist

@@ -25,23 +25,23 @@ from results import record
 
 IMAGE_SIZE = 224  # of checkpoints that do not say their own
 PIXELS, RANDOM = "pixels", "random"  # controls: no encoder at all, and an untrained one
-# classifiers and projectors sit in the place of the last layer: torchvision's fc, timm's head
+# a classifier or projector takes the name of the last layer: torchvision's fc, timm's head
 HEADS = {"resnet": ("fc.",), "vit": ("head.",), "tiny": ()}
 
 
 def load_encoder(
     source: str | Path, arch: str | None = None, image_size: int | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """(encoder in eval mode on CPU, facts) of `source`.
+    """Returns (encoder in eval mode on CPU, facts) of `source`.
 
     `source` is a run folder, a `backbone.safetensors` or a checkpoint of a run, a checkpoint of
     another project in one of the LAYOUTS, or a control: "pixels" (the image itself, of
-    `image_size`) or "random" (`arch` with the weights of seed 0). `arch` is needed where the file
-    does not name it, and must agree where it does. The encoder maps (N,3,S,S) to (N,embed_dim); a
-    ViT of another S than `image_size` gets its positions interpolated.
+    `image_size`) or "random" (`arch` with the weights of seed 0). `arch` is needed if the file does
+    not name it, and must agree if it does. The encoder maps (N,3,S,S) to (N,embed_dim); a ViT of
+    another S than `image_size` gets its positions interpolated.
 
-    facts: arch, recipe (None for others), image_size, sha256 of the file, run (the folder of a
-    finished one, or None), config (the run's, or {}), layout, epoch (or None), `metadata` of our
+    The facts are arch, recipe (None for others), image_size, sha256 of the file, run (the folder of
+    a finished one, or None), config (the run's, or {}), layout, epoch (or None), `metadata` of our
     own files, `record`, the fields of a record that only the file knows, and perhaps `note`. Raises
     UserError for anything that does not match exactly, with some of what is missing and unexpected.
     """
@@ -68,8 +68,8 @@ def load_encoder(
 
 
 def newest_of(folder: Path) -> Path:
-    """What a run's folder has of its encoder: the backbone if the run has ended, else the newest
-    checkpoint. UserError if it has neither.
+    """Returns the newest file of a run's encoder: the backbone if the run has ended, else the
+    newest checkpoint. UserError if the folder has neither.
     """
     exported, saved = folder / backbone.NAME, checkpoint.find(folder)
     if saved is not None and not (exported.exists() and results.is_finished(folder)):
@@ -82,7 +82,7 @@ def newest_of(folder: Path) -> Path:
 
 
 def own_backbone(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    """An encoder that one of our runs exported; its features are checked on load."""
+    """Returns an encoder that one of our runs exported; its features are checked on load."""
     encoder, metadata = backbone.load_backbone(path)
     refuse_other(path, metadata["arch"], arch)
     run = path.absolute().parent
@@ -104,7 +104,7 @@ def own_backbone(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any
 def own_checkpoint(
     path: Path, saved: dict[str, Any], arch: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The encoder of a run's checkpoint, of before its end or of a snapshot."""
+    """Returns the encoder of a run's checkpoint, saved before the run's end or as a snapshot."""
     if "recipe" not in saved:
         raise UserError(f"{path} is the checkpoint of an evaluation: give a run's, or its backbone")
     state = checkpoint.in_format_2(saved)["state"]["model"]
@@ -128,8 +128,8 @@ def own_checkpoint(
 
 
 def config_of(path: Path, saved: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(config.yaml, the starts in environment.json) of the run that a checkpoint is of; of one that
-    lies elsewhere the flags that it holds, and no starts.
+    """Returns (config.yaml, the starts in environment.json) of the run that a checkpoint is of. If
+    the checkpoint lies elsewhere, returns the flags that it holds itself, and no starts.
     """
     folder = path.parent.parent if path.parent.name == "snapshots" else path.parent
     flags = {"recipe": saved["recipe"], **saved.get("config", {})}
@@ -152,7 +152,7 @@ def config_of(path: Path, saved: dict[str, Any]) -> tuple[dict[str, Any], list[d
 def foreign(
     path: Path, content: Any, arch: str | None, image_size: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """An encoder of another project's checkpoint, its keys matched exactly."""
+    """Returns the encoder of another project's checkpoint; its keys must match exactly."""
     found = weights.weights_of(content, str(path))
     layout, tensors = unwrap(found["tensors"], str(path))
     arch = arch_of(path, found["arch"], layout.name, arch)
@@ -177,8 +177,8 @@ def foreign(
 
 
 def with_counters(tensors: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
-    """The tensors with batch norms' counters of steps, which no feature depends on, if they have
-    none at all: files of before PyTorch 0.4.1, and detectron2's.
+    """Adds batch norms' counters of steps to the tensors if they have none at all, as in files from
+    before PyTorch 0.4.1 and in detectron2's. No feature depends on these counters.
     """
     counter = "num_batches_tracked"
     if any(name.endswith(counter) for name in tensors):
@@ -188,8 +188,8 @@ def with_counters(tensors: dict[str, Tensor], encoder: nn.Module) -> dict[str, T
 
 
 def size_of(path: Path, arch: str, tensors: dict[str, Tensor], image_size: int | None) -> int:
-    """The image size to build another project's encoder for: a ViT's own, by its positions.
-    UserError if it is not the one that images have without --image-size, and none is given.
+    """Returns the image size to build another project's encoder for: a ViT's own, by its positions.
+    UserError if that size is not the default of images, and --image-size is not given.
     """
     positions = tensors.get("pos_embed")
     patch = tensors.get("patch_embed.proj.weight")
@@ -210,7 +210,7 @@ def size_of(path: Path, arch: str, tensors: dict[str, Tensor], image_size: int |
 def at_size(
     encoder: nn.Module, facts: dict[str, Any], image_size: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The encoder and its facts at the size asked for: a ViT's positions are interpolated."""
+    """Returns encoder and facts at the size asked for: a ViT's positions are interpolated."""
     own = facts["image_size"]
     if image_size in (None, own) or not facts["arch"].startswith("vit"):
         return encoder, facts
@@ -222,7 +222,7 @@ def at_size(
 
 
 def build(arch: str, image_size: int) -> nn.Module:
-    """`build_encoder`; UserError for a size that the arch cannot take."""
+    """Returns `build_encoder`'s encoder; UserError for a size that the arch cannot take."""
     try:
         return build_encoder(arch, image_size)
     except ValueError as error:
@@ -230,13 +230,13 @@ def build(arch: str, image_size: int) -> nn.Module:
 
 
 def refuse_other(path: Path, named: str, arch: str | None) -> None:
-    """UserError if --arch is another than the file's."""
+    """Raises UserError if --arch is another than the file's."""
     if arch not in (None, named):
         raise UserError(f"{path} holds {named}, not --arch {arch}")
 
 
 def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str:
-    """Our name of the encoder: of what the file names, else of --arch."""
+    """Returns our name of the encoder that the file names, or else that --arch gives."""
     if named in ("vit_small", "vit_base") and layout.startswith("moco-v3"):
         named += "_mocov3"  # moco-v3 vits.py: 12 heads, fixed positions
     elif named == "vit_small" and layout != "dino":
@@ -247,7 +247,7 @@ def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str
             )
         named = arch
     elif named == "resnet18" and arch == CIFAR:
-        named = arch  # their first convolutions have other shapes: no mistake can load
+        named = arch  # their first convolutions differ in shape: the wrong one cannot load
     if named is None:
         if arch is None:
             raise UserError(
@@ -263,7 +263,8 @@ def arch_of(path: Path, named: str | None, layout: str, arch: str | None) -> str
 
 
 def record_fields(facts: dict[str, Any], config: Any, described: dict[str, Any]) -> dict[str, Any]:
-    """A record's fields about the encoder of these `facts`: of its run, else what its file says.
+    """Returns a record's fields about the encoder of these `facts`: its run's, else what its file
+    says.
 
     `config` has backbone, method, pretrained_on and seed; `described` is `environment.describe` of
     the evaluation.
@@ -276,7 +277,7 @@ def record_fields(facts: dict[str, Any], config: Any, described: dict[str, Any])
 
 
 def in_words(facts: dict[str, Any]) -> str:
-    """What sets this encoder apart from a finished run's at its own image size, "" if nothing."""
+    """Says how this encoder differs from a finished run's at its own image size, "" if not."""
     fields = facts["record"]
     epoch = fields.get("epoch", "last")
     words = [fields.get("layout"), "" if epoch == "last" else f"epoch {epoch}", facts.get("note")]
@@ -284,7 +285,7 @@ def in_words(facts: dict[str, Any]) -> str:
 
 
 def fields_of_file(facts: dict[str, Any], config: Any, described: dict[str, Any]) -> dict[str, Any]:
-    """A record's fields about the encoder of a file that lies in no finished run."""
+    """Returns a record's fields about the encoder of a file that lies in no finished run."""
     metadata, devices = facts["metadata"], described["devices"]
     method = config.method or f"{Path(config.backbone).name} ({facts['layout']})"
     if facts["recipe"] is not None:
@@ -317,7 +318,7 @@ def fields_of_file(facts: dict[str, Any], config: Any, described: dict[str, Any]
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The header's metadata; empty where there is none or the file is damaged."""
+    """Returns the header's metadata; {} if there is none or the file is damaged."""
     try:
         with documents.opened(path) as file:
             length = int.from_bytes(file.read(8), "little")
@@ -336,14 +337,14 @@ def sha256_of(path: Path) -> str:
 
 
 def is_random(facts: dict[str, Any]) -> bool:
-    """Whether an encoder was never trained: the control, or a run's snapshot of its epoch 0."""
+    """Tells whether an encoder was never trained: the control, or a run's snapshot of epoch 0."""
     if facts["layout"] == "control":
         return facts["arch"] != PIXELS
     return facts["layout"] == "ours" and facts["epoch"] == 0
 
 
 class Pixels(nn.Module):
-    """The normalised image as its own features: (N,3,S,S) -> (N,3*S*S)."""
+    """An encoder whose features are the normalised image itself: (N,3,S,S) -> (N,3*S*S)."""
 
     def __init__(self, image_size: int):
         super().__init__()
@@ -356,7 +357,7 @@ class Pixels(nn.Module):
 
 
 def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Raw pixels, or a random encoder: what an evaluation gives without any training."""
+    """Returns raw pixels or a random encoder: what an evaluation gives without any training."""
     if name == RANDOM and arch is None:
         raise UserError("--backbone random needs --arch")
     if name == PIXELS and arch is not None:
@@ -364,7 +365,7 @@ def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, di
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = Pixels(image_size) if name == PIXELS else build(arch, image_size)
-    digest = hashlib.sha256(b"calibrated" if name == RANDOM else b"")  # by the evaluations
+    digest = hashlib.sha256(b"calibrated" if name == RANDOM else b"")  # evaluations calibrate it
     for key, tensor in encoder.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
     return encoder.eval(), {

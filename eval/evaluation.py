@@ -51,7 +51,7 @@ from results import record
 
 RECORD = "record.json"
 TOP = (1, 5)
-# a held-out part to choose by, where the sources say nothing: see `held_out`
+# size of the held-out part if the sources do not state it: see `held_out`
 IMAGENET_PER_CLASS, HELD_OUT_SHARE, HELD_OUT_LEAST = 10, 0.1, 1000
 IMAGENET_IMAGES = {"training": 1_281_167, "validation": 50_000}
 
@@ -103,8 +103,8 @@ class EvaluationConfig(TrainingConfig):
 class Evaluation:
     """One evaluation of one encoder. Every rank makes one; rank 0 writes and speaks."""
 
-    calibrates = True  # an encoder that was never trained, on its training images
-    own_settings: Mapping[str, Any] = MappingProxyType({})  # of the record, beside the run's
+    calibrates = True  # whether the training images calibrate an encoder that was never trained
+    own_settings: Mapping[str, Any] = MappingProxyType({})  # added to the run's in the record
     tf32 = False  # whether fp32 lets a GPU's convolutions round their inputs to 10 bits
 
     def __init__(self, config: Any):
@@ -135,7 +135,7 @@ class Evaluation:
         if self.workers < 0:
             self.workers = default_workers(distributed.ranks_on_this_machine())
         self.unreadable: dict[str, int] = {}
-        self.unreadable_names: set[str] = set()  # of training images, as in lists
+        self.unreadable_names: set[str] = set()  # of training images, as lists name them
         if getattr(config, "on_bad_image", "stop") == "skip":
             self.leave_out_unreadable()
         self.seconds_before = 0.0
@@ -148,7 +148,7 @@ class Evaluation:
         self.last_save = time.monotonic()
 
     def with_defaults(self, config: Any) -> Any:
-        """The configuration with what the run says where the flags do not."""
+        """Returns the configuration, with what the run says for flags that are not given."""
         ours = self.facts["config"]
         values: dict[str, Any] = {"arch": self.facts["arch"]}
         if config.dataset is None:
@@ -160,7 +160,7 @@ class Evaluation:
         return dataclasses.replace(config, **values)
 
     def load_images(self) -> tuple[Images, Images]:
-        """Training and labelled test images; UserError where labels are missing."""
+        """Returns training and labelled test images; UserError if labels are missing."""
         config = self.config
         train, test = load_dataset(config.dataset, config.data, max_pixels=config.max_pixels)
         if test is None or train.labels is None:
@@ -173,7 +173,7 @@ class Evaluation:
         return train, test
 
     def leave_out_unreadable(self) -> None:
-        """Images that cannot be read leave training and test set, features and labels alike."""
+        """Takes images that cannot be read out of training and test set, and their labels too."""
         for what, name in (("training", "train"), ("test", "test")):
             images = getattr(self, name)
             setattr(self, name, readable(images, what, self.workers))
@@ -185,7 +185,7 @@ class Evaluation:
                     self.unreadable_names = {*map(os.fsdecode, gone)}
 
     def choose_folder(self, name: str) -> Path:
-        """--output, else a folder in the run, else one below runs/eval/."""
+        """Returns --output, else a folder in the run, else one below runs/eval/."""
         config = self.config
         if hasattr(config, "dataset"):
             name = f"{name}-{config.dataset}"
@@ -206,7 +206,7 @@ class Evaluation:
         return len(self.train.classes)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 for the encoder with --precision bf16, nothing otherwise."""
+        """Returns a context: bf16 for the encoder with --precision bf16, no change otherwise."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         )
@@ -214,8 +214,8 @@ class Evaluation:
     def features(
         self, images: Images, what: str, encoder: nn.Module | None = None, **view: Any
     ) -> Tensor:
-        """(m,D) features of this rank's padded share (`rank_share`) of the evaluation views, by
-        the encoder of this evaluation or another; `view` is interpolation and square of
+        """Returns (m,D) features of this rank's padded share (`rank_share`) of the evaluation
+        views, by the encoder of this evaluation or another; `view` is interpolation and square of
         `center_view`. Answers stop requests.
         """
         share = rank_share(len(images), padded=True)
@@ -241,7 +241,7 @@ class Evaluation:
         return out
 
     def correct(self, score: Callable[[Tensor], Tensor], features: Tensor, images: Images):
-        """(…, len(TOP)) fractions right among the k best classes, over all ranks.
+        """Returns (…, len(TOP)) fractions right among the k best classes, over all ranks.
 
         `features` are those of this rank's padded share of `images`, `score` maps rows of them
         (n,D) to scores (n,…,C).
@@ -261,8 +261,8 @@ class Evaluation:
     # -- resume ---------------------------------------------------------------------------------
 
     def begin(self, name: str) -> None:
-        """Prepares the folder of the evaluation of this name, which says its protocol; UserError
-        where it holds another evaluation. `self.config` is complete by now.
+        """Prepares the folder of the evaluation of this name, which says its protocol; UserError if
+        it holds another evaluation. `self.config` is complete by now.
         """
         self.folder = distributed.from_rank_zero(self.choose_folder(name))
         holds = {
@@ -299,7 +299,7 @@ class Evaluation:
             self.encoder = calibrated(self.encoder, self.train, views, *how)
 
     def has_trained_further(self, saved: dict[str, Any]) -> bool:
-        """Whether a saved evaluation is of this very run, and differs in the backbone alone."""
+        """Tells whether a saved evaluation is of this very run, and only its backbone differs."""
         if self.facts["run"] is None or saved.get("backbone_sha256") == self.facts["sha256"]:
             return False
         run = self.facts["run"].resolve()
@@ -308,7 +308,7 @@ class Evaluation:
         return same and len(changes(self.store.holds, self.config, saved)) == 1
 
     def restore(self) -> dict[str, Any] | None:
-        """The state that an interrupted evaluation left in this folder, or None."""
+        """Returns the state that an interrupted evaluation left in this folder, or None."""
         saved = self.store.restore()
         if saved is None:
             return None
@@ -316,14 +316,14 @@ class Evaluation:
         return saved["state"]
 
     def is_written(self, file: str = RECORD) -> bool:
-        """Whether this evaluation has finished: its record is there."""
+        """Tells whether this evaluation has finished, which is when its record is there."""
         return distributed.from_rank_zero(
             finished_record(self.folder / file, self.facts["sha256"]) is not None
         )
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While active, stop signals are noted and answered at the next step."""
+        """Notes stop signals while it is active; the next step answers them."""
         with StopRequests() as self.requests:
             yield
         self.bar.close()
@@ -332,8 +332,8 @@ class Evaluation:
         return Progress(total, what, unit, initial, silent=self.rank != 0)
 
     def after_step(self, state: Callable[[], dict[str, Any]], last: bool = False) -> None:
-        """Answers stop requests and saves where it is time, or where this is a training's `last`
-        step; `state()` is what to save.
+        """Answers stop requests. Saves if it is time, if asked to stop, or if this is a training's
+        `last` step; `state()` is what to save.
         """
         self.bar.update()
         minutes = self.config.checkpoint_minutes
@@ -356,11 +356,11 @@ class Evaluation:
         self.last_save = time.monotonic()
 
     def seconds(self) -> float:
-        """Spent on this evaluation, over all its starts."""
+        """Returns the seconds spent on this evaluation, over all its starts."""
         return self.seconds_before + time.monotonic() - self.started
 
     def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """Writes one line of metrics.jsonl."""
         if self.rank == 0:
             metrics.write(self.folder / metrics.NAME, [values])
 
@@ -390,9 +390,9 @@ class Evaluation:
         metric: str = "top1",
         scores: Sequence[dict[str, Any]] = (),
     ) -> Path:
-        """Writes the record of `values` in percent, one for each seed, beside what its schema
-        misses, if anything; `scores` are further numbers with a protocol and a metric of their own.
-        Returns its path.
+        """Writes the record of `values` in percent, one for each seed, and warns if its schema
+        refuses it; `scores` are further numbers with a protocol and a metric of their own. Returns
+        its path.
         """
         config = self.config
         seeds = [*range(config.seed, config.seed + len(values))]
@@ -434,16 +434,16 @@ class Evaluation:
             write(path, record.text_of(found))
             for problem in record.problems(found):
                 self.warn(f"{path} cannot be stored as it is: {problem}")
-            if file == RECORD:  # what was trained for it is done
+            if file == RECORD:  # the training for it has ended
                 checkpoint.forget(self.folder)
         return path
 
     def encoder_fields(self) -> dict[str, Any]:
-        """The record's fields about the encoder."""
+        """Returns the record's fields about the encoder."""
         return record_fields(self.facts, self.config, self.environment)
 
     def dataset_fields(self) -> dict[str, Any]:
-        """What it was evaluated on, and what is missing of it."""
+        """Returns what data set the encoder was evaluated on, and what is missing of it."""
         name, copy = record.dataset_of(self.config.dataset, self.train.name)
         if name == "other":
             name, copy = documents.expanded(self.config.data).resolve().name, None
@@ -459,14 +459,14 @@ class Evaluation:
         return {"name": name, "copy": copy, "incomplete": ", ".join(missing) or None}
 
     def finish(self, text: str, paths: Sequence[Path]) -> None:
-        """The last lines."""
+        """Says the last lines."""
         self.say(f"{text}, {duration(self.seconds())}")
         for path in paths:
             self.say(f"record: {path} (python results/record.py add stores it)")
 
 
 def correct_in_top(scores: Tensor, labels: Tensor) -> Tensor:
-    """(…, len(TOP)) how many of the rows have their label among the k best classes.
+    """Counts in (…, len(TOP)) the rows that have their label among the k best classes.
 
     scores (N,…,C), labels (N,). With fewer classes than k every row has. Ties, and scores that are
     not numbers, count against the label.
@@ -478,10 +478,11 @@ def correct_in_top(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def held_out(labels: np.ndarray, imagenet: bool, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """(samples to train on, samples held out, in words): what hyper-parameters are chosen by.
+    """Returns (samples to train on, samples held out, a description); the held-out samples are to
+    choose hyper-parameters by.
 
-    Class-balanced and drawn from `seed`: 10 per class on ImageNet; elsewhere 10 %, and at least
-    1 000 images where the training set has twice as many.
+    They are class-balanced and drawn from `seed`: 10 per class on ImageNet; elsewhere 10 %, and at
+    least 1 000 images if the training set has twice as many.
     """
     if imagenet:
         kept, held = split_classes(labels, lambda count: IMAGENET_PER_CLASS, seed)
@@ -501,7 +502,7 @@ def held_out(labels: np.ndarray, imagenet: bool, seed: int) -> tuple[np.ndarray,
 
 
 def linear_weights(classes: int, dim: int, init: str, seed: int) -> Tensor:
-    """(classes, dim) float32 first weights of a classifier (its bias is 0), drawn from `seed`.
+    """Draws (classes, dim) float32 first weights of a classifier from `seed`; its bias is 0.
 
     "normal 0.01": the code of MoCo-v3, SimSiam, Barlow Twins, VICReg and SimCLR. "haiku": BYOL's
     code, a normal distribution of standard deviation 1/sqrt(dim) cut off at two of them. "torch":
@@ -521,7 +522,7 @@ def linear_weights(classes: int, dim: int, init: str, seed: int) -> Tensor:
 
 
 def parse_numbers(text: str, flag: str) -> list[float]:
-    """ "0.1,0.3" -> [0.1, 0.3]; UserError for anything else."""
+    """Parses numbers: "0.1,0.3" gives [0.1, 0.3]; UserError for anything else."""
     try:
         numbers = [float(word) for word in text.split(",")]
     except ValueError:

@@ -15,7 +15,7 @@ from common.run.backbone import listed
 from eval.detection.detectron2_names import torchvision_name
 
 CIFAR = "resnet18_cifar"
-# what a project's ResNet-18 for 32x32 pixels has other than ours, under the same names and shapes
+# how a project's ResNet-18 for 32x32 pixels differs from ours; its names and shapes are the same
 PADDING, NO_RELU = "stem of padding 2", "stem without ReLU"
 # the children of torchvision's ResNet, and of lightly's ResNetGenerator, by number
 CHILDREN = ("conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4")
@@ -36,21 +36,21 @@ VIT_NAMES = {
 
 
 def vit_name(name: str) -> str:
-    """encoder.layers.encoder_layer_0.ln_1.weight -> blocks.0.norm1.weight."""
+    """Maps encoder.layers.encoder_layer_0.ln_1.weight to blocks.0.norm1.weight."""
     for pattern, timm in VIT_NAMES.items():
         name = re.sub(pattern, timm, name)
     return name
 
 
 def by_position(name: str, children: tuple[str, ...] = CHILDREN) -> str:
-    """4.0.conv1.weight -> layer1.0.conv1.weight; what is no child's keeps its name."""
+    """Maps 4.0.conv1.weight to layer1.0.conv1.weight; keeps a name that is no child's."""
     number, _, rest = name.partition(".")
     child = children[int(number)] if number.isdigit() and int(number) < len(children) else ""
     return f"{child}.{rest}" if child else name
 
 
 def by_lightly_position(name: str) -> str:
-    """2.0.shortcut.0.weight -> layer1.0.downsample.0.weight."""
+    """Maps 2.0.shortcut.0.weight to layer1.0.downsample.0.weight."""
     return by_position(name, LIGHTLY_CHILDREN).replace(".shortcut.", ".downsample.")
 
 
@@ -59,13 +59,13 @@ class Layout(NamedTuple):
 
     name: str
     prefix: str = ""  # of the encoder's tensors
-    others: tuple[str, ...] = ()  # how the names of what else is in such a file begin
-    marks: tuple[str, ...] = ()  # beginnings that are all in it, and in none of those below
+    others: tuple[str, ...] = ()  # beginnings of the names of all else in such a file
+    marks: tuple[str, ...] = ()  # beginnings of names: all are in it, and not all in layouts below
     rename: Callable[[str], str] | None = None  # to torchvision's or timm's names
     stem: str = ""  # PADDING or NO_RELU
 
 
-# what stands beside `backbone.` in lightly, solo-learn, DINO, Barlow Twins and VICReg
+# what is next to `backbone.` in lightly, solo-learn, DINO, Barlow Twins and VICReg
 BESIDE = ("backbone_momentum.", "bn.", "classifier.", "criterion.", "decoder", "dino_loss_func.")
 BESIDE += ("head.", "key_", "momentum_", "online_classifier.", "prediction_head.", "predictor")
 BESIDE += ("projection_head.", "projector", "prototypes.", "queue", "student_", "teacher_")
@@ -102,9 +102,9 @@ LAYOUTS = (
 
 
 def unwrap(tensors: dict[str, Tensor], where: str) -> tuple[Layout, dict[str, Tensor]]:
-    """(layout, the encoder's tensors under torchvision's or timm's names): wrappers and prefixes
-    removed, what is known not to be of the encoder dropped by name. Anything else stays, for the
-    exact match to name. UserError if two tensors get one name.
+    """Returns (layout, the encoder's tensors under torchvision's or timm's names). It removes
+    wrappers and prefixes, and drops by name what is known not to be the encoder's. Anything else
+    stays, so that the exact match names it. UserError if two tensors get one name.
     """
     # of torch.compile, at any depth, and of DistributedDataParallel
     tensors = renamed(tensors, lambda name: re.sub(r"(^|\.)_orig_mod\.", r"\1", name), where)
@@ -117,7 +117,7 @@ def unwrap(tensors: dict[str, Tensor], where: str) -> tuple[Layout, dict[str, Te
 
 
 def fits(layout: Layout, names: dict[str, Tensor]) -> bool:
-    """Whether names with the layout's prefix and with each of its marks are there."""
+    """Tells whether there are names with the layout's prefix and with each of its marks."""
     needed = (layout.prefix, *layout.marks)
     return all(any(name.startswith(start) for name in names) for start in needed)
 
@@ -125,7 +125,7 @@ def fits(layout: Layout, names: dict[str, Tensor]) -> bool:
 def renamed(
     tensors: dict[str, Tensor], rename: Callable[[str], str], where: str
 ) -> dict[str, Tensor]:
-    """The tensors under other names; UserError if two of them get the same."""
+    """Returns the tensors under other names; UserError if two of them get the same name."""
     found = {rename(name): t for name, t in tensors.items()}
     if len(found) < len(tensors):
         names = [rename(name) for name in tensors]

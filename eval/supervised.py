@@ -82,12 +82,12 @@ class Supervised(nn.Module):
 
     @property
     def projector(self) -> nn.Module:
-        """What makes the embedding, as common/run/geometry.py calls what the loss sees: logits."""
+        """Returns the head, whose logits common/run/geometry.py takes as the embedding."""
         return self.head
 
     def start_from(self, run: str, arch: str) -> None:
-        """The encoder of a finished run; `started_from` keeps its checksum for the record, also
-        over restarts. UserError if there is none or it is another arch.
+        """Loads the encoder of a finished run; `started_from` keeps its checksum for the record,
+        also over restarts. UserError if there is none or it is another arch.
         """
         folder = documents.expanded(run)
         if not results.is_finished(folder):
@@ -102,15 +102,15 @@ class Supervised(nn.Module):
 
 @in_full_precision
 def supervised_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (2N,C), all first views before all second ones, labels (N,) -> scalar, the mean of the
-    cross-entropy over all views.
+    """Returns a scalar, the mean of the cross-entropy over all views, of logits (2N,C), all first
+    views before all second ones, and labels (N,).
     """
     return F.cross_entropy(logits, labels.repeat(2))
 
 
 @torch.no_grad()
 def accuracy_of(run: Run, model: Supervised, images: Images) -> float:
-    """The share of these images, each its centre view, whose largest logit is their label's."""
+    """Returns the share of these images, by centre view, whose largest logit is their label's."""
     own = rank_share(len(images), padded=True)
     how = run.config.image_size, run.workers, run.autocast
     rows = gather_shares(extract_features(model.encoder, images, own, *how), len(images))
@@ -120,7 +120,7 @@ def accuracy_of(run: Run, model: Supervised, images: Images) -> float:
 
 
 def record_of(run: Run, model: Supervised, images: Images, accuracy: float) -> dict[str, Any]:
-    """The record of what the classifier of a finished run gets right."""
+    """Returns the record of what the classifier of a finished run gets right."""
     config = documents.read_yaml(run.folder / CONFIG, "config")
     found = record.of_runs([run.folder])
     what, left_out = found["pretraining"], len(run.test) - len(images)
@@ -138,13 +138,13 @@ def record_of(run: Run, model: Supervised, images: Images, accuracy: float) -> d
 
 
 def is_recorded(run: Run) -> bool:
-    """Whether a finished run has its record."""
+    """Tells whether a finished run has its record."""
     found = results.read(run.folder)["backbone_sha256"] if run.is_finished() else ""
     return finished_record(run.folder / RECORD, found) is not None
 
 
 def score(run: Run, model: Supervised) -> tuple[Images, float] | None:
-    """The test images and the share of them that is right; None if there is nothing to record."""
+    """Returns the test images and the share that is right; None if there is nothing to record."""
     if run.test is None or run.test.labels is None:
         run.say("no labelled test images: no record of the classifier")
         return None

@@ -16,8 +16,8 @@ from common.errors import UserError
 from common.models import EMBED_DIMS
 from common.run.backbone import listed
 
-# what projects save beside their weights, and what numpy's numbers and arrays are made of: plain
-# values, whose making runs no code of the file. Under numpy 1's names and numpy 2's
+# what projects save next to their weights, and what numpy's numbers and arrays are made of: plain
+# values, whose making runs no code of the file. They have numpy 1's names and numpy 2's
 SAFE = {
     "argparse.Namespace": argparse.Namespace,
     "numpy.dtype": np.dtype,
@@ -28,8 +28,8 @@ for package in ("numpy.core", "numpy._core"):
     SAFE[f"{package}.multiarray.scalar"] = multiarray.scalar
     SAFE[f"{package}.numeric._frombuffer"] = numeric._frombuffer
 NUMBERS = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
-ENTRIES = ("state_dict", "model", "teacher")  # where checkpoints keep them; of DINO the teacher's
-# what files call an encoder that has another name here
+ENTRIES = ("state_dict", "model", "teacher")  # checkpoints keep them there; of DINO the teacher's
+# names in files of encoders that have another name here
 ARCHS = {
     "deit_small": "vit_small",  # dino/main_dino.py calls it so too
     "mae_vit_base_patch16": "vit_base",
@@ -44,7 +44,7 @@ class Refused(pickle.UnpicklingError):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Of plain pickles, which torch.load does not take: knows the SAFE types alone."""
+    """Loads plain pickles, which torch.load does not take, and knows the SAFE types alone."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "_codecs" and name == "encode":  # how protocol 2 writes bytes
@@ -55,8 +55,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read(path: Path) -> tuple[Any, str]:
-    """(what the file holds, its sha256), of one and the same file though a run may replace its
-    checkpoint meanwhile. UserError if it cannot be read.
+    """Returns (what the file holds, its sha256), of one and the same file though a run may replace
+    its checkpoint meanwhile. UserError if it cannot be read.
     """
     with open(path, "rb") as file:
         content = load(path, file)
@@ -65,7 +65,7 @@ def read(path: Path) -> tuple[Any, str]:
 
 
 def load(path: Path, file: BinaryIO) -> Any:
-    """What an open file holds; UserError that says what is refused, and how to go on."""
+    """Returns what an open file holds; UserError that says what is refused, and how to go on."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -94,7 +94,7 @@ def load(path: Path, file: BinaryIO) -> Any:
 
 
 def weights_of(content: Any, where: str) -> dict[str, Any]:
-    """`tensors`, and the `arch` and `epoch` that the content names (None where it does not);
+    """Returns `tensors`, and the `arch` and `epoch` that the content names (None if it does not);
     UserError if it has no weights.
     """
     found: dict[str, Any] = {"arch": None, "epoch": None}
@@ -114,15 +114,15 @@ def weights_of(content: Any, where: str) -> dict[str, Any]:
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """A tensor, also of a numpy array of numbers; None for anything else."""
+    """Returns a tensor, also for a numpy array of numbers; None for anything else."""
     if isinstance(value, np.ndarray) and type(value.dtype) in NUMBERS:
         return torch.from_numpy(np.array(value))  # a pickle's own memory cannot be written
     return value if isinstance(value, Tensor) else None
 
 
 def arch_in(content: dict[str, Any]) -> str | None:
-    """The encoder that a checkpoint names, in its own words: by itself, or among the flags that it
-    holds, if it is one that is known here.
+    """Returns the encoder that a checkpoint names, in its own words: by itself, or among the flags
+    that it holds, if it is one that is known here.
     """
     if isinstance(content.get("arch"), str):
         return content["arch"]

@@ -33,9 +33,9 @@ SIZES = {"projector-hidden", "output-dim", "predictor-hidden", "projector-layers
 SIZES |= {"lr", "lr-biases"}
 LENGTHS = {"epochs", "warmup-epochs"}  # photos has its own, epochs in the runs' proportion
 FOREIGN = {"init", "subset-seed"}  # another run of the lab, another draw of its images
-EPOCHS = 3  # of what is of no family that the tier names
-SIDES = 2  # a claim of more runs has fewer epochs: four minutes for all of them
-HERE_TOO = {"knn", "gain", "rank", "std"}  # measures of a run without its read-out
+EPOCHS = 3  # for a recipe of no family that the tier names
+SIDES = 2  # a claim of more runs than these has fewer epochs: all of them take four minutes
+HERE_TOO = {"knn", "gain", "rank", "std"}  # measures that a run has without a read-out
 WIDTH = 40  # of the text's bars
 
 
@@ -79,8 +79,8 @@ def show(claim: dict[str, Any], planned: dict[str, plan.Planned], seed: int) -> 
 def on_photos(
     claim: dict[str, Any], planned: dict[str, plan.Planned], tiers: dict[str, Any]
 ) -> dict[str, tuple[str, list[str]]]:
-    """(recipe, flags) of each run of the claim's effect on photos; UserError, in one line, if they
-    do not differ there.
+    """Returns (recipe, flags) of each run of the claim's effect on photos; UserError, in one line,
+    if they do not differ there.
     """
     own = {arm: own_flags(planned[arm], tiers) for arm in claim["effect"]}
     about = {flag for flag in SIZES if differs(flag, own, planned)}
@@ -111,14 +111,14 @@ def on_photos(
 
 
 def own_flags(run: plan.Planned, tiers: dict[str, Any]) -> dict[str, Any]:
-    """The flags that plan.yaml gives this run, without those of its tier."""
+    """Returns the flags that plan.yaml gives this run, without those of its tier."""
     of_tier = tiers[run.tier]
     runs = {name: one for name, one, _ in plan.expanded(HERE / "plan.yaml", of_tier)}
     return runs[run.name].get("flags") or {}
 
 
 def differs(flag: str, own: dict[str, dict], planned: dict[str, plan.Planned]) -> bool:
-    """Whether two runs of one recipe have different values of a flag."""
+    """Tells whether two runs of one recipe have different values of a flag."""
     seen: dict[str, set] = {}
     for arm, flags in own.items():
         seen.setdefault(planned[arm].recipe, set()).add(flags.get(flag))
@@ -126,7 +126,7 @@ def differs(flag: str, own: dict[str, dict], planned: dict[str, plan.Planned]) -
 
 
 def of_folder(folder: Path) -> lab.Measured:
-    """What a finished run's own files say of it; it has no linear read-out."""
+    """Reads what a finished run's own files say of it; it has no linear read-out."""
     found = results.read(folder, ("knn", "knn_before"))
     last = [*metrics.read(folder / geometry.NAME, "geometry")][-1]["embedding"]
     knn, random = 100 * found["knn"], 100 * found["knn_before"]
@@ -137,7 +137,7 @@ def of_folder(folder: Path) -> lab.Measured:
 
 
 def table(claim: dict[str, Any], found: dict[str, lab.Measured]) -> list[str]:
-    """The numbers, a picture of k-NN, and the effect on this one seed."""
+    """Returns lines: the numbers, a picture of k-NN, and the effect on this one seed."""
     wide = max(map(len, found))
     head = f"{'':{wide}}  k-NN %  random %  std·√D    rank"
     lines = [head]
@@ -157,7 +157,7 @@ def table(claim: dict[str, Any], found: dict[str, lab.Measured]) -> list[str]:
 
 
 def bar(one: lab.Measured, most: float) -> str:
-    """One run's k-NN as a bar, its random encoder as a mark in it or behind it."""
+    """Draws one run's k-NN as a bar, with its random encoder as a mark in it or behind it."""
     cells = ["#" if n < round(WIDTH * one.knn / most) else " " for n in range(WIDTH + 1)]
     cells[round(WIDTH * one.random / most)] = "|"
     return "".join(cells).rstrip()

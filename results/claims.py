@@ -14,7 +14,7 @@ from results import record
 from slurm.plan import PROTOCOLS, Planned
 
 SIDES = ("better", "worse")
-MOST_PRIMARY = 12  # claims of the lab: each makes the others harder to see
+MOST_PRIMARY = 12  # claims of the lab: by Holm, each makes the others harder to show
 PURITY = "neighbour_purity"
 SHOWN = {
     "knn": "k-NN",
@@ -28,7 +28,7 @@ Runs = dict[str, dict[str, dict[int, tuple[str, dict[str, Any]]]]]
 
 
 def load(path: Path, planned: dict[str, Planned]) -> dict[str, Any]:
-    """claims.yaml; UserError if it names a run that is not planned."""
+    """Reads claims.yaml; UserError if it names a run that is not planned."""
     what = documents.read_yaml(path, "claims")
     prefixes = [tier["prefix"] for tier in what["tiers"]]
     unknown = [n for n in what["runs"] if not any(p + n in planned for p in prefixes)]
@@ -44,7 +44,7 @@ def load(path: Path, planned: dict[str, Planned]) -> dict[str, Any]:
 
 
 def check_lab(where: str, lab: dict[str, Any], planned: dict[str, Planned]) -> None:
-    """UserError if the lab names no run of the plan, a claim twice, or too many primary ones."""
+    """Raises UserError for a run not in the plan, a claim twice, or too many primary claims."""
     names = [claim["name"] for claim in lab["claims"]]
     known = {*planned, *(run.tier for run in planned.values())}
     if taken := [name for name in names if names.count(name) > 1 or name in known]:
@@ -64,7 +64,7 @@ def check_lab(where: str, lab: dict[str, Any], planned: dict[str, Planned]) -> N
 
 
 def lab_arms(lab: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every (what names it, run of the plan) of the lab: claims, rows of its picture, controls."""
+    """Lists the lab's (what names it, run of the plan): claims, its picture's rows, controls."""
     found = [(claim["name"], arm) for claim in lab["claims"] for arm in arms_of(claim)]
     parts = lab.get("parts", ())
     found += [(part["label"], part[side]) for part in parts for side in ("intact", "broken")]
@@ -72,7 +72,7 @@ def lab_arms(lab: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def arms_of(claim: dict[str, Any]) -> list[str]:
-    """Every run of the plan that a claim of the lab looks at, each once."""
+    """Lists every run of the plan that a claim of the lab looks at, each once."""
     groups = [
         claim[n] for n in ("effect", "collapse", "unlearned", "intact", "purity") if n in claim
     ]
@@ -80,7 +80,7 @@ def arms_of(claim: dict[str, Any]) -> list[str]:
 
 
 def recorded(records: Sequence[tuple[str, dict[str, Any]]], planned: dict[str, Planned]) -> Runs:
-    """The records of the plan's runs."""
+    """Returns the records of the plan's runs; UserError for two of one run, seed and protocol."""
     found: Runs = {}
     for name, one in records:
         run = planned.get(one.get("plan", ""))
@@ -96,19 +96,19 @@ def recorded(records: Sequence[tuple[str, dict[str, Any]]], planned: dict[str, P
 
 
 def values(runs: Runs, name: str, evaluation: str = "knn") -> list[float]:
-    """A run's numbers by one evaluation, in percent, in the order of its seeds."""
+    """Returns a run's numbers by one evaluation, in percent, in the order of its seeds."""
     by_seed = runs.get(name, {}).get(PROTOCOLS[evaluation], {})
     return [by_seed[seed][1]["value"] for seed in sorted(by_seed)]
 
 
 def histories(runs: Runs, run: str) -> list[dict[str, list[float | None]]]:
-    """What the monitors of each seed said over its epochs."""
+    """Returns what the monitors of each seed said over its epochs."""
     of_knn = runs.get(run, {}).get(PROTOCOLS["knn"], {})
     return [curve for seed in sorted(of_knn) for curve in of_knn[seed][1].get("history", [])]
 
 
 def average(curves: Sequence[dict[str, list]], metric: str, epoch: int) -> float | None:
-    """A metric's mean over seeds at an epoch; None if it was not taken."""
+    """Returns a metric's mean over seeds at an epoch; None if it was not measured."""
     found = [
         c[metric][c["epoch"].index(epoch)] for c in curves if metric in c and epoch in c["epoch"]
     ]
@@ -125,15 +125,15 @@ WORDS = ("holds", "does not hold", "within the spread", UNLEARNED, "one seed", "
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of WORDS but the last; one seed judges nothing."""
+    """A claim's verdict: one of WORDS but the last. One seed judges nothing."""
 
     word: str
-    difference: float  # points, better minus worse as the claim has them
+    difference: float  # points: the run that the claim calls better, minus the other
 
 
 def judge(better: Sequence[float], worse: Sequence[float]) -> Verdict:
-    """Two lists of numbers over seeds: the spread of a difference is the root of the sum of their
-    squared standard deviations (n - 1).
+    """Judges two lists of numbers over seeds. The spread of their difference is the root of the sum
+    of their squared standard deviations (n - 1).
     """
     difference = statistics.fmean(better) - statistics.fmean(worse)
     if min(len(better), len(worse)) < 2:
@@ -145,8 +145,8 @@ def judge(better: Sequence[float], worse: Sequence[float]) -> Verdict:
 
 
 def random_encoder(runs: Runs, run: str) -> list[float]:
-    """The k-NN of the run's own random encoder, calibrated, in percent, in the order of its seeds;
-    empty unless every seed has it.
+    """Returns the k-NN of the run's own random encoder, calibrated, in percent, in the order of its
+    seeds; empty unless every seed has it.
     """
     of_knn = runs.get(run, {}).get(PROTOCOLS["knn"], {})
     found = [of_knn[seed][1].get("others", {}).get("random encoder") for seed in sorted(of_knn)]
@@ -154,8 +154,8 @@ def random_encoder(runs: Runs, run: str) -> list[float]:
 
 
 def has_learned(runs: Runs, run: str) -> bool:
-    """Whether k-NN is above that of the same seeds' random encoders by more than the spread of the
-    differences; True if there is none to compare with.
+    """Tells whether k-NN is above that of the same seeds' random encoders by more than the spread
+    of the differences; True if there is none to compare with.
     """
     pairs = [*zip(values(runs, run), random_encoder(runs, run), strict=False)]
     gains = [after - before for after, before in pairs]
@@ -166,7 +166,7 @@ def has_learned(runs: Runs, run: str) -> bool:
 def verdict(
     claim: dict[str, Any], tier: dict[str, str], runs: Runs, numbers: list[list[float]]
 ) -> Verdict:
-    """What the numbers of both runs say of the claim; nothing if neither run has learned."""
+    """Says how the numbers of both runs judge the claim; not at all if neither run has learned."""
     found = judge(*numbers)
     if found.word == "one seed" or any(has_learned(runs, n) for n in names_of(claim, tier)):
         return found
@@ -174,27 +174,27 @@ def verdict(
 
 
 def names_of(claim: dict[str, Any], tier: dict[str, str]) -> list[str]:
-    """The claim's two runs on a tier, the better one as it says first."""
+    """Returns the claim's two runs on a tier; the first is the one that it calls better."""
     return [tier["prefix"] + claim[side] for side in SIDES]
 
 
 def pair(
     claim: dict[str, Any], tier: dict[str, str], runs: Runs, evaluation: str = "knn"
 ) -> list[list[float]]:
-    """The numbers of both runs over seeds; empty unless both have some."""
+    """Returns the numbers of both runs over seeds; empty unless both have some."""
     numbers = [values(runs, name, evaluation) for name in names_of(claim, tier)]
     return numbers if all(numbers) else []
 
 
 def words(what: dict[str, Any], tier: dict[str, str], runs: Runs) -> list[str]:
-    """What k-NN says of each claim on a tier: one of WORDS."""
+    """Says how k-NN judges each claim on a tier: one of WORDS each."""
     pairs = [pair(claim, tier, runs) for claim in what["claims"]]
     both = zip(what["claims"], pairs, strict=True)
     return [verdict(c, tier, runs, n).word if n else "not run" for c, n in both]
 
 
 def in_short(what: dict[str, Any], runs: Runs) -> str:
-    """How many claims hold, on each tier, by k-NN."""
+    """Says how many claims hold, on each tier, by k-NN."""
     said = []
     for tier in what["tiers"]:
         found = words(what, tier, runs)
@@ -206,7 +206,7 @@ def in_short(what: dict[str, Any], runs: Runs) -> str:
 def sentence(
     claim: dict[str, Any], what: dict[str, Any], runs: Runs, planned: dict[str, Planned]
 ) -> str:
-    """What the tiers say of a claim, in one sentence."""
+    """Says in one sentence how the tiers judge a claim."""
     said = []
     for tier in what["tiers"]:
         for evaluation, label in SHOWN.items():
@@ -230,12 +230,12 @@ def sentence(
 
 
 def notes(claim: dict[str, Any]) -> list[str]:
-    """What a claim says beside its source."""
+    """Returns what a claim says besides its source."""
     return [claim[name].strip() for name in ("differs", "tried") if claim.get(name)]
 
 
 def filled(text: str, runs: Runs, planned: dict[str, Planned]) -> str:
-    """The text with each {run of the plan} replaced by its k-NN, or by "not run"."""
+    """Replaces each {run of the plan} in a text by its k-NN, or by "not run"."""
 
     def number(name: re.Match) -> str:
         if name[1] not in planned:
@@ -246,7 +246,7 @@ def filled(text: str, runs: Runs, planned: dict[str, Planned]) -> str:
 
 
 def seed_by_seed(runs: Runs, better: str, worse: str, protocol: str) -> str:
-    """The differences of the seeds that both runs have, as "; by seed +0.50, -0.20"."""
+    """Says how much the runs differ on each seed that both have, like "; by seed +0.50, -0.20"."""
     a, b = runs[better][protocol], runs[worse][protocol]
     seeds = sorted(a.keys() & b.keys())
     differences = [f"{a[seed][1]['value'] - b[seed][1]['value']:+.2f}" for seed in seeds]
@@ -254,7 +254,7 @@ def seed_by_seed(runs: Runs, better: str, worse: str, protocol: str) -> str:
 
 
 def mean_cell(numbers: Sequence[float]) -> str:
-    """58.21 ± 0.45; of one seed the number alone."""
+    """Writes mean and spread, like 58.21 ± 0.45; of one seed the number alone."""
     if not numbers:
         return ""
     spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""

@@ -44,7 +44,7 @@ def markdown(joined: Joined) -> str:
 
 
 def tier_table(tier: dict[str, str], joined: Joined) -> list[str]:
-    """The tier's numbers, a row for each run that it plans; what is missing is named below."""
+    """Returns the tier's numbers, a row for each run that it plans, and below the missing runs."""
     names, runs, plan = joined.claims["runs"], joined.runs, joined.plan
     planned = [name for name in names if tier["prefix"] + name in plan]
     asked = dict.fromkeys(e for n in planned for e in plan[tier["prefix"] + n].evaluations)
@@ -71,7 +71,7 @@ def tier_table(tier: dict[str, str], joined: Joined) -> list[str]:
 
 
 def lacking(runs: Runs, run: Planned) -> list[str]:
-    """What a planned run has no record of, as simsiam (seed 1), simsiam (linear of seed 0)."""
+    """Says which records a planned run lacks, like simsiam (seed 1), simsiam (linear of seed 0)."""
     found, name = [], run.name
     trained = seeds_of(runs, name)
     if seeds := [str(s) for s in run.seeds if s not in trained]:
@@ -88,7 +88,7 @@ def seeds_of(runs: Runs, run: str) -> list[int]:
 
 
 def cost(runs: Runs, run: str) -> str:
-    """Mean time of training, and on what."""
+    """Says the mean time of training, and on what hardware."""
     ones = {seed: one for by_seed in runs[run].values() for seed, (_, one) in by_seed.items()}
     hours = [one["hours"] for one in ones.values() if one["hours"] is not None]
     one = next(iter(ones.values()))
@@ -102,7 +102,7 @@ def links(runs: Runs, run: str) -> tables.Markup:
 
 
 def scan_table(scan: dict[str, Any], runs: Runs) -> str:
-    """A row for each value that was tried, and whether one is better than ours."""
+    """Returns a row for each value that was tried, and says whether one is better than ours."""
     title = tables.prose(f"{scan['what']}{' (' + scan['unit'] + ')' if scan['unit'] else ''}:")
     scores = {value: values(runs, name) for value, name in scan["runs"].items()}
     scores = {value: numbers for value, numbers in scores.items() if numbers}
@@ -122,7 +122,7 @@ def scan_table(scan: dict[str, Any], runs: Runs) -> str:
 
 
 def conclusion(scan: dict[str, Any], scores: dict[float, list[float]]) -> str:
-    """Whether another value is better than ours by more than the spread."""
+    """Says whether another value is better than ours by more than the spread."""
     best = max(scores, key=lambda value: statistics.fmean(scores[value]))
     if scan["ours"] not in scores:
         return f"Best: {best:g}."
@@ -134,7 +134,7 @@ def conclusion(scan: dict[str, Any], scores: dict[float, list[float]]) -> str:
 
 
 def purity_tables(joined: Joined) -> list[str]:
-    """Purity of the retrieved neighbours over training, a table for each tier."""
+    """Returns the purity of retrieved neighbours over training, a table for each tier."""
     text = []
     for tier in joined.claims["tiers"]:
         names = joined.claims["runs"].items()
@@ -155,7 +155,7 @@ def purity_tables(joined: Joined) -> list[str]:
 
 
 def spread_out(epochs: Sequence[int], number: int) -> list[int]:
-    """At most `number` of the epochs, the first and the last among them."""
+    """Picks at most `number` of the epochs, the first and the last among them."""
     if len(epochs) <= number:
         return [*epochs]
     step = (len(epochs) - 1) / (number - 1)

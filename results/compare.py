@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """config, metrics and, where the run is finished, results."""
+    """Returns config, metrics and, if the run is finished, results."""
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
     finished = folder / "results.json"
@@ -48,7 +48,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def short_names(folders: list[Path]) -> list[str]:
-    """The folders' names, with their parents' where two are alike."""
+    """Returns the folders' names, with their parents' if two are alike."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [f"{f.resolve().parent.name}/{f.resolve().name}" for f in folders]
@@ -56,7 +56,7 @@ def short_names(folders: list[Path]) -> list[str]:
 
 
 def text(names: list[str], runs: list[dict[str, Any]]) -> str:
-    """A table: flags that differ, then metrics, then the number of flags that are the same."""
+    """Returns a table: flags that differ, then metrics, then how many flags are the same."""
     flags = list(dict.fromkeys(name for run in runs for name in run["config"]))
     flags = [flag for flag in flags if flag not in ("plan", "settings")]
     values = {flag: [show(run["config"].get(flag, "–")) for run in runs] for flag in flags}
@@ -83,7 +83,7 @@ MEASURED += ("neighbour_purity", "images_per_second", "hours")
 
 
 def last_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What the run's last epoch says, and its results where it is finished."""
+    """Returns what the run's last epoch says, and its results if it is finished."""
     epochs = [r for r in run["metrics"] if r["kind"] == "epoch"]
     steps = [r for r in run["metrics"] if r["kind"] == "step"]
     values: dict[str, Any] = {}
@@ -109,8 +109,8 @@ def show(value: Any) -> str:
 
 
 def draw(path: Path, names: list[str], runs: list[dict[str, Any]]) -> None:
-    """Epoch means at the middle of their epochs, a panel for each metric that any run has; a run's
-    line has one colour in all of them.
+    """Draws epoch means at the middle of their epochs, a panel for each metric that any run has; a
+    run's line has one colour in all of them.
     """
     plt = pictures.headless_pyplot()
     panels = [c for c in CURVES if any(c[0] in r for run in runs for r in epochs_of(run))]

@@ -26,7 +26,7 @@ from results.joined import Joined, load
 
 PANELS = {"knn": "k-NN accuracy", claims.PURITY: "retrieved with the query's label"}
 PANELS |= {"effective_rank": "effective rank"}
-MARKERS = "os^Dvp*X"  # with a colour each: told apart without colours too
+MARKERS = "os^Dvp*X"  # one for each colour, so that lines are told apart without colours too
 DIGEST = "numbers"  # the PNG's text chunk
 SCRIPT = "results/curves.py"
 
@@ -34,9 +34,9 @@ Points = list[tuple[float, float]]
 
 
 def numbers_of(tier: dict[str, str], joined: Joined) -> dict[str, Any]:
-    """All that the picture shows: its title, and for each family, run and metric the points
-    (epoch, value) of each seed and of the mean over the seeds that have the epoch: k-NN at an
-    epoch's end, where it was measured, means over an epoch's steps at its middle. Families have
+    """Returns all that the picture shows: its title, and for each family, run and metric the points
+    (epoch, value) of each seed and of the mean over the seeds that have the epoch. k-NN is at an
+    epoch's end, where it was measured, means over an epoch's steps are at its middle. Families have
     different numbers of epochs, so no line of one is compared with one of another.
     """
     families: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def numbers_of(tier: dict[str, str], joined: Joined) -> dict[str, Any]:
 
 
 def lines_of(seeds: Sequence[dict[str, list]], metric: str) -> dict[str, Any]:
-    """A run's points of one metric."""
+    """Returns a run's points of one metric."""
     epochs = sorted({epoch for curve in seeds for epoch, _ in points_of(curve, metric)})
     means = [(epoch, round(claims.average(seeds, metric, epoch), 6)) for epoch in epochs]
     lines = [means, *(points_of(curve, metric) for curve in seeds)]
@@ -60,7 +60,7 @@ def lines_of(seeds: Sequence[dict[str, list]], metric: str) -> dict[str, Any]:
 
 
 def points_of(curve: dict[str, list], metric: str) -> Points:
-    """The epochs at which a metric was taken, with its values."""
+    """Returns the epochs at which a metric was measured, with its values."""
     pairs = zip(curve["epoch"], curve.get(metric, []), strict=False)
     return [(epoch, value) for epoch, value in pairs if value is not None]
 
@@ -70,8 +70,8 @@ def digest(numbers: dict[str, Any]) -> str:
 
 
 def draw(path: Path, numbers: dict[str, Any]) -> None:
-    """A row of panels for each family, one for each metric that any run of it has; in them a line
-    for each run: the mean over seeds, with the seeds in pale.
+    """Draws a row of panels for each family, one for each metric that any run of it has. In them is
+    a line for each run: the mean over seeds, with the seeds in pale.
     """
     plt = pictures.headless_pyplot()
     families = numbers["families"]
@@ -95,12 +95,12 @@ def draw(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def metrics_of(methods: dict[str, dict[str, Any]]) -> list[str]:
-    """The metrics of PANELS that any run of a family has."""
+    """Lists the metrics of PANELS that any run of a family has."""
     return [m for m in PANELS if any(lines[m]["mean"] for lines in methods.values())]
 
 
 def draw_panel(axis, methods: dict[str, dict[str, Any]]) -> None:
-    """One metric of one family; a run has the same colour and marker in every panel of it."""
+    """Draws one metric of a family; a run has one colour and marker in all panels of it."""
     for number, (method, lines) in enumerate(methods.items()):
         colour = f"C{number}"
         for points in lines["seeds"]:
@@ -119,8 +119,8 @@ def draw_panel(axis, methods: dict[str, dict[str, Any]]) -> None:
 
 
 def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
-    """The pictures in `folder` that this script drew of other numbers than the records have, with
-    the numbers that they should show.
+    """Returns the pictures in `folder` that this script drew of other numbers than the records
+    have, with the numbers that they should show.
     """
     found = {}
     for figure in joined.figures:
@@ -137,7 +137,7 @@ def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def shown_by(path: Path) -> str | None:
-    """The digest of the numbers that a picture shows; None if it is none of this script's."""
+    """Returns the digest of the numbers that a picture shows; None if it is not this script's."""
     try:
         with documents.opened(path) as file, Image.open(file) as picture:
             return picture.info.get(DIGEST)
@@ -146,7 +146,7 @@ def shown_by(path: Path) -> str | None:
 
 
 def tiers(joined: Joined) -> dict[str, dict[str, str]]:
-    """The tiers of claims.yaml by the names that this command has for them."""
+    """Returns the tiers of claims.yaml by the names that this command has for them."""
     return {tier["prefix"].rstrip("-") or "cifar10": tier for tier in joined.claims["tiers"]}
 
 

@@ -19,7 +19,7 @@ FIELDS += ("intact", "purity", "views")
 
 @functools.cache
 def claims_at(commit: str) -> dict[str, dict[str, Any]] | None:
-    """The lab's claims of a commit by name; None for a commit that the history lacks."""
+    """Returns the lab's claims of a commit by name; None for a commit that the history lacks."""
     try:
         text = environment.git("show", f"{commit}:results/claims.yaml")
     except (OSError, subprocess.CalledProcessError):
@@ -37,8 +37,8 @@ def is_known(commit: str) -> bool:
 
 
 def check(claims: list[dict[str, Any]], runs: Runs) -> bool:
-    """Whether each record's commit could be looked at; UserError for a record of a claim's run
-    whose commit does not hold that claim as it is now.
+    """Tells whether each record's commit could be looked at; UserError for a record of a claim's
+    run whose commit does not hold that claim as it is now.
     """
     every = True
     for claim in claims:
@@ -56,7 +56,7 @@ def check(claims: list[dict[str, Any]], runs: Runs) -> bool:
 
 
 def records_of(runs: Runs, arm: str) -> list[tuple[str, dict[str, Any]]]:
-    """Every record of a run, with its file's name."""
+    """Returns every record of a run, with its file's name."""
     return [one for by_seed in runs.get(arm, {}).values() for one in by_seed.values()]
 
 

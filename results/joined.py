@@ -17,8 +17,8 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Joined:
-    """`rows` has a row for each published number, `apart` the records that stand beside none,
-    `runs` those of the plan's runs; `claims` is claims.yaml, `figures` figures.yaml.
+    """Numbers and records together: `rows` has a row for each published number, `apart` the records
+    next to none, `runs` those of the plan's runs; `claims` is claims.yaml, `figures` figures.yaml.
     """
 
     published: list[dict[str, Any]]
@@ -31,7 +31,7 @@ class Joined:
 
 
 def load(folder: Path = HERE) -> Joined:
-    """All that is in published.yaml, records/, plan.yaml, claims.yaml and figures/ of `folder`."""
+    """Joins published.yaml, records/, plan.yaml, claims.yaml and figures/ of `folder`."""
     planned = plan.load(folder / "plan.yaml")
     return join(
         tables.load_published(folder / "published.yaml"),
@@ -57,8 +57,8 @@ def join(
 
 
 def load_figures(folder: Path) -> list[dict[str, str]]:
-    """figures.yaml: file, caption and command of each picture, and its page: claims.md for those
-    of the claims. UserError for one that is missing.
+    """Reads figures.yaml: file, caption and command of each picture, and its page, which is
+    claims.md for those of the claims. UserError if a picture is missing.
     """
     listed = folder / "figures.yaml"
     if not listed.exists():
@@ -71,7 +71,7 @@ def load_figures(folder: Path) -> list[dict[str, str]]:
 
 
 def fill(template: str, **parts: str) -> str:
-    """A page: a file of templates/ with each $name replaced. No two empty lines follow each
+    """Returns a page: a file of templates/ with each $name replaced. No two empty lines follow each
     other.
     """
     text = Template((HERE / "templates" / template).read_text()).substitute(parts)

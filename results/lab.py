@@ -19,13 +19,13 @@ from results.record import FAILED
 from slurm.plan import PROTOCOLS
 
 LEVEL = 0.05
-# of a run: a constant or one-dimensional embedding that is no better than no training
+# of a collapsed run: bounds of std, of rank, and of the points of k-NN gained over no training
 CONSTANT, LOW_RANK, NOTHING = 0.1, 2.0, 3.0
 LEARNED = 5.0  # points of k-NN above random, of "learns faster"
 TESTABLE = 10.0  # points of k-NN that the healthy arm must lie above its random encoder
 SEEN, REVERSED, SMALLER = "seen here", "reversed here", "smaller than {m:g} here"
 OPEN, NOT_TESTABLE, NOT_RUN = "open", "not testable here", "not run"
-MOST_SEEDS = 1000  # that `seeds_to_settle` looks for
+MOST_SEEDS = 1000  # `seeds_to_settle` looks no further
 
 
 # -- what one run says ----------------------------------------------------------------------------
@@ -48,12 +48,12 @@ class Measured:
 
     @property
     def collapsed(self) -> bool:
-        """Constant or of low rank, and nothing learned."""
+        """Tells whether the embedding is constant or of low rank, and nothing was learned."""
         return (self.std < CONSTANT or self.rank < LOW_RANK) and self.gain < NOTHING
 
 
 def measured(record: dict[str, Any]) -> Measured:
-    """What a record of the read-out says of its run."""
+    """Reads from a record of the read-out what it says of its run."""
     last = record["geometry"][0][-1]["embedding"]
     return Measured(
         record["scores"][0]["value"],
@@ -66,14 +66,14 @@ def measured(record: dict[str, Any]) -> Measured:
 
 
 def of_arm(runs: Runs, arm: str) -> dict[int, Measured]:
-    """The seeds of an arm that are recorded."""
+    """Returns the seeds of an arm that are recorded."""
     by_seed = runs.get(arm, {}).get(PROTOCOLS["readout"], {})
     return {seed: measured(record) for seed, (_, record) in sorted(by_seed.items())}
 
 
 def epochs_until(one: Measured, points: float) -> float:
-    """The epoch, between two in proportion, at which a run's k-NN first lay `points` above its
-    random encoder; the last one if it never did.
+    """Returns the epoch, between two in proportion, at which a run's k-NN first lay `points` above
+    its random encoder; the last one if it never did.
     """
     (curve,) = one.record["history"]
     known = [(e, 100 * k) for e, k in zip(curve["epoch"], curve["knn"], strict=True) if k]
@@ -89,7 +89,7 @@ def epochs_until(one: Measured, points: float) -> float:
 
 
 def effects(claim: dict[str, Any], runs: Runs) -> dict[int, float]:
-    """The effect by seed, of the seeds that every arm has and the claim names."""
+    """Returns the effect by seed, of the seeds that every arm has and the claim names."""
     arms = {arm: values_of(claim, arm, runs) for arm in claim["effect"]}
     found = {}
     for seed in claim["seeds"]:
@@ -106,7 +106,7 @@ UNITS |= {"rank": "of effective rank", "std": "of std·√D", "views": "views of
 
 
 def values_of(claim: dict[str, Any], arm: str, runs: Runs) -> dict[int, float]:
-    """The claim's measure of an arm by seed; top1 is that of a classifier's own record."""
+    """Returns the claim's measure of an arm by seed; top1 is that of a classifier's own record."""
     if claim["measure"] == "top1":
         by_seed = runs.get(arm, {}).get(PROTOCOLS["classifier"], {})
         return {seed: one["value"] for seed, (_, one) in by_seed.items()}
@@ -114,8 +114,8 @@ def values_of(claim: dict[str, Any], arm: str, runs: Runs) -> dict[int, float]:
 
 
 def value(claim: dict[str, Any], arm: str, one: Measured) -> float:
-    """The claim's measure of one run of an arm: one of MEASURES, or `views`, the views of an image
-    that the run had seen when its k-NN lay 5 points above random.
+    """Returns the claim's measure of one run of an arm: one of MEASURES, or `views`, the views of
+    an image that the run had seen when its k-NN lay 5 points above random.
     """
     measure = claim["measure"]
     if measure == "views":
@@ -127,7 +127,7 @@ def value(claim: dict[str, Any], arm: str, one: Measured) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of paired effects with its two-sided t interval, and the p of a mean of 0."""
+    """The mean of paired effects with its two-sided t interval, and the p of a mean of 0."""
 
     n: int
     mean: float
@@ -137,7 +137,7 @@ class Interval:
 
 
 def interval(found: Sequence[float], level: float = LEVEL) -> Interval:
-    """Of two effects or more. Effects that are all alike have an interval of no width."""
+    """Returns the interval of two effects or more; it has no width if the effects are all alike."""
     n, mean = len(found), statistics.fmean(found)
     error = statistics.stdev(found) / n**0.5
     half = stats.t.ppf(1 - level / 2, n - 1) * error
@@ -146,8 +146,8 @@ def interval(found: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
-    """Holm's step-down adjusted p values (1979): of m ordered ones the k-th (from 0) times m - k,
-    none below the one before it, none above 1.
+    """Returns Holm's step-down adjusted p values (1979): of m ordered ones, the k-th (from 0) is
+    multiplied by m - k; none is below the one before it, none above 1.
     """
     adjusted, least = {}, 0.0
     for number, name in enumerate(sorted(ps, key=ps.get)):
@@ -157,8 +157,8 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
 
 
 def seeds_to_settle(found: Sequence[float], m: float) -> int | None:
-    """The least number of seeds at which effects of this mean and spread would be judged: their
-    interval without 0, or their 90 % interval inside ±m. None if not within 1000.
+    """Returns the least number of seeds at which effects of this mean and spread would be judged:
+    their interval is without 0, or their 90 % interval inside ±m. None if 1000 are too few.
     """
     mean, spread = statistics.fmean(found), statistics.stdev(found)
     for n in range(len(found), MOST_SEEDS + 1):
@@ -185,8 +185,8 @@ class Judged:
 
 
 def judge_all(claims: Sequence[dict[str, Any]], runs: Runs) -> dict[str, Judged]:
-    """Every claim by name; Holm over the primary ones, of which those that are not run count as
-    p = 1, so that nothing gains by leaving some out.
+    """Judges every claim; returns verdicts by name. Holm is over all primary claims: those that are
+    not run count as p = 1, so that nothing gains by leaving some out.
     """
     found = {claim["name"]: effects(claim, runs) for claim in claims}
     primary = [claim["name"] for claim in claims if claim["primary"]]
@@ -201,7 +201,7 @@ def judge_all(claims: Sequence[dict[str, Any]], runs: Runs) -> dict[str, Judged]
 def judge(
     claim: dict[str, Any], runs: Runs, found: dict[int, float], adjusted: float | None
 ) -> Judged:
-    """One claim; secondary ones (no adjusted p) get an interval and no verdict."""
+    """Judges one claim; secondary ones (no adjusted p) get an interval and no verdict."""
     if not found:
         return Judged(NOT_RUN, found)
     missing = len(claim["seeds"]) - len(found)
@@ -229,7 +229,7 @@ def judge(
 
 
 def without(claim: dict[str, Any], runs: Runs, missing: int) -> str:
-    """How many seeds lack, and which runs of them failed."""
+    """Says how many seeds are missing, and which of their runs failed."""
     failed = [
         f"{arm} failed with seed {seed}"
         for arm in claim["effect"]
@@ -240,7 +240,7 @@ def without(claim: dict[str, Any], runs: Runs, missing: int) -> str:
 
 
 def not_testable(claim: dict[str, Any], runs: Runs) -> str:
-    """Why nothing can be said: the healthy arm has not learned, or the precondition fails."""
+    """Says why nothing can be said: the healthy arm has not learned, or the precondition fails."""
     healthy = of_arm(runs, claim["healthy"])
     gain = statistics.fmean(healthy[seed].gain for seed in claim["seeds"])
     if gain < TESTABLE:
@@ -255,9 +255,9 @@ def not_testable(claim: dict[str, Any], runs: Runs) -> str:
 
 
 def contradicted(claim: dict[str, Any], runs: Runs) -> str:
-    """What speaks against a claimed collapse: a broken run, at any of its rates, that has not
-    collapsed, or a healthy one that has; or against a run that is to learn nothing: that it has.
-    Empty if none does or nothing of that is claimed.
+    """Says what speaks against a claimed collapse: a broken run, at any of its rates, that has not
+    collapsed, or a healthy one that has. Of a run that is to learn nothing, says that it has
+    learned. Returns "" if nothing speaks against the claim.
     """
     for arm in claim.get("collapse", ()):
         found = of_arm(runs, arm)
@@ -276,7 +276,7 @@ def contradicted(claim: dict[str, Any], runs: Runs) -> str:
 
 
 def last_quarter(one: Measured, metric: str) -> float:
-    """The mean of a monitor over the last quarter of a run's epochs."""
+    """Returns the mean of a monitor over the last quarter of a run's epochs."""
     (curve,) = one.record["history"]
     last = curve["epoch"][-1]
     values = [v for e, v in zip(curve["epoch"], curve[metric], strict=True) if e > 0.75 * last]

@@ -17,7 +17,7 @@ from slurm.plan import PROTOCOLS
 
 PARTS, EFFECTS = "lab-parts.png", "lab-effects.png"
 COMMAND = "python results/report.py"
-# a verdict's first word or words, and its heading
+# the heading for each verdict, by the words that the verdict begins with
 ORDER = {lab.SEEN: lab.SEEN, lab.REVERSED: lab.REVERSED, "smaller": "smaller than is of interest"}
 ORDER |= {word: word for word in (lab.OPEN, lab.NOT_TESTABLE)}
 OTHERS = {"rank": "effective rank", "std": "std·√D of the embedding"}
@@ -25,7 +25,7 @@ OTHERS |= {"views": "views of an image until k-NN is 5 points above random"}
 
 
 def shown(joined: Joined) -> list[dict[str, str]]:
-    """The pictures that there are numbers for, as figures.yaml lists others."""
+    """Returns the pictures that there are numbers for, in the form of figures.yaml's entries."""
     captions = {PARTS: parts_caption, EFFECTS: effects_caption}
     return [
         {"file": name, "caption": captions[name](numbers), "command": COMMAND, "page": "claims.md"}
@@ -34,7 +34,7 @@ def shown(joined: Joined) -> list[dict[str, str]]:
 
 
 def numbers_of(joined: Joined) -> dict[str, dict[str, Any]]:
-    """All that each picture shows, by its file's name."""
+    """Returns all that each picture shows, by its file's name."""
     what = joined.claims.get("lab")
     if not what:
         return {}
@@ -43,7 +43,7 @@ def numbers_of(joined: Joined) -> dict[str, dict[str, Any]]:
 
 
 def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
-    """The pictures that show other numbers than the records have, with theirs."""
+    """Returns the pictures that show other numbers than the records, with the records' own."""
     return {
         folder / name: numbers
         for name, numbers in numbers_of(joined).items()
@@ -56,7 +56,7 @@ def draw(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def scale(arms: list[str], runs: Runs) -> str:
-    """What the runs were trained on and for how long, where they have it in common."""
+    """Says what the runs were trained on and for how long, as far as they have it in common."""
     ones = [one for arm in arms for _, one in fixed.records_of(runs, arm)]
     said = [{tables.data_cell(one["pretraining"], "dataset") for one in ones}]
     said.append({one["arch"] for one in ones})
@@ -69,7 +69,7 @@ def scale(arms: list[str], runs: Runs) -> str:
 
 
 def parts_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
-    """k-NN by seed, and the mean of the random encoders, of both sides of each row."""
+    """Returns k-NN by seed, and the mean of the random encoders, of both sides of each row."""
     rows, arms = [], []
     for part in what.get("parts", ()):
         sides = {side: side_of(runs, part[side]) for side in ("intact", "broken")}
@@ -91,7 +91,7 @@ def side_of(runs: Runs, arm: str) -> dict[str, Any]:
 
 
 def line_of(name: str, by_protocol: dict[str, Any]) -> tuple[str, float] | None:
-    """A control's k-NN, the mean over its seeds; of one that was not read out, its own top-1."""
+    """Returns a control's k-NN, the mean over its seeds; if it was not read out, its own top-1."""
     if near := [one["scores"][0]["value"] for one in ones(by_protocol, "readout")]:
         return name, round(statistics.fmean(near), 3)
     if own := [one["value"] for one in ones(by_protocol, "classifier")]:
@@ -100,7 +100,7 @@ def line_of(name: str, by_protocol: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def untrained(by_protocol: dict[str, Any]) -> list[tuple[str, float]]:
-    """k-NN of what a control began from, but for the calibrated encoder, which each row has."""
+    """Returns k-NN of what a control began from, but the calibrated encoder: each row has it."""
     found = ones(by_protocol, "untrained")
     names = (
         {"random encoder, as initialised": "as initialised", "pixels": "pixels"} if found else {}
@@ -125,7 +125,7 @@ def parts_caption(numbers: dict[str, Any]) -> str:
 
 
 def draw_parts(path: Path, numbers: dict[str, Any]) -> None:
-    """A row for each part: the whole method above, without the part below."""
+    """Draws a row for each part: the whole method above, without the part below."""
     plt = pictures.headless_pyplot()
     rows = numbers["rows"]
     figure, axis = plt.subplots(figsize=(9, 1.9 + 0.55 * len(rows)))
@@ -165,7 +165,7 @@ def named(row: dict[str, Any]) -> str:
 
 
 def place_legend(figure, axis) -> None:
-    """Below all panels, in one line."""
+    """Puts the legend below all panels, in one line."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="lower center", ncols=len(labels), fontsize=8.5, frameon=False
@@ -176,7 +176,7 @@ def place_legend(figure, axis) -> None:
 
 
 def effects_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
-    """A panel for each unit: the primary claims that are run, by verdict."""
+    """Returns a panel for each unit: the primary claims that are run, by verdict."""
     judged = lab.judge_all(what["claims"], runs)
     panels: dict[str, dict[str, list]] = {}
     of = [c for c in what["claims"] if c["primary"] and judged[c["name"]].effects]
@@ -196,12 +196,12 @@ def effects_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
 
 
 def rank_of(word: str) -> int:
-    """The place of a verdict in ORDER; "smaller" stands for any smallest effect."""
+    """Returns the place of a verdict in ORDER; "smaller" stands for any smallest effect."""
     return next(n for n, start in enumerate(ORDER) if word.startswith(start))
 
 
 def rounded(line: dict[str, Any]) -> dict[str, Any]:
-    """To six digits: the last ones of a float differ between machines."""
+    """Rounds to six digits: the last ones of a float differ between machines."""
 
     def short(value: Any) -> Any:
         return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -219,7 +219,7 @@ def effects_caption(numbers: dict[str, Any]) -> str:
 
 
 def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
-    """A panel for each unit, in it a line for each claim under its verdict."""
+    """Draws a panel for each unit, in it a line for each claim under its verdict."""
     plt = pictures.headless_pyplot()
     panels = {unit: lines_of(by_word) for unit, by_word in numbers["panels"].items()}
     heights = [len(lines) for lines in panels.values()]
@@ -241,7 +241,7 @@ def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def lines_of(by_word: dict[str, list]) -> list[tuple[str, dict[str, Any] | None]]:
-    """(verdict, None), then (claim's name, its numbers) for each claim under it."""
+    """Returns (verdict, None), then (claim's name, its numbers) for each claim under it."""
     found: list = []
     for word, claims in by_word.items():
         found += [(word, None), *((claim["name"], claim) for claim in claims)]

@@ -9,7 +9,7 @@ from results import fixed, lab, lab_figures, lab_rates, record, tables
 from results.claims import Runs, arms_of, lab_arms
 from results.joined import Joined, fill
 
-# the numbers that the page's words have: results/lab.py judges by these very ones
+# the numbers in the page's words are those that results/lab.py judges by
 CONSTANTS = {
     name: f"{getattr(lab, name):g}"
     for name in ("LEVEL", "CONSTANT", "LOW_RANK", "NOTHING", "LEARNED", "TESTABLE")
@@ -18,7 +18,7 @@ CONSTANTS |= {
     name: getattr(lab, name) for name in ("SEEN", "REVERSED", "OPEN", "NOT_TESTABLE", "NOT_RUN")
 }
 CONSTANTS |= {"SMALLER": lab.SMALLER.replace("{m:g}", "m"), "WIDE": f"{100 - 200 * lab.LEVEL:g}"}
-LEAST = 1e-4  # p values below are not told apart
+LEAST = 1e-4  # smaller p values are not told apart
 HEAD = ("claim", "the paper says", "ours, 95 % interval", "verdict", "command")
 CHECKED = "The commit of each record holds its claim as it stands here; `report.py` refuses others."
 UNCHECKED = (
@@ -27,7 +27,7 @@ UNCHECKED = (
 
 
 def markdown(joined: Joined) -> str:
-    """The lab's sections; empty if claims.yaml has no lab."""
+    """Returns the lab's sections; empty if claims.yaml has no lab."""
     what = joined.claims.get("lab")
     if not what:
         return ""
@@ -63,7 +63,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def rows(joined: Joined, judged: dict[str, lab.Judged], primary: bool) -> list[list[str]]:
-    """The cells of each claim, as text with **bold** words and `code`."""
+    """Returns the cells of each claim, as text with **bold** words and `code`."""
     return [
         [
             f"{claim['claim'][0].upper()}{claim['claim'][1:]}",
@@ -78,7 +78,7 @@ def rows(joined: Joined, judged: dict[str, lab.Judged], primary: bool) -> list[l
 
 
 def ours(claim: dict[str, Any], found: lab.Judged) -> str:
-    """+4.20 [+3.10, +5.30] points of k-NN, n = 5."""
+    """Writes our effect, like +4.20 [+3.10, +5.30] points of k-NN, n = 5."""
     if not found.effects:
         return "not run"
     what, unit = found.interval, lab.UNITS[claim["measure"]]
@@ -88,7 +88,7 @@ def ours(claim: dict[str, Any], found: lab.Judged) -> str:
 
 
 def verdict(found: lab.Judged) -> str:
-    """**open** (9 seeds would settle it); p = 0.21."""
+    """Writes a verdict, like **open** (9 seeds would settle it); p = 0.21."""
     text = f"**{found.word}**" + (f" ({found.why})" if found.why else "")
     if found.interval and found.adjusted is not None:
         text += f"; p = {found.adjusted:.2g}" if found.adjusted >= LEAST else f"; p < {LEAST:g}"
@@ -96,7 +96,7 @@ def verdict(found: lab.Judged) -> str:
 
 
 def commands(claim: dict[str, Any], joined: Joined) -> str:
-    """What shows the claim in minutes, and what repeats its runs."""
+    """Returns the command that shows the claim in minutes, and the one that repeats its runs."""
     data = {joined.plan[arm].config["dataset"] for arm in claim["effect"]} - {"photos"}
     flags = "".join(f" --{name} PATH" for name in sorted(data))
     again = f"python results/reproduce.py --all --only {claim['name']}{flags}"
@@ -107,7 +107,7 @@ def commands(claim: dict[str, Any], joined: Joined) -> str:
 
 
 def when_fixed(what: dict[str, Any], runs: Runs) -> str:
-    """When the claims were fixed, the commits that hold them, and what was not kept to."""
+    """Says when the claims were fixed, which commits hold them, and what was not kept to."""
     said = [f"Fixed: {what['fixed'] or 'not yet'}."]
     every = fixed.check(what["claims"], runs)
     if commits := sorted({one["commit"][:7] for one in records(what, runs)}):
@@ -123,14 +123,14 @@ HISTORY = tuple(as_list([text]) for text in (UNCHECKED, CHECKED))  # the lines, 
 
 
 def records(what: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
-    """One record of each seed of each run of the lab."""
+    """Returns one record of each seed of each run of the lab."""
     arms = dict.fromkeys(arm for _, arm in lab_arms(what))
     found = {(arm, one["seeds"][0]): one for arm in arms for _, one in fixed.records_of(runs, arm)}
     return [*found.values()]
 
 
 def what_ran(what: dict[str, Any], runs: Runs) -> str:
-    """How many runs, their hours, and on what."""
+    """Says how many runs there are, their hours, and on what they ran."""
     found = records(what, runs)
     if not found:
         return "Nothing yet."
@@ -140,7 +140,7 @@ def what_ran(what: dict[str, Any], runs: Runs) -> str:
 
 
 def uneven(claims: Sequence[dict[str, Any]], runs: Runs) -> list[str]:
-    """The claims whose runs are not all of one commit, or of one CPU's model."""
+    """Names the claims whose runs are not all of one commit, or of one CPU's model."""
     said = []
     for claim in claims:
         ones = [one for arm in claim["effect"] for _, one in fixed.records_of(runs, arm)]
@@ -154,7 +154,7 @@ def uneven(claims: Sequence[dict[str, Any]], runs: Runs) -> list[str]:
 
 
 def failed(joined: Joined) -> list[str]:
-    """The runs that ended in a loss or gradient that is no number."""
+    """Lists the runs that ended in a loss or gradient that is no number."""
     return [
         f"**Failed**: `{arm}`, seed {seed}: {one['error']}."
         for arm, by_protocol in joined.runs.items()
@@ -167,12 +167,12 @@ def commit(one: dict[str, Any]) -> str:
 
 
 def model(one: dict[str, Any]) -> str:
-    """The hardware without its number of cores and ranks."""
+    """Returns the hardware without its number of cores and ranks."""
     return re.sub(r"(, \d+ cores)? x \d+$", "", one["hardware"])
 
 
 def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
-    """What one claim compares, its effects by seed, and its records."""
+    """Says what one claim compares, its effects by seed, and its records."""
     seeds = ", ".join(map(str, claim["seeds"]))
     text = f"`{claim['name']}`: {formula(claim['effect'])} ({lab.UNITS[claim['measure']]}); seeds "
     text += f"{seeds}; smallest effect of interest {claim['smallest']:g}; healthy run "
@@ -191,7 +191,7 @@ def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
 
 
 def formula(effect: dict[str, float]) -> str:
-    """`a` − `b` + 0.5 `c`."""
+    """Writes an effect as a formula, like `a` − `b` + 0.5 `c`."""
     text = ""
     for arm, factor in effect.items():
         sign = "−" if factor < 0 else "+"

@@ -11,11 +11,11 @@ from results.record import FAILED
 from slurm.plan import PROTOCOLS
 
 GRID, PILOT = "rate-", "pilot-"  # how their names begin in the plan
-MEASURES = ("knn", "classifier")  # what a run of the grid is chosen by, the first that it has
+MEASURES = ("knn", "classifier")  # the first that a run of the grid has chooses its rate
 
 
 def markdown(joined: Joined) -> str:
-    """What the page says of both; a sentence if nothing has run."""
+    """Returns what the page says of both; a sentence if nothing has run."""
     grid, pilot = rates_of(joined), pilot_of(joined)
     if not grid:
         return "Nothing has run yet."
@@ -38,8 +38,8 @@ PILOT_SAYS = (
 
 
 def rates_of(joined: Joined) -> dict[str, dict[float, float | None]]:
-    """Each run's number at each factor of its rate, None where it failed; of runs whose three are
-    all recorded.
+    """Returns each run's number at each factor of its rate, None if it failed there; of runs whose
+    factors are all recorded.
     """
     found: dict[str, dict[float, float | None]] = {}
     for name in joined.plan:
@@ -53,7 +53,7 @@ def rates_of(joined: Joined) -> dict[str, dict[float, float | None]]:
 
 
 def number_of(runs: Runs, name: str) -> float | None:
-    """The gain of a run's first seed; of a classifier its accuracy; None of a failed one."""
+    """Returns the gain of a run's first seed; a classifier's accuracy; None if the run failed."""
     by_protocol = runs[name]
     if FAILED in by_protocol:
         return None
@@ -67,7 +67,7 @@ def gain(one: dict[str, Any]) -> float:
 
 
 def best(by_factor: dict[float, float | None]) -> float:
-    """The factor of the best number, of equals the one nearest to 1."""
+    """Returns the factor of the best number, of equals the one nearest to 1."""
     known = {f: -math.inf if v is None else v for f, v in by_factor.items()}
     return max(known, key=lambda f: (known[f], -abs(math.log(f))))
 
@@ -88,7 +88,7 @@ def cell(value: float | None, by: dict[float, float | None], chosen: bool) -> st
 
 
 def pilot_of(joined: Joined) -> dict[str, list[dict[str, Any]]]:
-    """The records of each run of the pilot."""
+    """Returns the records of each run of the pilot."""
     found = {}
     for name in joined.plan:
         by_seed = joined.runs.get(name, {}).get(PROTOCOLS["knn"], {})

@@ -12,8 +12,8 @@ from results.joined import HERE, Joined, fill
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; `where` is "wide" for one that narrow screens leave out, "more" for one that is
-    shown when all columns are asked for. A cell breaks its line where `wraps` says so.
+    """A heading. `where` is "wide" for one that narrow screens leave out, "more" for one that is
+    shown when all columns are asked for. A cell breaks its line only if `wraps` says so.
     """
 
     name: str
@@ -24,8 +24,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell holds, what it is sorted by where that is a number, and what a narrow screen
-    shows below it of the columns that it leaves out.
+    """A cell's text, the number that it is sorted by, if any, and what a narrow screen shows below
+    it of the columns that it leaves out.
     """
 
     html: str
@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row; `ours`: of a method that this repository has a recipe for."""
+    """A row; `ours` says that its method has a recipe in this repository."""
 
     cells: list[Cell]
     ours: bool = True
@@ -55,8 +55,8 @@ class Table:
 
 
 def html(joined: Joined, said: Sequence[str]) -> str:
-    """The page's text: a summary, the claims, tables that sort and filter, figures. It loads the
-    pictures beside it and nothing else.
+    """Returns the page's text: a summary, the claims, tables that sort and filter, figures. It
+    loads the pictures next to it and nothing else.
     """
     ours = [ours_table(joined), published_table(joined.rows)]
     if any(row.records for row in joined.rows):
@@ -78,7 +78,7 @@ def html(joined: Joined, said: Sequence[str]) -> str:
 
 
 def inline(text: str) -> str:
-    """A line of Markdown: **bold** and `code`."""
+    """Turns a line of Markdown, with **bold** and `code`, into HTML."""
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
 
@@ -96,7 +96,7 @@ def picture(figure: dict[str, str]) -> str:
 
 
 def claims_table(joined: Joined) -> str:
-    """A row for each claim, a column for each tier that has been run; what the tiers are."""
+    """Returns a row for each claim, a column for each tier that was run; and what the tiers are."""
     what, runs = joined.claims, joined.runs
     run = [tier for tier in what["tiers"] if summary.ones_of(tier, what, runs)]
     missing = [tier["short"] for tier in what["tiers"] if tier not in run]
@@ -120,7 +120,7 @@ def claims_table(joined: Joined) -> str:
 
 
 def lab_table(joined: Joined) -> str:
-    """A row for each primary claim of the lab; empty without a lab."""
+    """Returns a row for each primary claim of the lab; empty without a lab."""
     what = joined.claims.get("lab")
     if not what:
         return ""
@@ -145,7 +145,7 @@ def of_tier(tier: dict[str, str]) -> str:
 
 
 def claim_cell(number: int, claim: dict[str, Any], joined: Joined) -> str:
-    """The claim, its source, and what else is said of it behind a click."""
+    """Writes the claim, its source, and what else is said of it behind a click."""
     text = f"{number}. {claim['claim'][0].upper()}{claim['claim'][1:]}"
     details = f"Source: {claim['source'].strip()}. {' '.join(claims.notes(claim))}"
     label = "source, and what was tried" if claim.get("tried") else "source"
@@ -156,7 +156,7 @@ def claim_cell(number: int, claim: dict[str, Any], joined: Joined) -> str:
 
 
 def verdict_cell(claim: dict[str, Any], tier: dict[str, str], runs: claims.Runs) -> str:
-    """The tier's verdict by each protocol that both runs were scored by."""
+    """Writes the tier's verdict by each protocol that both runs were scored by."""
     said = []
     for evaluation, label in claims.SHOWN.items():
         pair = claims.pair(claim, tier, runs, evaluation)
@@ -177,7 +177,7 @@ def verdict_cell(claim: dict[str, Any], tier: dict[str, str], runs: claims.Runs)
 
 
 def published_table(rows: list[tables.Row]) -> Table:
-    """All published numbers, with ours beside them where there are, those first."""
+    """Returns all published numbers, with ours next to them if there are any, those first."""
     any_run = any(row.records for row in rows)
     notes = tables.notes_of(row.published for row in rows)
     columns = [Column("method", picks=True, wraps=True), Column("encoder", "wide")]
@@ -208,7 +208,7 @@ def published_table(rows: list[tables.Row]) -> Table:
 
 
 def position(row: tables.Row) -> tuple:
-    """Numbers that stand beside ours first, then those that this repository aims at."""
+    """Returns a sort key: numbers next to ours first, then those this repository aims at."""
     p = row.published
     return not row.records, not tables.is_aim(p), *tables.whole_order(p)
 
@@ -244,7 +244,7 @@ def ours_cells(r: tables.Record | None, p: dict[str, Any]) -> list[Cell]:
 
 
 def ours_table(joined: Joined) -> Table:
-    """Our runs that no published number may stand beside."""
+    """Returns our runs that may not stand next to any published number."""
     columns = [Column("method", picks=True, wraps=True), Column("settings", "wide", wraps=True)]
     columns += [Column("encoder", "wide"), Column("trained on", "wide", picks=True, wraps=True)]
     columns += [Column("epochs", "wide"), Column("protocol", picks=True, wraps=True)]
@@ -263,7 +263,7 @@ def ours_table(joined: Joined) -> Table:
 
 
 def apart_position(r: tables.Record) -> tuple:
-    """By what was trained on, then by protocol and method."""
+    """Returns a sort key: by what was trained on, then by protocol and method."""
     what = r["pretraining"]
     data = (what["dataset"], what["incomplete"] or "", *tables.protocol_order(r["protocol"]))
     return (*data, *tables.method_order(r["method"]), what["epochs"] or 0, tables.method_cell(r))
@@ -299,7 +299,7 @@ def apart_cells(name: str, r: tables.Record, published) -> list[Cell]:
 
 
 def links(names: str) -> Cell:
-    """ "record", or "1, 2, 3" for a row of several."""
+    """Links a row's records, as "record", or as "1, 2, 3" if it has several."""
     each = names.split()
     words = ["record"] if len(each) == 1 else [str(n) for n in range(1, len(each) + 1)]
     anchors = (
@@ -310,7 +310,7 @@ def links(names: str) -> Cell:
 
 
 def section(table: Table) -> str:
-    """A heading, a bar of controls, a table. Rows of other methods stay out until asked for."""
+    """Returns a heading, a bar of controls, a table. Other methods' rows show when asked for."""
     name, title, columns, lines = table.name, escape(table.title), table.columns, table.lines
     if not lines:
         return f'<section id="{name}"><h2>{title}</h2><p>None so far.</p></section>'
@@ -350,7 +350,7 @@ def pick(number: int, column: Column, values: Iterable[str]) -> str:
 
 
 def column_style(table: Table) -> str:
-    """How a table's columns look, once for all of its rows: the page is half the size so."""
+    """Says how a table's columns look, once for all of its rows: so the page is half the size."""
     if not table.lines:
         return ""
 
@@ -377,7 +377,7 @@ def row(line: Line) -> str:
 
 
 def cell_html(cell: Cell) -> str:
-    """A cell of a row, with what it is sorted by where its text does not begin with that."""
+    """Returns a cell of a row, with what it is sorted by if its text does not begin with that."""
     text = ""
     if cell.number and cell.html and not begins_with(cell.html, cell.sort):
         text += f' data-sort="{"" if cell.sort is None else cell.sort}"'

@@ -39,7 +39,7 @@ DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"
 PLACES = {field.name for field in dataclasses.fields(RunConfig) if is_free(RunConfig, field.name)}
 HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
 HISTORY += ("images_per_second",)
-FAILED = "failed"  # the protocol of a run that has no numbers, and the folder of their records
+FAILED = "failed"  # protocol of a run that has no numbers, and folder of such records
 STARTS = ("command", "versions", "devices")  # what a record takes from environment.json
 
 
@@ -47,7 +47,7 @@ STARTS = ("command", "versions", "devices")  # what a record takes from environm
 
 
 def problems(record: Any) -> list[str]:
-    """What is wrong with a record, one line each; empty for a good one."""
+    """Says what is wrong with a record, one line each; empty for a good one."""
     import jsonschema
 
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
@@ -71,7 +71,7 @@ def problems(record: Any) -> list[str]:
 
 
 def not_finite(item: Any, where: str = "") -> Iterator[tuple[str, float]]:
-    """(place, value) of every NaN and infinity, which JSON does not know."""
+    """Yields (place, value) of every NaN and infinity, which JSON does not know."""
     if isinstance(item, float) and not math.isfinite(item):
         yield where, item
     parts = item.items() if isinstance(item, dict) else ()
@@ -81,8 +81,8 @@ def not_finite(item: Any, where: str = "") -> Iterator[tuple[str, float]]:
 
 
 def text_of(record: dict[str, Any]) -> str:
-    """A record as JSON. Beside its values, what was tried and diverged is null; UserError if one
-    of the values is not finite: then there is no record.
+    """Returns a record as JSON. What was tried and diverged becomes null; UserError if one of the
+    record's own values is not finite: then there is no record.
     """
     scores = [record, *record.get("scores", [])]
     if bad := next((v for s in scores for v in s["values"] if not math.isfinite(v)), None):
@@ -93,7 +93,7 @@ def text_of(record: dict[str, Any]) -> str:
 
 
 def nulled(item: Any) -> Any:
-    """The same with None for NaN and infinities."""
+    """Returns the same with None for NaN and infinities."""
     if isinstance(item, dict):
         return {name: nulled(part) for name, part in item.items()}
     if isinstance(item, list | tuple):
@@ -102,7 +102,7 @@ def nulled(item: Any) -> Any:
 
 
 def wrong_numbers(part: dict[str, Any], seeds: int) -> list[str]:
-    """What is wrong with the value, values and spread of a record or of one of its scores."""
+    """Says what is wrong with the value, values and spread of a record or of one of its scores."""
     found, values = [], part["values"]
     if len(values) != seeds:
         found.append(f"values: {len(values)} for {seeds} seeds")
@@ -117,12 +117,12 @@ def wrong_numbers(part: dict[str, Any], seeds: int) -> list[str]:
 
 
 def spread_of(values: Sequence[float]) -> float | None:
-    """Standard deviation over seeds (n - 1), None for one."""
+    """Returns the standard deviation over seeds (n - 1), None for one."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def with_values(record: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
-    """The record with its values in percent, one for each seed, their mean and spread."""
+    """Returns the record with its values in percent, one for each seed, their mean and spread."""
     values = [round(v, 3) for v in values]
     spread = spread_of(values)
     mean = round(statistics.fmean(values), 3)
@@ -137,7 +137,7 @@ def with_values(record: dict[str, Any], values: Sequence[float]) -> dict[str, An
 
 
 def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
-    """The fields of a record that come from finished run folders; of several, the runs must differ
+    """Returns the fields of a record that come from finished run folders; several runs must differ
     in the seed only. An evaluation adds `dataset`, `protocol`, `metric`, its values and command.
     """
     facts = [facts_of(run) for run in runs]
@@ -180,8 +180,8 @@ def of_runs(runs: Sequence[Path]) -> dict[str, Any]:
 def of_checkpoint(
     config: dict[str, Any], saved: dict[str, Any], starts: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The fields of a record that come from what a run `saved` before its end: `config` is its
-    config.yaml, `starts` are those of its environment.json, if it is there.
+    """Returns the fields of a record that come from what a run `saved` before its end: `config` is
+    its config.yaml, `starts` are those of its environment.json, if it is there.
     """
     epoch, scheduled = round(saved["epoch"], 4), config["epochs"]
     what, seconds = what_ran(config), saved["seconds"]
@@ -207,8 +207,8 @@ def of_checkpoint(
 
 
 def of_failure(run: Path) -> dict[str, Any]:
-    """The record of a run that ended in a loss or gradient that is no number: what ran, and why it
-    has no values.
+    """Returns the record of a run that ended in a loss or gradient that is no number: what ran, and
+    why it has no values.
     """
     found = documents.read_json(run / results.FAILED, "failed")
     config = documents.read_yaml(run / "config.yaml", "config", ("recipe", "dataset", "seed"))
@@ -241,13 +241,13 @@ def add_failure(record: dict[str, Any], allow_dirty: bool, folder: Path) -> Path
 
 
 def load_failures(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
-    """Every record of a failed run with its file's name below `folder`."""
+    """Reads every record of a failed run, with its file's name below `folder`."""
     paths = sorted((folder / FAILED).glob("*.json"))
     return [(f"{FAILED}/{path.name}", documents.read_json(path, "failure")) for path in paths]
 
 
 def what_ran(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a record that a run's config.yaml decides; `epochs` are the scheduled ones."""
+    """Returns the fields that a run's config.yaml decides; `epochs` are the scheduled ones."""
     what = {
         "method": config["method"],
         "recipe": config["recipe"],
@@ -265,20 +265,20 @@ def what_ran(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def note_of(scheduled: float, done: float) -> dict[str, str]:
-    """A note for a run that was stopped (--max-steps): its rate had not come to its end."""
+    """Notes that a run was stopped (--max-steps): its rate had not come to its end."""
     if done >= scheduled:
         return {}
     return {"note": f"stopped after {done:g} of {scheduled:g} scheduled epochs"}
 
 
 def noted(record: dict[str, Any], *texts: str) -> dict[str, Any]:
-    """The record with these texts, of which some may be empty, beside the note that it has."""
+    """Adds texts, of which some may be empty, to the note that a record has."""
     note = "; ".join(text for text in (record.get("note"), *texts) if text)
     return record | ({"note": note} if note else {})
 
 
 def is_of(record: dict[str, Any], run: Any, seed: int) -> bool:
-    """Whether a record, perhaps of another machine, is of one seed of a run of the plan
+    """Tells whether a record, perhaps of another machine, is of one seed of a run of the plan
     (slurm/plan.py): its name, its seed, and all that its configuration decides agree.
     """
     seeds = record["seeds"]
@@ -293,12 +293,12 @@ def is_of(record: dict[str, Any], run: Any, seed: int) -> bool:
 
 
 def is_stopped(record: dict[str, Any]) -> bool:
-    """Whether a record is of a run that was stopped before its scheduled end."""
+    """Tells whether a record is of a run that was stopped before its scheduled end."""
     return "stopped after" in record.get("note", "")
 
 
 def facts_of(run: Path) -> dict[str, Any]:
-    """config, environment, results and metrics of one finished run."""
+    """Returns config, environment, results and metrics of one finished run."""
     run = Path(run)
     found = results.read(run)
     needs = ("recipe", "dataset", "arch", "epochs", "batch_size", "seed")
@@ -321,13 +321,13 @@ def facts_of(run: Path) -> dict[str, Any]:
 
 
 def dataset_of(dataset: str, name: str) -> tuple[str, str | None]:
-    """(data set, which copy of it) from the flag and the name that a run prints."""
+    """Returns (data set, which copy of it) from the flag and the name that a run prints."""
     found = re.search(r"\((.+)\)$", name)
     return DATASETS.get(dataset, "other"), found.group(1) if found else None
 
 
 def part_of(config: dict[str, Any]) -> str | None:
-    """What a run used of its training set, in the words of stored records; None for all of it."""
+    """Says what a run used of its training set, in stored records' words; None for all of it."""
     share, words = config.get("validation_share", 0.0), []
     if config.get("train_images", 0):
         draw = f" (draw {config['subset_seed']})" if config.get("subset_seed", 0) else ""
@@ -338,7 +338,7 @@ def part_of(config: dict[str, Any]) -> str | None:
 
 
 def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
-    """The record of what the runs' own k-NN monitor said after the last epoch."""
+    """Returns the record of what the runs' own k-NN monitor said after the last epoch."""
     record = of_runs(runs)
     facts = [facts_of(run) for run in runs]
     values = [f["results"]["knn"] for f in facts]
@@ -362,8 +362,8 @@ def knn_record(runs: Sequence[Path]) -> dict[str, Any]:
 
 
 def scored_on(config: dict[str, Any], unreadable: dict[str, int], votes: bool = True) -> str | None:
-    """What the test, by k-NN's `votes` of the training images or without, had of the data set, in
-    words; None for all of it.
+    """Says which part of the data set the test had, with or without k-NN's `votes` of the training
+    images; None for all of it.
     """
     words, share = [], config.get("validation_share", 0.0)
     if share and config.get("scored_on", "held-out") == "held-out":
@@ -375,7 +375,7 @@ def scored_on(config: dict[str, Any], unreadable: dict[str, int], votes: bool = 
 
 
 def history(logged: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """What a run's monitors said after each epoch, so that curves can be drawn from records."""
+    """Returns what a run's monitors said after each epoch, to draw curves from records."""
     epochs = [r for r in logged if r["kind"] == "epoch"]
     found = {"epoch": [r["epoch"] for r in epochs]}
     for name in HISTORY:
@@ -389,7 +389,7 @@ def history(logged: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 
 def name_of(record: dict[str, Any]) -> str:
-    """A file name that says what the record is, and ends in a hash of what sets it apart."""
+    """Names a file by what the record is; the name ends in a hash of what sets it apart."""
     what = record["pretraining"]
     parts = [record["method"], record["arch"], what["dataset"], f"{what['epochs'] or 0:g}ep"]
     parts += [record["dataset"]["name"], record["protocol"]]
@@ -428,7 +428,7 @@ def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORD
 
 
 def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
-    """Every stored record with its file's name, in their order; UserError for a broken one."""
+    """Returns every stored record with its file's name, in order; UserError for a broken one."""
     records = []
     for path in sorted(folder.glob("*.json")):
         if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
@@ -441,7 +441,7 @@ def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file with a record in it, which `problems` looks at; UserError if there is none."""
+    """Reads a file with a record in it, for `problems` to check; UserError if there is none."""
     return documents.read_json(path, "block")
 
 

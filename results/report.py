@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def is_stored(path: Path, text: str, check: bool) -> bool:
-    """Whether a page has this text. One that was made where the history is may say that commits
-    were checked; a check without the history does not call that stale.
+    """Tells whether a page has this text. A page made with git's history may say that commits were
+    checked; a check without the history does not call that stale.
     """
     if not path.exists():
         return False
@@ -80,7 +80,7 @@ def is_stored(path: Path, text: str, check: bool) -> bool:
 def build(
     joined: Joined, folder: Path = HERE, readme: Path = ROOT / "README.md"
 ) -> dict[Path, str]:
-    """The text of every page."""
+    """Returns the text of every page."""
     said = summary.sentences(joined)
     pages = {
         folder / "README.md": markdown(joined, said),
@@ -107,7 +107,7 @@ NOT_RUN = ("method", "encoder", "protocol", "data", "epochs", "batch", "publishe
 
 
 def markdown(joined: Joined, said: Sequence[str]) -> str:
-    """The text of results/README.md."""
+    """Returns the text of results/README.md."""
     return fill(
         "README.md",
         summary=as_list(said),
@@ -119,7 +119,7 @@ def markdown(joined: Joined, said: Sequence[str]) -> str:
 
 
 def beside(rows: Iterable[tables.Row]) -> list[str]:
-    """A table for each protocol and data set with a number of ours beside a paper's."""
+    """Returns a table for each protocol and data set with a number of ours next to a paper's."""
     rows = [row for row in rows if row.records]
     if not rows:
         return ["None so far: no run of ours has had a paper's data, epochs and batch."]
@@ -141,7 +141,7 @@ def beside(rows: Iterable[tables.Row]) -> list[str]:
 
 
 def under_other_settings(apart, published) -> list[str]:
-    """A table for each protocol that ours were scored by, beside no paper's number."""
+    """Returns a table for each protocol that ours were scored by, next to no paper's number."""
     text = [] if apart else ["None so far."]
     for protocol in sorted({r["protocol"] for _, r in apart}, key=tables.protocol_order):
         of = [(n, r) for n, r in apart if r["protocol"] == protocol]
@@ -152,7 +152,7 @@ def under_other_settings(apart, published) -> list[str]:
 
 
 def not_run(rows: Iterable[tables.Row]) -> list[str]:
-    """One table of the numbers that this repository aims at and has no run for."""
+    """Returns one table of the numbers that this repository aims at and has no run for."""
     of = [row for row in rows if not row.records and tables.is_aim(row.published)]
     of.sort(key=lambda row: tables.whole_order(row.published))
     notes = tables.notes_of(row.published for row in of)
@@ -165,7 +165,7 @@ def not_run(rows: Iterable[tables.Row]) -> list[str]:
 
 
 def source_cell(row: dict[str, Any], notes: Sequence[str]) -> tables.Markup:
-    """A published number's source, with the number of its note, as <sup>2</sup>."""
+    """Returns a published number's source, with the number of its note, like <sup>2</sup>."""
     mark = f" <sup>{notes.index(row['note']) + 1}</sup>" if row.get("note") in notes else ""
     return tables.Markup(tables.plain(row["source"]) + mark)
 
@@ -227,7 +227,7 @@ def apart_cells(name: str, r: tables.Record, published) -> list[str]:
 
 
 def links(names: str) -> tables.Markup:
-    """A link to each of a row's records."""
+    """Links to each of a row's records."""
     each = names.split()
     words = ["record"] if len(each) == 1 else range(1, len(each) + 1)
     both = zip(words, each, strict=True)
@@ -238,7 +238,7 @@ def links(names: str) -> tables.Markup:
 
 
 def root_part(joined: Joined, said: Sequence[str]) -> str:
-    """The root README's part: what the records come to, and the lab's pictures."""
+    """Returns the root README's part: what the records come to, and the lab's pictures."""
     figures = lab_figures.shown(joined)
     return fill(
         "root.md",
@@ -248,7 +248,7 @@ def root_part(joined: Joined, said: Sequence[str]) -> str:
 
 
 def in_readme(readme: str, text: str) -> str:
-    """The README with its results section replaced."""
+    """Returns the README with its results section replaced."""
     if BEGIN not in readme or END not in readme:
         raise UserError(f"README.md has no place for the results: put '{BEGIN}' and '{END}' in it")
     before, rest = readme.split(BEGIN, 1)

@@ -42,7 +42,7 @@ PLAN = HERE / "plan.yaml"
 STATES = ("recorded", "trained", "running", "unfinished", "missing")
 PATIENCE = 120.0  # seconds that a stopped run may take to save before it is killed
 LOCK = "reproduce.lock"
-# what a run says itself of its last epoch; the other evaluations' scripts and flags
+# the run itself measures these; below, the other evaluations' scripts and flags
 OWN = {
     "knn": lambda folder: record.knn_record([folder]),
     "classifier": lambda folder: record.read(folder / "record.json"),
@@ -64,7 +64,7 @@ class Work:
         self.read: tuple[Any, list[tuple[str, dict[str, Any]]]] = None, []
 
     def stored(self) -> list[tuple[str, dict[str, Any]]]:
-        """Every record; read again only if a file has changed."""
+        """Returns every record; reads them again only if a file has changed."""
         files = sorted((p, p.stat().st_mtime_ns) for p in self.records.rglob("*.json"))
         if self.read[0] != files:
             both = record.load_all(self.records) + record.load_failures(self.records)
@@ -75,12 +75,12 @@ class Work:
         return self.runs / piece.name
 
     def found(self, piece: Piece) -> dict[str, tuple[str, dict[str, Any]]]:
-        """The records of this piece by protocol."""
+        """Returns the records of this piece by protocol."""
         mine = [(n, one) for n, one in self.stored() if record.is_of(one, piece.run, piece.seed)]
         return {one["protocol"]: (name, one) for name, one in mine}
 
     def recorded(self, piece: Piece) -> list[str]:
-        """The evaluations of this piece that have a record."""
+        """Lists the evaluations of this piece that have a record."""
         done = self.found(piece)
         return [e for e in piece.run.evaluations if PROTOCOLS[e] in done]
 
@@ -97,7 +97,7 @@ class Work:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process is at work on this run: its lock names a living process."""
+    """Tells whether another process is at work on this run: its lock names a living process."""
     try:
         pid = int(documents.read_text(folder / LOCK))
         os.kill(pid, 0)
@@ -110,7 +110,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def listing(runs: Sequence[Planned], work: Work) -> str:
-    """The plan as a table: what is recorded, what the rest takes, and what it is for."""
+    """Returns the plan as a table: what is recorded, what the rest takes, and what it is for."""
     published = tables.load_published()
     head = ("name", "for", "seeds", "hours left", "", "published number")
     rows, total = [head], {}
@@ -135,8 +135,8 @@ def listing(runs: Sequence[Planned], work: Work) -> str:
 
 
 def aims(run: Planned, published: list[dict[str, Any]]) -> str:
-    """The published numbers beside which a run's own would stand, were its data set the original:
-    linear 75.6.
+    """Lists the published numbers that a run's own would be compared with if its data set were the
+    original, like "linear 75.6".
     """
     like, said = record.what_ran(run.config), []
     like |= {"dataset": {"name": like["pretraining"]["dataset"], "copy": None, "incomplete": None}}
@@ -151,7 +151,7 @@ def aims(run: Planned, published: list[dict[str, Any]]) -> str:
 
 
 def choose(runs: Sequence[Planned], work: Work, has_data: Callable[[str], bool]) -> Piece | None:
-    """What is to be done next: an unfinished run, else what waits for evaluation, else the first
+    """Chooses the next piece: an unfinished run, else one that waits for evaluation, else the first
     missing run whose data is at hand.
     """
     candidates = [piece for piece in plan.pieces(runs) if has_data(piece.dataset)]
@@ -164,19 +164,19 @@ def choose(runs: Sequence[Planned], work: Work, has_data: Callable[[str], bool])
 
 
 def is_for_here(run: Planned) -> bool:
-    """Whether the plan has this run on such a machine: with a GPU, or on a CPU."""
+    """Tells whether the plan has this run on such a machine: with a GPU, or on a CPU."""
     return ("CPU" in run.device) != gpu_is_there()
 
 
 def left_of(here: Sequence[Planned], work: Work) -> str:
-    """How many seeds are left of these runs, and their hours of training by the plan."""
+    """Says how many seeds are left of these runs, and their hours of training by the plan."""
     missing = [p for p in plan.pieces(here) if work.state(p) not in ("recorded", "running")]
     hours = sum(piece.run.hours for piece in missing)
     return f"{len(missing)} left, {hours:.3g} h of training by the plan"
 
 
 def nothing_left(runs: Sequence[Planned], here: Sequence[Planned], work: Work) -> str:
-    """That there is nothing to do, and what is missing of what is planned here and elsewhere."""
+    """Says that there is nothing to do, and what is missing of the plan, here and elsewhere."""
     missing = [p for p in plan.pieces(runs) if work.state(p) != "recorded"]
     sets = {p.dataset for p in missing if p.run in here} - {"photos"}
     devices = {p.run.device for p in missing if p.run not in here}
@@ -191,7 +191,7 @@ def nothing_left(runs: Sequence[Planned], here: Sequence[Planned], work: Work) -
 
 
 def nothing_of(run: Planned, work: Work, again: bool) -> str:
-    """Why there is nothing to do of this one run; UserError if its data is missing."""
+    """Says why there is nothing to do of this one run; UserError if its data is missing."""
     states = {seed: work.state(Piece(run, seed)) for seed in run.seeds}
 
     def having(*wanted: str) -> str:
@@ -209,14 +209,14 @@ def nothing_of(run: Planned, work: Work, again: bool) -> str:
 
 
 def of_name(everything: dict[str, Planned], name: str) -> list[Planned]:
-    """The runs of this name, tier or claim of the lab."""
+    """Returns the runs of this name, tier or claim of the lab."""
     lab = claims.load(PLAN.with_name("claims.yaml"), everything).get("lab", {"claims": []})
     arms = {claim["name"]: claims.arms_of(claim) for claim in lab["claims"]}
     return plan.chosen(everything, arms.get(name, [name]))
 
 
 def recorded_part(run: Planned, work: Work) -> Planned:
-    """The run with those of its seeds that are recorded; UserError if none is."""
+    """Returns the run with those of its seeds that are recorded; UserError if none is."""
     seeds = [seed for seed in run.seeds if work.state(Piece(run, seed)) == "recorded"]
     if not seeds:
         raise UserError(f"{run.name} is not recorded yet: run it without --again")
@@ -224,7 +224,7 @@ def recorded_part(run: Planned, work: Work) -> Planned:
 
 
 def both_numbers(piece: Piece, again: Work, work: Work) -> str:
-    """What the repeated run has, and what is stored, for each evaluation."""
+    """Says the repeated run's number and the stored one, for each evaluation."""
     lines, stored = [], work.found(piece)
     for protocol, (name, one) in again.found(piece).items():
         old_name, old = stored[protocol]
@@ -237,7 +237,7 @@ def both_numbers(piece: Piece, again: Work, work: Work) -> str:
 
 
 def value_of(one: dict[str, Any], seed: int) -> float:
-    """A record's number for one seed of the training."""
+    """Returns a record's number for one seed of the training."""
     if one.get("seeds_of", "pretraining") == "pretraining" and seed in one["seeds"]:
         return one["values"][one["seeds"].index(seed)]
     return one["value"]
@@ -252,7 +252,7 @@ def training_command(piece: Piece, folder: Path, data: str | None) -> list[str]:
 
 
 def shown(path: Path | str) -> str:
-    """A path as a record shows it: from the repository's root where it is below."""
+    """Shows a path as a record does: from the repository's root if it is below it."""
     path = documents.expanded(path).absolute()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
@@ -274,7 +274,7 @@ def work_on(
             until(training_command(piece, folder, data), deadline, clock)  # a finished one says so
         except UserError:
             if not (folder / FAILED).exists():
-                raise  # not what training came to, but something to mend
+                raise  # this is no result of training, but something to fix
             failed = record.add_failure(record.of_failure(folder), allow_dirty, work.records)
             print(f"stored {failed}: training failed, which is a result too")
             return
@@ -301,8 +301,8 @@ def evaluate(
 
 
 def until(line: list[str], deadline: float, clock: Callable[[], float] = time.monotonic) -> None:
-    """Runs a command; at the deadline asks it to stop, which it answers with 75: Stopped. Any
-    other end but 0 is a UserError.
+    """Runs a command. At the deadline asks it to stop, which it answers with 75, and raises
+    Stopped; any other end but 0 is a UserError.
     """
     process = subprocess.Popen(line, cwd=ROOT)
     asked = None
@@ -330,14 +330,14 @@ def until(line: list[str], deadline: float, clock: Callable[[], float] = time.mo
 
 
 def interrupt_on_sigterm() -> None:
-    """Makes SIGTERM what Ctrl-C is, so that the run below is asked to save and none goes on alone;
-    Python's default for it ends this process only.
+    """Makes SIGTERM act as Ctrl-C, so that the run below is asked to save and does not go on alone.
+    Python's default ends this process only.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def seconds(text: str) -> float:
-    """'9m' -> 540; s, m and h, or plain seconds."""
+    """Parses a time: '9m' gives 540; s, m and h, or plain seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text} is no time: 540, 9m or 1.5h")

@@ -15,8 +15,8 @@ COLUMNS += ("source", "grade", "hours", "hardware", "commit", "records")
 
 
 def text(joined: Joined) -> str:
-    """A line for each number, in percent; `kind` is published or ours. Ours come in the order of
-    the pages, seeds of one setting as one number, as there.
+    """Returns a line for each number, in percent; `kind` is published or ours. Ours come in the
+    order of the pages, seeds of one setting as one number, as there.
     """
     written = io.StringIO()
     writer = csv.DictWriter(written, COLUMNS, lineterminator="\n")
@@ -27,7 +27,7 @@ def text(joined: Joined) -> str:
 
 
 def records_of(joined: Joined) -> Iterator[tuple[str, tables.Record]]:
-    """Our numbers, each once, though one may stand beside several published ones."""
+    """Yields our numbers, each once, though one may stand next to several published ones."""
     seen = set()
     beside = [found for row in joined.rows for found in row.records]
     for names, record in [*beside, *joined.apart]:

@@ -11,18 +11,18 @@ UNJUDGED = {
     "one seed": "not judged (one seed)",
     "not run": "not run",
 }
-SMALLER = "smaller here than is of interest"  # whatever that is of each claim
+SMALLER = "smaller here than is of interest"  # each claim has its own bound
 
 
 def sentences(joined: Joined) -> list[str]:
-    """Sentences in Markdown: the papers' numbers, their claims, and what our other runs are."""
+    """Says in Markdown: the papers' numbers, their claims, and what our other runs are."""
     text = [papers_numbers(joined.rows), *of_lab(joined.claims, joined.runs)]
     text += [verdicts(joined.claims, joined.runs)]
     return [*text, *other_runs(joined.rows, [r for _, r in joined.apart])]
 
 
 def papers_numbers(rows: Sequence[tables.Row]) -> str:
-    """How many of the numbers that this repository aims at were run, by pre-training data."""
+    """Says how many of the numbers that this repository aims at were run, by pre-training data."""
     aims = [row for row in rows if tables.is_aim(row.published)]
     said = []
     for data in dict.fromkeys(row.published["pretraining"] for row in aims):
@@ -43,7 +43,7 @@ def papers_numbers(rows: Sequence[tables.Row]) -> str:
 
 
 def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
-    """How many claims hold, by k-NN, on each tier, with its budget; where most is judged first."""
+    """Says how many claims hold, by k-NN, on each tier, with its budget; most judged first."""
     tiers = []
     for tier in what["tiers"]:
         words = claims.words(what, tier, runs)
@@ -63,7 +63,7 @@ def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
 
 
 def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
-    """The verdicts on the lab's primary claims, counted; nothing without any."""
+    """Counts the verdicts on the lab's primary claims; empty without any."""
     found = what.get("lab", {}).get("claims", [])
     judged = lab.judge_all(found, runs)
     words = [judged[claim["name"]].word for claim in found if claim["primary"]]
@@ -73,14 +73,14 @@ def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
 
 
 def ones_of(tier: dict, what: dict[str, Any], runs: claims.Runs) -> list[tables.Record]:
-    """The records of the runs that a tier's claims compare."""
+    """Returns the records of the runs that a tier's claims compare."""
     names = dict.fromkeys(n for claim in what["claims"] for n in claims.names_of(claim, tier))
     by_seed = [seeds for name in names for seeds in runs.get(name, {}).values()]
     return [one for seeds in by_seed for _, one in seeds.values()]
 
 
 def budget_of(records: Sequence[tables.Record]) -> str:
-    """3 to 6 epochs, CPU; empty without records."""
+    """Says the budget, like 3 to 6 epochs, CPU; "" without records."""
     epochs = [r["pretraining"]["epochs"] for r in records]
     if not epochs or None in epochs:
         return ""
@@ -88,31 +88,31 @@ def budget_of(records: Sequence[tables.Record]) -> str:
 
 
 def span(numbers: Sequence[float], form: str = "g") -> str:
-    """3 to 6; of equal numbers the one."""
+    """Says the range of numbers, like 3 to 6; of equal numbers the one."""
     ends = [f"{end(numbers):{form}}" for end in (min, max)]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def devices(records: Iterable[tables.Record]) -> str:
-    """CPU where every record is of one: only a CPU's name in a record counts its cores."""
+    """Names the hardware, CPU if every record is of one: only a CPU's name counts its cores."""
     kinds = {"CPU" if " cores x " in r["hardware"] else r["hardware"] for r in records}
     return ", ".join(sorted(kinds))
 
 
 def shortest(rows: Iterable[tables.Row]) -> float:
-    """The fewest epochs that a number that we aim at was trained for."""
+    """Returns the fewest epochs that a number that we aim at was trained for."""
     aims = [row.published for row in rows if tables.is_aim(row.published)]
     return min(p["epochs"] for p in aims if p["epochs"] is not None)
 
 
 def is_short(record: tables.Record, papers: float) -> bool:
-    """Whether a run has fewer epochs than any of the papers' runs."""
+    """Tells whether a run has fewer epochs than any of the papers' runs."""
     epochs = record["pretraining"]["epochs"]
     return epochs is not None and epochs < papers
 
 
 def other_runs(rows: Sequence[tables.Row], apart: Sequence[tables.Record]) -> list[str]:
-    """That short runs test the code and not the methods, where there are any."""
+    """Says that short runs test the code and not the methods, if there are any."""
     papers = shortest(rows)
     short = [r for r in apart if is_short(r, papers)]
     if not short:

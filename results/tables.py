@@ -39,7 +39,7 @@ class Row:
 
 
 def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
-    """The rows of published.yaml; UserError for one that lacks a field or has no known grade."""
+    """Reads published.yaml's rows; UserError for one that lacks a field or has no known grade."""
     rows = documents.read_yaml(path, "published")
     for number, row in enumerate(rows, 1):
         if (row["value"] is None) != (row["grade"] == "not at hand"):
@@ -54,7 +54,7 @@ def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
 
 
 def is_like(record: Record, row: dict[str, Any]) -> bool:
-    """Whether this record may stand beside this published number."""
+    """Tells whether this record may stand next to this published number."""
     what, on = record["pretraining"], record["dataset"]
     if any((what["copy"], what["incomplete"], on["copy"], on["incomplete"])):
         return False
@@ -70,19 +70,19 @@ def is_like(record: Record, row: dict[str, Any]) -> bool:
 
 
 def stated(record: Record, row: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record but for those that the published row's source leaves open."""
+    """Returns the settings of a record without those that the published row's source omits."""
     settings = record.get("settings") or {}
     return {name: v for name, v in settings.items() if name not in row.get("unstated", [])}
 
 
 def base_method(record: Record) -> str:
-    """The paper's method: the reading of the released code is compared with the paper's number."""
+    """Returns the paper's method; the released code's reading is compared with its number."""
     return record["method"].removesuffix(" (official)")
 
 
 def base_arch(record: Record) -> str:
-    """The paper's encoder: what the released code builds under the name of its ViT-S stands for it,
-    as its loss does for the paper's.
+    """Returns the paper's encoder. The released code calls another encoder ViT-S, which here stands
+    for the paper's, as the code's loss stands for the paper's loss.
     """
     official = record["method"].endswith(" (official)")
     return record["arch"].removesuffix("_mocov3") if official else record["arch"]
@@ -94,8 +94,9 @@ SAME += ("epoch", "assumed", "dirty")
 
 
 def merge_seeds(records: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
-    """Records of one seed each that differ in the seed, with what follows from it, as one row with
-    mean and spread; its name is those of its records, a space between. Others stay as they are.
+    """Merges records of one seed each that differ in the seed, and in what follows from it, to one
+    row with mean and spread; its name is those of its records, a space between. Others stay as they
+    are.
     """
     groups: dict[str, list[tuple[str, Record]]] = {}
     for name, record in records:
@@ -123,14 +124,14 @@ def merge_seeds(records: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
 
 
 def views(record: Record) -> list[Record]:
-    """The record, and one more for each of its `scores`, with that protocol, metric and value."""
+    """Returns the record, and one for each of `scores`, with its protocol, metric and value."""
     scores = record.get("scores", [])
     whole = {name: value for name, value in record.items() if name != "scores"}
     return [whole, *(whole | score for score in scores)]
 
 
 def join(published: list[dict[str, Any]], records: list[tuple[str, Record]]):
-    """(a Row for each published number, the records that stand beside none)."""
+    """Returns (a Row for each published number, the records that stand next to none)."""
     rows = [Row(row) for row in published]
     apart = []
     for name, record in merge_seeds([(n, view) for n, r in records for view in views(r)]):
@@ -143,13 +144,13 @@ def join(published: list[dict[str, Any]], records: list[tuple[str, Record]]):
 
 
 def difference(record: Record, row: dict[str, Any]) -> float | None:
-    """Ours minus the published number, in points; None where that is not at hand."""
+    """Returns ours minus the published number, in points; None if that is not at hand."""
     return None if row["value"] is None else record["value"] - row["value"]
 
 
 def why_apart(record: Record, published: list[dict[str, Any]], settings: bool = True) -> str:
-    """What keeps a record from standing beside a published number, in a few words; `settings`
-    False where columns of their own have them and which images there were.
+    """Says in a few words why a record cannot stand next to a published number; `settings` is False
+    if other columns say them, and which images there were.
     """
     what, on = record["pretraining"], record["dataset"]
     reasons = [text for data in (what, on) for text in (data["copy"], data["incomplete"]) if text]
@@ -194,7 +195,7 @@ def protocol_order(protocol: str) -> tuple[int, str]:
 
 
 def method_order(method: str) -> tuple[int, str]:
-    """By the methods that have a recipe here, each followed by its variants."""
+    """Returns a sort key: methods that have a recipe here, each followed by its variants."""
     ours = cards.methods()
     for number, name in enumerate(ours):
         if method == name or (method.startswith(name + " ") and "(as" not in method):
@@ -203,7 +204,7 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def group_order(pair: tuple[str, str]) -> tuple:
-    """Of protocol and data set: protocols in their order, ImageNet's first."""
+    """Returns a sort key of (protocol, data set): ImageNet first, then protocols in their order."""
     return pair[1] != "ImageNet-1k", *protocol_order(pair[0]), pair[1]
 
 
@@ -212,17 +213,17 @@ def published_order(p: dict[str, Any]) -> tuple:
 
 
 def whole_order(p: dict[str, Any]) -> tuple:
-    """By protocol and data set, then by method."""
+    """Returns a sort key: by protocol and data set, then by method."""
     return (*group_order((p["protocol"], p["dataset"])), *published_order(p))
 
 
 def is_recipe(method: str) -> bool:
-    """Whether this repository has a recipe for a published number's method."""
+    """Tells whether this repository has a recipe for a published number's method."""
     return method_order(method)[0] < len(cards.methods())
 
 
 def is_aim(row: dict[str, Any]) -> bool:
-    """Whether this repository aims at a published number; other libraries' it does not."""
+    """Tells whether this repository aims at a published number; it does not at other libraries'."""
     return is_recipe(row["method"]) and not any(name in row["method"] for name in LIBRARIES)
 
 
@@ -231,28 +232,28 @@ class Markup(str):
 
 
 def plain(text: str) -> str:
-    """The text of a record or of a YAML file as Markdown that shows it as it stands."""
+    """Returns the text of a record or of a YAML file as Markdown that shows it as it stands."""
     text = escape(re.sub(r"\s+", " ", text), quote=False)
     text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
 
 
 def prose(text: str) -> str:
-    """The same for whole sentences, which may have **bold** words and `code`."""
+    """Does the same for whole sentences, which may have **bold** words and `code`."""
     kept = re.split(r"(`[^`]+`|\*\*)", " ".join(text.split()))
     text = "".join(piece if n % 2 else plain(piece) for n, piece in enumerate(kept))
     return re.sub(r"^(\d*)([-+#=.)]+(\s|$))", r"\1\\\2", text)  # no list, no heading
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Writes a table in Markdown."""
     lines = [[cell if isinstance(cell, Markup) else plain(cell) for cell in row] for row in rows]
     texts = [f"| {' | '.join(line)} |" for line in ([*map(plain, head)], *lines)]
     return "\n".join([texts[0], f"|{'---|' * len(head)}", *texts[1:]])
 
 
 def pictures(figures: Iterable[dict[str, str]], folder: str = "figures") -> str:
-    """Each picture of a folder with its caption and command, in Markdown."""
+    """Shows each picture of a folder with its caption and command, in Markdown."""
     text = []
     for figure in figures:
         text += [f"![{plain(figure['caption'].replace('`', ''))}]({folder}/{figure['file']})"]
@@ -279,13 +280,13 @@ def published_cell(row: dict[str, Any]) -> str:
 
 
 def exact(row: dict[str, Any]) -> str:
-    """The number with the decimals that it was published with, at least one."""
+    """Returns the number with the decimals that it was published with, at least one."""
     value = row["value"]
     return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
 
 
 def settings_words(of: dict[str, Any]) -> list[str]:
-    """Settings of a record or of a published number: queue size 2048, no fixed predictor lr."""
+    """Lists settings of a record or published number: queue size 2048, no fixed predictor lr."""
     words = []
     for name, value in (of.get("settings") or {}).items():
         name = name.replace("_", " ")
@@ -297,7 +298,7 @@ def settings_words(of: dict[str, Any]) -> list[str]:
 
 
 def settings_cell(of: dict[str, Any]) -> str:
-    """The settings in a row; many of them by the name of the plan's run, which has them."""
+    """Says the settings in a row; if they are many, it names the plan's run, which has them."""
     words = settings_words(of)
     if len(words) <= MOST_SETTINGS or not of.get("plan"):
         return ", ".join(words)
@@ -305,17 +306,17 @@ def settings_cell(of: dict[str, Any]) -> str:
 
 
 def method_cell(of: dict[str, Any]) -> str:
-    """SNCLR, neighbours 0."""
+    """Says method and settings, like SNCLR, neighbours 0."""
     return ", ".join([of["method"], *filter(None, [settings_cell(of)])])
 
 
 def notes_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The notes of published numbers, each once, in the order of the rows."""
+    """Returns the notes of published numbers, each once, in the order of the rows."""
     return list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
 
 
 def spread_cell(record: Record) -> str:
-    """± over n seeds, and over what; a single seed says so."""
+    """Says ± over n seeds, and over what; a single seed says so."""
     seeds = len(record["seeds"])
     if seeds == 1:
         return "1 seed"
@@ -333,7 +334,7 @@ def number_cell(value: float | None) -> str:
 
 
 def budget_cells(row: dict[str, Any]) -> list[str]:
-    """Epochs and batch of a published number, marked where its source does not state them."""
+    """Returns a published number's epochs and batch, marked if its source does not state them."""
     assumed = row.get("assumed", [])
     return [number_cell(row[n]) + (" (assumed)" if n in assumed else "") for n in BUDGET]
 
@@ -346,7 +347,7 @@ def hours_cell(record: Record) -> str:
 
 
 def data_cell(dataset: dict[str, Any], name: str = "name") -> str:
-    """CIFAR-10 (JPEG copy, 5 000 images)."""
+    """Names a data set, like CIFAR-10 (JPEG copy, 5 000 images)."""
     marks = [text for text in (dataset["copy"], dataset["incomplete"]) if text]
     return dataset[name] + (f" ({', '.join(marks)})" if marks else "")
 

@@ -51,8 +51,9 @@ def facts_of(
     ranks: int | None,
     optional: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """What a run will do: `checked`, flags with a folder that is `absent` here, and of a run its
-    name, folder, flags with those of `optional` that it has, and what its config.yaml will hold.
+    """Returns what a run will do: `checked`, flags with a folder that is `absent` here, and of a
+    run its name, folder, flags with those of `optional` that it has, and what its config.yaml will
+    hold.
     """
     facts: dict[str, Any] = {"checked": False, "folder": None, "absent": []}
     if "def parse_arguments(" not in (REPOSITORY / script).read_text():
@@ -87,18 +88,18 @@ def facts_of(
 
 
 def noted(recipe: str, config: Any) -> dict[str, Any]:
-    """What a run of this configuration notes in its config.yaml."""
+    """Returns what a run of this configuration notes in its config.yaml."""
     flags = dataclasses.asdict(config)
     flags.pop("plan_name", None)
     return {"recipe": recipe, **facts_of_run(recipe, config), **flags}
 
 
 def refuse_another(folder: Path, recipe: str, config: Any, flags: list[str]) -> None:
-    """UserError if the folder holds something else."""
+    """Raises UserError if the folder holds something else."""
     if (saved := read_config(folder)) is None:
         return
     changed = changes({"recipe": recipe}, config, saved)
-    # bf16 or fp32, and where colours are done, is decided where the job runs
+    # the machine that the job runs on decides on bf16 or fp32, and on where colours are done
     given = {flag.split("=")[0] for flag in flags}
     for flag, field in (("--precision", "precision"), ("--augment-device", "augment_device")):
         if flag not in given:
@@ -111,7 +112,7 @@ def refuse_another(folder: Path, recipe: str, config: Any, flags: list[str]) -> 
 
 
 def absent_folders(config: Any) -> list[str]:
-    """The flags that name images which are not on this machine, nor to be downloaded."""
+    """Lists the flags whose images are neither on this machine nor to be downloaded."""
     if getattr(config, "download", False):
         return []
     given = {f"--{name}": getattr(config, name, "") for name in ("data", "root")}
@@ -121,7 +122,7 @@ def absent_folders(config: Any) -> list[str]:
 def there(path: str) -> bool:
     try:
         return documents.expanded(path).exists()
-    except OSError:  # it may not be looked at from here
+    except OSError:  # no permission to look at it from here
         return True
 
 

@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:  # the system's python, say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: submitted, or under --local finished; 75: stopped under --local."""
+    """Returns exit code 0: submitted, or under --local finished; 75: stopped under --local."""
     argv = sys.argv[1:] if argv is None else argv
     parser = OneLineParser(
         description=__doc__.split("\n")[0],
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
-    """What stands before the first --, whether there is one, and what stands after it."""
+    """Returns what comes before the first --, whether there is one, and what comes after it."""
     if "--" not in argv:
         return [*argv], False, []
     middle = argv.index("--")

@@ -21,7 +21,7 @@ NAME = "runs.json"
 
 @dataclass
 class Job:
-    """One run as it is submitted: `folder` is its run folder, None where the script has none."""
+    """One run as it is submitted: `folder` is its run folder, None if the script has none."""
 
     name: str
     script: str
@@ -43,7 +43,7 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 
 
 def ledgers_in(scratch: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, ledger) of every launch and sweep in a scratch folder, oldest first."""
+    """Returns (folder, ledger) of every launch and sweep in a scratch folder, oldest first."""
     paths = sorted(scratch.glob(f"*/{NAME}"), key=lambda path: path.stat().st_mtime)
     return [(path.parent, read_ledger(path.parent)) for path in paths]
 
@@ -54,6 +54,6 @@ def write_ledger(folder: Path, ledger: dict[str, Any]) -> None:
 
 
 def log_path(folder: Path, submission: dict[str, Any], run: str, rank: int = 0) -> Path:
-    """The log of one task of a run."""
+    """Returns the path of the log of one task of a run."""
     job = submission["jobs"][run]
     return folder / str(submission["number"]) / "jobs" / f"{job}_{rank}_log.out"

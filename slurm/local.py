@@ -18,7 +18,7 @@ from slurm.resources import Resources
 from slurm.task import Task, first_failure, python_path, read_notes
 
 OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
-FOREVER = 60 * 24 * 365  # minutes; a run without --time
+FOREVER = 60 * 24 * 365  # minutes that a run without --time has
 
 
 def run(
@@ -82,9 +82,9 @@ def run(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[bool]]:
-    """A list that gets an entry at SIGINT, SIGTERM or, unless it is ignored, SIGHUP. A terminal
-    sends SIGINT and SIGHUP to every process of the foreground; only the scripts shall answer, so
-    what is started meanwhile ignores them.
+    """Yields a list that gets an entry at SIGINT, SIGTERM or, unless it is ignored, SIGHUP. A
+    terminal sends SIGINT and SIGHUP to every process of the foreground; only the scripts shall
+    answer, so what is started meanwhile ignores them.
     """
     asked: list[bool] = []
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, *OF_TERMINALS)}
@@ -134,7 +134,7 @@ def show_log(path: Path, shown: list[int], prefix: str) -> None:
 
 
 def outcome(task: Task) -> int:
-    """The exit code of a run that has ended, from its notes."""
+    """Returns the exit code of a run that has ended, read from its notes."""
     lines = read_notes(Path(task.notes), task.name)
     last = max((line["attempt"] for line in lines), default=0)
     ends = [e for e in lines if e["event"] == "end" and e["attempt"] == last]

@@ -32,7 +32,7 @@ PROTOCOLS = {
     "semi 10%": "semi-sup 10%",
     "readout": "linear (L-BFGS), standardised",
     "untrained": "linear (L-BFGS), standardised, untrained",
-    "classifier": "classifier",  # of SCRIPTS alone, which write its record as they end
+    "classifier": "classifier",  # for SCRIPTS alone, which write its record when they end
 }
 SCRIPTS = {"supervised": "eval/supervised.py"}  # runs that are no recipe's, without card and family
 DATA = {"imagenet": "its train/ and val/", "cifar10": "as the recipes' --data"}  # a flag for each
@@ -42,8 +42,8 @@ EITHER = ("seeds", "evaluations", "device", "basis")  # of the run, else of its 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the plan: `hours` are those of one seed's training on `device`, `basis` whether they
-    were measured; `config` is what its config.yaml will hold, but for the seed.
+    """A run of the plan: `hours` are those of one seed's training on `device`, `basis` says whether
+    they were measured; `config` is what its config.yaml will hold, without the seed.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Planned:
         return script_of(self.recipe)
 
     def config_of(self, seed: int) -> dict[str, Any]:
-        """`config` with this seed in the place of {seed}."""
+        """Returns `config` with this seed in the place of {seed}."""
         return with_seed(self.config, seed)
 
 
@@ -82,7 +82,7 @@ class Piece:
         return self.run.config["dataset"]
 
     def flags(self, output: str, data: str | None) -> list[str]:
-        """The flags of its training."""
+        """Returns the flags of its training."""
         flags = [*with_seed(self.run.flags, self.seed), *(["--data", data] if data else [])]
         flags += ["--seed", str(self.seed), "--plan-name", self.run.name]
         return [*flags, "--output", output]
@@ -93,12 +93,12 @@ def script_of(recipe: str) -> str:
 
 
 def is_run(script: str) -> bool:
-    """Whether a script leaves a run folder, as recipes do."""
+    """Tells whether a script leaves a run folder, as recipes do."""
     return script.startswith("recipes/") or script in SCRIPTS.values()
 
 
 def with_seed(item: Any, seed: int) -> Any:
-    """The same with the seed for {seed} in every text of it."""
+    """Returns the same with the seed for {seed} in every text of it."""
     if isinstance(item, dict):
         return {name: with_seed(part, seed) for name, part in item.items()}
     if isinstance(item, list):
@@ -107,7 +107,7 @@ def with_seed(item: Any, seed: int) -> Any:
 
 
 def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
-    """First seeds of all runs first, then second seeds."""
+    """Yields the first seeds of all runs, then the second seeds, and so on."""
     for number in range(max((len(run.seeds) for run in runs), default=0)):
         for run in runs:
             if number < len(run.seeds):
@@ -115,7 +115,7 @@ def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
 
 
 def load(path: Path) -> dict[str, Planned]:
-    """The runs of a plan by name; UserError for one that lacks a field or asks for the unknown."""
+    """Returns a plan's runs by name; UserError if one lacks a field or asks for the unknown."""
     found: dict[str, dict[str, Any]] = {}
     tiers = documents.read_yaml(path, "plan")["tiers"]
     for tier, of_tier in tiers.items():
@@ -131,7 +131,7 @@ def load(path: Path) -> dict[str, Planned]:
 
 
 def expanded(path: Path, of_tier: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """The runs of a tier with their names and the factors of their rates."""
+    """Yields the runs of a tier with their names and the factors of their rates."""
     prefix, rates = of_tier.get("prefix", ""), of_tier.get("rates")
     factors = of_tier.get("factors") or {}
     if unknown := set(factors) - set(of_tier["runs"]):
@@ -150,7 +150,7 @@ def merged(
     run: dict[str, Any],
     factor: float = 1,
 ) -> dict[str, Any]:
-    """The fields of a run with its tier's, and under `asked` what slurm/check.py is to resolve."""
+    """Merges a run's fields with its tier's; `asked` is what slurm/check.py is to resolve."""
     fields = {key: run.get(key, of_tier.get(key)) for key in EITHER}
     if missing := [key for key, value in fields.items() if not value]:
         raise UserError(f"{where}: {', '.join(missing)} missing, in the run and in its tier")
@@ -181,7 +181,7 @@ def merged(
     return {**own_fields, **fields, "asked": asked}
 
 
-@functools.cache  # asking starts a process that imports every recipe
+@functools.cache  # the question starts a process that imports every recipe
 def resolved(asked: str) -> list[dict[str, Any]]:
     return ask(json.loads(asked))
 
@@ -192,7 +192,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(runs: dict[str, Planned], names: Sequence[str]) -> list[Planned]:
-    """The runs of these names and of the tiers of these names."""
+    """Returns the runs of these names and of the tiers of these names."""
     tiers = {run.tier for run in runs.values()}
     for name in names:
         if name not in {*runs, *tiers}:

@@ -19,8 +19,8 @@ LEAST = 30  # seconds that a job should at least have for its work
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks the cluster for. Flags win over a sweep's `slurm:`, that over the cluster
-    file, that over these defaults.
+    """What a job asks the cluster for. Flags win over a sweep's `slurm:`, which wins over the
+    cluster file, which wins over these defaults.
     """
 
     nodes: int = 1
@@ -41,12 +41,12 @@ class Resources:
 
     @property
     def gpus(self) -> int:
-        """GPUs per node: 4 of `a100:4`."""
+        """Returns GPUs per node: 4 of `a100:4`."""
         return int(str(self.gpus_per_node).split(":")[-1])
 
     @property
     def tasks(self) -> int:
-        """Tasks per node: one for each GPU."""
+        """Returns tasks per node: one for each GPU."""
         return self.tasks_per_node or self.gpus or 1
 
     @property
@@ -119,15 +119,15 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with its usage and error as one line."""
+    """An ArgumentParser that prints its usage and error as one line."""
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists all flags)")
 
 
 def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
-    """The resources that layers of (where, values) ask for, of which later ones win, `options` one
-    by one; null, or an empty text, takes what an earlier one says away.
+    """Returns the resources that layers of (where, values) ask for. Later layers win, in `options`
+    one by one; null, or an empty text, takes away what an earlier one says.
     """
     known = {f.name: f for f in dataclasses.fields(Resources)}
     values: dict[str, Any] = {}
@@ -163,8 +163,8 @@ def resources_of(*layers: tuple[str, dict[str, Any]]) -> Resources:
 
 
 def check_options(resources: Resources) -> None:
-    """UserError for options that sbatch would not read as they are meant, or that contradict what
-    is asked for elsewhere. An option that is null or false is left out of the script.
+    """Raises UserError for options that sbatch would not read as they are meant, or that contradict
+    what is asked for elsewhere. An option that is null or false is left out of the script.
     """
     given = {name: v for name, v in resources.options.items() if v is not None and v is not False}
     for name in resources.options:
@@ -190,8 +190,8 @@ def check_options(resources: Resources) -> None:
 
 
 def check_text(where: str, name: str, value: Any) -> None:
-    """UserError for a line break or another control character: each line of an sbatch script is an
-    option or a command of its own.
+    """Raises UserError for a line break or another control character: each line of an sbatch script
+    is an option or a command of its own.
     """
     for text in (name, value):
         if isinstance(text, str) and not text.isprintable():
@@ -200,7 +200,7 @@ def check_text(where: str, name: str, value: Any) -> None:
 
 
 def check_kind(where: str, name: str, value: Any) -> None:
-    """UserError unless a YAML value has the type of the field."""
+    """Raises UserError unless a YAML value has the type of the field."""
     wanted = KINDS[name]
     check_text(where, name, value)
     for option, own in value.items() if isinstance(value, dict) else ():
@@ -230,7 +230,7 @@ def check_kind(where: str, name: str, value: Any) -> None:
 
 
 def cluster_layer(path: str) -> tuple[str, dict[str, Any]]:
-    """The cluster file as a layer of resources: the one named, else slurm/cluster.yaml."""
+    """Returns the cluster file as a layer of resources: the one named, else slurm/cluster.yaml."""
     if path:
         return path, documents.read_yaml(documents.expanded(path))
     if CLUSTER_FILE.exists():
@@ -243,7 +243,7 @@ def flags_layer(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def minutes(text: str) -> int:
-    """72h, 90m, 2d, 1d12h, 90 (minutes) or Slurm's [D-]HH[:MM[:SS]] in whole minutes, up."""
+    """Converts 72h, 90m, 2d, 1d12h, 90 or Slurm's [D-]HH[:MM[:SS]] to whole minutes, rounded up."""
     n = r"(\d{1,9})"
     units = re.fullmatch(rf"(?:{n}d)?(?:{n}h)?(?:{n}m)?(?:{n}s)?", text.strip())
     clock = re.fullmatch(rf"(?:{n}-)?{n}(?::{n})?(?::{n})?", text.strip())
@@ -266,7 +266,7 @@ def minutes(text: str) -> int:
 
 
 def check_time(resources: Resources) -> None:
-    """UserError for a time limit that leaves no time to work before the signal, with the sum."""
+    """Raises UserError, with the sum, for a time limit that leaves no work before the signal."""
     limit, delay = 60 * resources.minutes, resources.signal_delay
     left = limit - delay - EARLY
     if left < LEAST:

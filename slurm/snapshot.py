@@ -13,12 +13,12 @@ from pathlib import Path
 from common.errors import UserError
 from common.run.environment import NO_CODE
 
-LARGEST = 200e6  # bytes; a dirty snapshot with more holds data or runs that git does not ignore
+LARGEST = 200e6  # bytes; a larger dirty snapshot holds data or runs that git does not ignore
 
 
 def commit(repository: Path) -> tuple[str, list[str]]:
-    """(commit, changed files) of a checkout; changes in results/, runs/ and README.md, which
-    results/report.py writes, are none.
+    """Returns (commit, changed files) of a checkout. Changes in results/, runs/ and README.md,
+    which results/report.py writes, do not count.
     """
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     status = git(repository, "status", "--porcelain", "-z", "--", ".", *NO_CODE)
@@ -26,7 +26,7 @@ def commit(repository: Path) -> tuple[str, list[str]]:
 
 
 def check(repository: Path, allow_dirty: bool) -> tuple[str, bool]:
-    """(commit, dirty); UserError for a dirty tree that nobody allowed, or for no checkout."""
+    """Returns (commit, dirty); UserError for a dirty tree that is not allowed, or no checkout."""
     head, changed = commit(repository)
     if changed and not allow_dirty:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -53,7 +53,7 @@ def take(repository: Path, folder: Path, allow_dirty: bool = False) -> str:
 
 
 def copy_tree(repository: Path, folder: Path) -> None:
-    """Tracked and untracked files as they are now; what git ignores stays behind."""
+    """Copies tracked and untracked files as they are now; what git ignores stays behind."""
     names = git(repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     paths = [repository / name for name in names.decode().split("\0") if name]
     paths = [path for path in paths if path.is_symlink() or path.is_file()]  # not the deleted ones
@@ -71,7 +71,7 @@ def copy_tree(repository: Path, folder: Path) -> None:
 
 
 def git(repository: Path, *arguments: str) -> bytes:
-    """What git prints; UserError where there is no git or no checkout."""
+    """Returns what git prints; UserError if there is no git or no checkout."""
     try:
         done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True)
     except OSError as error:

@@ -43,11 +43,11 @@ LIVE |= {
     "SPECIAL_EXIT",
 }
 TAIL = 1 << 18  # bytes of metrics.jsonl that are read at a time, from its end
-MOST = 1 << 24  # bytes after which the last k-NN is no longer looked for
-# what Slurm and submitit write into a log, also behind a line that has not ended
+MOST = 1 << 24  # bytes from its end in which k-NN is looked for
+# what Slurm and submitit write into a log, even after a line that has no end yet
 SCHEDULERS = re.compile(r"(?:^(?:submitit |srun: )|slurm(?:step)?d\S*: ).*")
 RECORD = re.compile(r"record: (.+?\.json)(?: \(.*)?$")  # an evaluation's last lines
-RECENT = 50  # steps that the speed is taken over
+RECENT = 50  # steps over which the speed is measured
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Queue:
         self.accounted: dict[str, str] = {}
 
     def state(self, job: str) -> tuple[str, str]:
-        """(state, reason), or ("", "") where Slurm knows nothing of the job."""
+        """Returns (state, reason), or ("", "") if Slurm knows nothing of the job."""
         if self.known is None:
             words = [
                 "squeue",
@@ -98,7 +98,7 @@ class Queue:
 
 
 def answer(words: list[str], needed: bool = False) -> list[str]:
-    """The lines that a Slurm command prints; none where it is missing or, unless needed, fails."""
+    """Returns a Slurm command's lines; none if it is missing or, unless it is `needed`, fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except OSError:
@@ -114,7 +114,7 @@ def answer(words: list[str], needed: bool = False) -> list[str]:
 
 
 def state_of(folder: Path, ledger: dict[str, Any], run: dict[str, Any], queue: Queue) -> State:
-    """The state of a run's latest job."""
+    """Returns the state of a run's latest job."""
     submission = submission_of(ledger, run["name"])
     if submission is None:
         return State("", "", "NOT STARTED", live=False)
@@ -136,13 +136,13 @@ def state_of(folder: Path, ledger: dict[str, Any], run: dict[str, Any], queue: Q
 
 
 def submission_of(ledger: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The latest submission that a run was part of."""
+    """Returns the latest submission that a run was part of."""
     parts = [s for s in ledger["submissions"] if name in s["jobs"]]
     return parts[-1] if parts else None
 
 
 def local_state(submission: dict[str, Any], job: str) -> str:
-    """RUNNING while the controlling process of a local run lives, on the machine it was started."""
+    """Returns RUNNING while a local run's controlling process lives, if that is on this machine."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{job}/cmdline").read_bytes()
         here = submission["host"] == os.uname().nodename
@@ -152,7 +152,7 @@ def local_state(submission: dict[str, Any], job: str) -> str:
 
 
 def noted_state(notes: list[dict[str, Any]], said: str) -> str:
-    """The state that a run's own notes tell, where Slurm has forgotten it or says COMPLETED."""
+    """Returns the state by a run's own notes, if Slurm has forgotten it or says COMPLETED."""
     if said == "COMPLETED":
         return "FINISHED"
     if not notes:
@@ -175,7 +175,7 @@ def noted_state(notes: list[dict[str, Any]], said: str) -> str:
 
 
 def progress(folder: str | None) -> dict[str, Any]:
-    """Epochs, k-NN and seconds left of a run folder, as far as its files tell."""
+    """Returns epochs, k-NN and seconds left of a run folder, as far as its files tell."""
     facts: dict[str, Any] = {}
     if folder is None or not Path(folder).is_dir():
         return facts
@@ -209,7 +209,7 @@ def progress(folder: str | None) -> dict[str, Any]:
 
 
 def backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file from its end, which a run may just be writing."""
+    """Yields a metrics file's whole lines from its end, while a run may just be writing it."""
     try:
         file = documents.opened(path)
     except UserError:
@@ -230,7 +230,7 @@ def backwards(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_line(folder: Path, ledger: dict[str, Any], run: dict[str, Any], state: State) -> str:
-    """Why a run failed, else the last line of rank 0's log that is not submitit's own."""
+    """Says why a run failed, else the last line of rank 0's log that is not submitit's own."""
     submission = submission_of(ledger, run["name"])
     if submission is None:
         return ""
@@ -244,7 +244,7 @@ def last_line(folder: Path, ledger: dict[str, Any], run: dict[str, Any], state: 
 
 
 def log_lines(path: Path) -> list[str]:
-    """The script's own lines at the end of a log, without submitit's and Slurm's."""
+    """Returns the script's own lines at the end of a log, without submitit's and Slurm's."""
     try:
         with documents.opened(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
@@ -256,7 +256,7 @@ def log_lines(path: Path) -> list[str]:
 
 
 def scores(lines: list[str]) -> str:
-    """What the records say that an evaluation's log names: `linear 68.20, kNN (k200,t.1) 61.05`."""
+    """Says what the records in an evaluation's log hold: `linear 68.20, kNN (k200,t.1) 61.05`."""
     found = []
     for line in lines:
         if named := RECORD.match(line):
@@ -293,7 +293,7 @@ def rows_of(folder: Path, ledger: dict[str, Any], queue: Queue) -> list[list[str
 
 
 def how_long(seconds: float) -> str:
-    """5400 -> '1 h 30'."""
+    """Says a time in words: 5400 gives '1 h 30'."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     total = round(seconds / 60)
@@ -303,7 +303,7 @@ def how_long(seconds: float) -> str:
 
 
 def table(rows: list[list[str]], width: int) -> str:
-    """Aligned columns; the last one is cut at the width."""
+    """Aligns columns; cuts the last one at the width."""
     rows = [[*COLUMNS], *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
     lines = []
@@ -331,7 +331,7 @@ def show(scratch: Path, name: str, width: int) -> None:
 
 
 def where_logs_lie(folder: Path, ledger: dict[str, Any]) -> str:
-    """The logs of a launch's or sweep's latest jobs: one for each rank."""
+    """Says where the logs of a launch's or sweep's latest jobs are: one for each rank."""
     latest = [submission_of(ledger, run["name"]) for run in ledger["runs"]]
     numbers = sorted({submission["number"] for submission in latest if submission})
     folders = [str(folder / str(number) / "jobs") for number in numbers]
@@ -339,7 +339,7 @@ def where_logs_lie(folder: Path, ledger: dict[str, Any]) -> str:
 
 
 def how_to_end(clusters: set[str]) -> str:
-    """The commands that end a job of these kinds, and what then happens."""
+    """Says which commands end a job of these kinds, and what then happens."""
     kinds = {"slurm": "scancel JOB", "local": "kill JOB"}
     ways = " or ".join(way for kind, way in kinds.items() if kind in clusters)
     return f"to end one: {ways}; it saves first, and the same command again continues it"

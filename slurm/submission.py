@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def script_path(text: str) -> str:
-    """A script of this repository as a path relative to its root; UserError if it is none."""
+    """Returns the path of this repository's script, relative to its root; UserError for others."""
     for path in (REPOSITORY / documents.expanded(text), Path(text).absolute()):
         path = path.resolve()
         if path.is_file() and path.suffix == ".py" and path.is_relative_to(REPOSITORY):
@@ -42,7 +42,7 @@ def script_path(text: str) -> str:
 
 
 def flags_of(values: dict[str, Any], name: str) -> list[str]:
-    """`{queue_size: 5, symmetric: true}` as a command line, the later of two spellings winning."""
+    """Turns `{queue_size: 5, symmetric: true}` into flags; of two spellings the later wins."""
     flags: dict[str, list[str]] = {}
     for key, value in values.items():
         flag = f"--{str(key).replace('_', '-')}"
@@ -60,7 +60,7 @@ def flags_of(values: dict[str, Any], name: str) -> list[str]:
 
 
 def ask(questions: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-    """What slurm/check.py answers, in a process of its own."""
+    """Returns what slurm/check.py answers, in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "slurm" / "check.py")],
         input=json.dumps(questions),
@@ -74,7 +74,7 @@ def ask(questions: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def check_flags(jobs: list[Job], ranks: int) -> list[dict[str, Any]]:
-    """What each run will do, by the scripts' own parsers; fills in folders and --output."""
+    """Returns what each run will do, by the scripts' own parsers; fills in folders and --output."""
     facts = ask([[job.script, job.flags, ranks] for job in jobs])
     for job, fact in zip(jobs, facts, strict=True):
         job.folder = fact["folder"] or job.folder
@@ -95,7 +95,7 @@ def submit(
     arguments: argparse.Namespace,
     max_parallel: int | None = None,
 ) -> int:
-    """Snapshot, ledger and submission of runs (checked ones); returns the exit code."""
+    """Submits checked runs, with a snapshot and a note in the ledger; returns the exit code."""
     folder = scratch_folder(resources) / name
     ledger = read_ledger(folder)
     number = 1 + max((s["number"] for s in ledger["submissions"]), default=0)
@@ -148,14 +148,14 @@ def submit(
 def remove(own: Path) -> None:
     """Takes back a submission that came to nothing."""
     shutil.rmtree(own)
-    with contextlib.suppress(OSError):  # others may be beside it
+    with contextlib.suppress(OSError):  # other submissions may be next to it
         own.parent.rmdir()
 
 
 def slurm_executor(
     name: str, own: Path, resources: Resources, max_parallel: int | None, check: bool = True
 ) -> Any:
-    """submitit's executor with these resources; `check`: refuse where there is no Slurm."""
+    """Returns submitit's executor with these resources; `check`: UserError if there is no Slurm."""
     import submitit
 
     if check and submitit.SlurmExecutor.affinity() < 0:
@@ -201,7 +201,7 @@ def slurm_executor(
             "export PYTHONSAFEPATH=1  # not the folder that the job was submitted from",
         ],
         "additional_parameters": {
-            "requeue": True,  # in submitit's spelling, so that none stands there twice
+            "requeue": True,  # in submitit's spelling, so that it is not there twice
             **{n.replace("-", "_"): v for n, v in resources.options.items() if n not in left_out},
         },
     }
@@ -213,7 +213,7 @@ def slurm_executor(
 
 
 def without(script: str, options: Sequence[str]) -> str:
-    """An sbatch script without the lines of these options, whoever wrote them."""
+    """Returns an sbatch script without the lines of these options, whoever wrote them."""
     names = "|".join(map(re.escape, options))
     return re.sub(rf"(?m)^#SBATCH --(?:{names})(?:=.*)?\n", "", script) if names else script
 
@@ -221,7 +221,7 @@ def without(script: str, options: Sequence[str]) -> str:
 def sbatch_script(
     name: str, own: Path, count: int, resources: Resources, max_parallel: int | None
 ) -> str:
-    """The script that `submit` would give to sbatch, for an array where there are several runs."""
+    """Returns the script that `submit` would give to sbatch, for an array if runs are several."""
     executor = slurm_executor(name, own, resources, max_parallel, check=False)
     if count > 1:
         executor.parameters["map_count"] = count
@@ -231,7 +231,7 @@ def sbatch_script(
 def submit_to_slurm(
     name: str, own: Path, tasks: list[Task], resources: Resources, max_parallel: int | None
 ) -> list[str]:
-    """Job numbers, A_0, A_1, … of an array where there are several tasks."""
+    """Submits tasks; returns job numbers, A_0, A_1, … of an array if there are several."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
@@ -251,7 +251,7 @@ def submit_to_slurm(
 
 
 def refuse_live(jobs: list[Job], resources: Resources) -> None:
-    """Two jobs must never write into one run folder."""
+    """Raises UserError if two jobs would write into one run folder."""
     folders = Counter(job.folder for job in jobs if job.folder)
     if twice := [folder for folder, count in folders.items() if count > 1]:
         raise UserError(f"{twice[0]} would be the run folder of several runs: vary --output too")

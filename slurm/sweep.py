@@ -61,7 +61,7 @@ LONGEST = 64  # characters of a name that is made from values
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: submitted, or under --local finished; 75: stopped under --local."""
+    """Returns exit code 0: submitted, or under --local finished; 75: stopped under --local."""
     parser = OneLineParser(
         description=__doc__.split("\n")[0],
         epilog="The file's keys are explained at the top of slurm/sweep.py; see slurm/examples/.",
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """The file's values with defaults; UserError for what cannot be meant."""
+    """Returns the file's values with defaults; UserError for what cannot be meant."""
     spec = documents.read_yaml(path, "sweep")
     spec = {key: spec.get(key) for key in KEYS}
     spec["name"] = check_name(str(spec["name"] or path.stem))
@@ -132,7 +132,7 @@ def read_spec(path: Path) -> dict[str, Any]:
 
 
 def finished(path: Path, key: str, values: dict[str, Any]) -> list[str]:
-    """The run folders that {finished: pattern} stands for, oldest name first."""
+    """Returns the run folders that {finished: pattern} stands for, sorted by name."""
     patterns = values.get("finished")
     if set(values) != {"finished"} or not patterns:
         raise UserError(f"{path}: grid: {key} must be a list, or {{finished: 'runs/*/*'}}")
@@ -159,7 +159,7 @@ def glob(pattern: str) -> list[Path]:
 
 
 def jobs_of(spec: dict[str, Any]) -> list[Job]:
-    """One job for each combination of the grid with each entry of `runs`."""
+    """Returns one job for each combination of the grid with each entry of `runs`."""
     jobs = []
     axes = [[(key, value) for value in values] for key, values in spec["grid"].items()]
     for combination in itertools.product(*axes):
@@ -186,7 +186,7 @@ def jobs_of(spec: dict[str, Any]) -> list[Job]:
 
 
 def planned_jobs(path: Path, arguments: argparse.Namespace) -> list[Job]:
-    """One job for each seed of the plan's runs that --only names."""
+    """Returns one job for each seed of the plan's runs that --only names."""
     if not arguments.only:
         raise UserError(f"{path} is a plan: say which of its tiers or runs with --only NAME …")
     jobs, folder = [], Path("runs/plan").absolute()
@@ -201,7 +201,7 @@ def planned_jobs(path: Path, arguments: argparse.Namespace) -> list[Job]:
 
 
 def word(item: tuple[str, Any]) -> str:
-    """A flag and its value as a part of a run's name: seed0, queue_size65536, snclr."""
+    """Names a flag and its value in a part of a run's name: seed0, queue_size65536, snclr."""
     key, value = item
     if key in ("script", "backbone", "datasets"):  # files and folders speak for themselves
         path = Path(str(value))
@@ -218,7 +218,7 @@ def done_in(folder: str | None) -> bool:
 
 
 def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
-    """The runs that are neither finished nor in the queue; says how many are."""
+    """Returns the runs that are neither finished nor in the queue; says which ones are."""
     folder = scratch_folder(resources)
     ledger = read_ledger(folder / name)
     known = {run["name"]: run for run in ledger["runs"]}
@@ -227,7 +227,7 @@ def not_done(name: str, jobs: list[Job], resources: Any) -> list[Job]:
         run, state = known.get(job.name), None
         if run is not None:
             state = state_of(folder / name, ledger, run, queue)
-        same = run is None or run["flags"] == job.flags  # more --max-steps: it goes on
+        same = run is None or run["flags"] == job.flags  # else it goes on: more --max-steps
         ended = state is not None and state.state == "FINISHED"
         if state is not None and state.live:
             print(f"{job.name}: {state.state}, job {state.job}")

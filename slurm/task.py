@@ -27,11 +27,11 @@ from typing import Any, NoReturn
 from common.errors import EXIT_STOPPED, UserError, say_error
 from common.run import documents
 
-STOP = signal.SIGUSR2  # what the script is asked to stop with
+STOP = signal.SIGUSR2  # it asks the script to stop
 CHILD_POLL, PEER_POLL = 0.2, 5.0  # seconds between looks at the child, at the other ranks' notes
 PEER_GRACE = 15.0  # seconds that a script has to end by itself after another rank failed
 KILL_PATIENCE = 600.0  # seconds to wait for Slurm's own end of a job after the script has stopped
-SECONDARY = "another rank ended"  # of a rank that only met the failure of another
+SECONDARY = "another rank ended"  # a rank says it if the failure was not its own
 
 
 class Ended(Exception):  # noqa: N818, it may be a success
@@ -44,7 +44,7 @@ class Ended(Exception):  # noqa: N818, it may be a success
 
 @dataclass
 class Task:
-    """What each rank of a job runs; all ranks run the same. Picklable, but for the child.
+    """What each rank of a job runs, the same on all. It can be pickled, without the child.
 
     `code`: folder of the snapshot, put first on PYTHONPATH. `script` is relative to it.
     """
@@ -60,7 +60,7 @@ class Task:
     signalled = False
 
     def __call__(self) -> int:
-        """Runs the script to its end; 0, or SystemExit with the exit code of the job's end."""
+        """Runs the script to its end. Returns 0, or raises SystemExit with the job's exit code."""
         from submitit import JobEnvironment
 
         self.job = JobEnvironment()
@@ -87,11 +87,11 @@ class Task:
                 signal.signal(number, handler)
 
     def checkpoint(self) -> Any:
-        """What rank 0 does at a preemption or before the time limit: has the script stop and save
-        (it agrees with the other ranks on a step and exits with 75), then asks for a requeue.
+        """Makes the script stop and save, at a preemption or before the time limit: rank 0's script
+        agrees with the other ranks on a step and exits with 75. Then it asks for a requeue.
 
-        Called by submitit's signal handler, so on top of `wait`. A script that does not answer
-        signals dies of this one and begins anew.
+        submitit's signal handler calls it, so it runs on top of `wait`. A script that does not
+        answer signals dies of this one and begins again.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -118,7 +118,7 @@ class Task:
         self.reader.start()
 
     def environment(self) -> dict[str, str]:
-        """The child's: the snapshot's packages before the installed ones, and its ranks."""
+        """Returns the child's variables: the snapshot's packages come first; and its ranks."""
         env = dict(os.environ)
         env.pop("PYTHONSAFEPATH", None)  # ours, so that this process does not import the tree
         env["PYTHONPATH"] = python_path(self.code)
@@ -140,7 +140,7 @@ class Task:
                 self.last_error = text
 
     def exit_code(self) -> int | None:
-        """The child's exit code, -N where signal N ended it, None while it runs.
+        """Returns the child's exit code, -N if signal N ended it, None while it runs.
 
         waitid leaves the child as it is, and takes no lock: Popen.wait could not be called on top
         of an interrupted Popen.wait, as `checkpoint` must.
@@ -151,7 +151,7 @@ class Task:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def wait(self) -> int:
-        """The child's exit code; ends a child that waits for a rank that has failed."""
+        """Returns the child's exit code; ends a child that waits for a rank that has failed."""
         looked, failed_at = time.monotonic(), None
         while (code := self.exit_code()) is None:
             time.sleep(CHILD_POLL)
@@ -164,14 +164,14 @@ class Task:
         return code
 
     def pass_on(self, number: int, frame: FrameType | None = None) -> None:
-        """A signal handler: what asks this task to stop asks the script."""
+        """Handles a signal: what asks this task to stop asks the script."""
         if number == signal.SIGTERM and not self.signalled and self.rank == 0:
             self.note("signal", signal="SIGTERM")
         self.signalled = True
         self.send(number)
 
     def send(self, number: int) -> None:
-        """A signal to the child, if it runs. (Popen's own would collect a child that has ended.)"""
+        """Signals the child, if it runs. (Popen's own method would collect a child that ended.)"""
         if self.child is not None and self.exit_code() is None:
             os.kill(self.child.pid, number)
 
@@ -187,8 +187,8 @@ class Task:
         self.failed(code)
 
     def has_stopped(self, code: int) -> bool:
-        """Whether the script stopped because it was asked to: with 75, or, while it starts or ends
-        and answers no signals, by the signal, or by the loss of a rank that died so.
+        """Tells whether the script stopped because it was asked to: with 75; or, while it starts or
+        ends and answers no signals, by the signal, or by the loss of a rank that died so.
         """
         self.reader.join(timeout=5)  # a loader's worker may hold the pipe a little longer
         if code == EXIT_STOPPED:
@@ -199,7 +199,7 @@ class Task:
         return lost and self.failure_elsewhere() is None
 
     def stopped(self) -> NoReturn:
-        """The script has saved without a request to this rank's `checkpoint`."""
+        """Ends this rank after the script has saved without a request to its `checkpoint`."""
         if self.rank != 0:
             raise SystemExit(0)  # rank 0 has the job requeued; any other code would end it first
         until = time.monotonic() + KILL_PATIENCE
@@ -211,7 +211,7 @@ class Task:
         raise SystemExit(EXIT_STOPPED)
 
     def is_running(self) -> bool:
-        """Whether Slurm has the job running, neither cancelled nor being requeued."""
+        """Tells whether Slurm has the job running, neither cancelled nor being requeued."""
         job = os.environ["SLURM_JOB_ID"]
         command = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -254,7 +254,7 @@ class Task:
             say_error(f"no note in {path}: {error.strerror}")
 
     def failure_elsewhere(self) -> str | None:
-        """The error of the rank that failed first in this attempt, not counting this one."""
+        """Returns the error of the other rank that failed first in this attempt, None without."""
         try:
             lines = read_notes(Path(self.notes), self.name)
         except UserError:  # the run matters more than what is noted of it
@@ -263,17 +263,17 @@ class Task:
 
 
 def python_path(first: Path | str) -> str:
-    """PYTHONPATH with a folder before what is there already."""
+    """Returns PYTHONPATH with a folder before what is there already."""
     inherited = os.environ.get("PYTHONPATH", "").split(":")
     return ":".join(dict.fromkeys(p for p in [str(first), *inherited] if p))
 
 
 def read_notes(folder: Path, name: str) -> list[dict[str, Any]]:
-    """All notes of a run, of all ranks, in order of time."""
+    """Returns all notes of a run, of all ranks, in order of time."""
     lines = []
     for path in folder.glob(f"{name}.*.jsonl"):
         if not path.name[len(name) + 1 : -len(".jsonl")].isdigit():
-            continue  # of a run whose name goes on
+            continue  # the note of a run with a longer name
         for number, text in enumerate(documents.read_text(path).splitlines(), 1):
             with contextlib.suppress(ValueError):  # just being written, or cut off by a full disk
                 line = documents.parsed_json(text)
@@ -283,7 +283,7 @@ def read_notes(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def first_failure(lines: list[dict[str, Any]], attempt: int) -> str | None:
-    """`rank 1 on node: its error`, of the rank that others waited for in vain; None if all ran."""
+    """Says `rank 1 on node: its error`, of the rank that stopped the others; None if all ran."""
     ends = [e for e in lines if e["event"] == "end" and e["attempt"] == attempt]
     bad = [e for e in ends if e["code"] not in (0, EXIT_STOPPED)]
     bad.sort(key=lambda e: (not e.get("error"), SECONDARY in e.get("error", ""), e["time"]))

@@ -30,18 +30,18 @@ SMALL = ["--dataset", "photos", "--batch-size", "36", "--workers", "1", "--knn-e
 
 
 def small(recipe: str) -> list[str]:
-    """The smallest run of a recipe, as its card has it."""
+    """Returns the flags of a recipe's smallest run, as its card has it."""
     return [*SMALL, *map(str, cards.load()[recipe].smallest)]
 
 
 def smallest(method: str) -> tuple[str, list[str]]:
-    """The recipe of a method, and the flags of its smallest run."""
+    """Returns the recipe of a method, and the flags of its smallest run."""
     recipe, flags = METHODS[method]
     return recipe, [*small(recipe), *flags]
 
 
 def flags_of(values: dict[str, object]) -> list[str]:
-    """A card's values as flags: {"gsg": False} is --no-gsg."""
+    """Turns a card's values into flags: {"gsg": False} becomes --no-gsg."""
     flags = []
     for name, value in values.items():
         name = name.replace("_", "-")
@@ -60,7 +60,7 @@ METHODS = {
 }
 
 
-# what a recipe is without flags: its method without flags, or else its card's last
+# a recipe's method without flags, or else the last one of its card
 DEFAULTS = [
     next((method for method, flags in card.methods.items() if not flags), [*card.methods][-1])
     for card in cards.load().values()
@@ -69,7 +69,7 @@ FIRST = {cards.load()[METHODS[m][0]].family: m for m in reversed(DEFAULTS)}
 
 
 def long_unless(quick: Iterable[str]) -> list:
-    """Every method as a parameter of a test; those that are not among `quick` are long."""
+    """Returns every method as a parameter of a test; those that are not among `quick` are long."""
     return [m if m in quick else pytest.param(m, marks=pytest.mark.long) for m in METHODS]
 
 
@@ -81,7 +81,7 @@ DRAWS = {"runs": True}
 
 @functools.cache
 def drawing() -> list[tuple[object, str, Callable]]:
-    """Where a run looks its pictures' functions up, their names, and what they are."""
+    """Returns where a run looks up its pictures' functions, their names, and these functions."""
     from common.run import pictures
     from common.run.run import Run
 
@@ -90,7 +90,7 @@ def drawing() -> list[tuple[object, str, Callable]]:
 
 
 def draw(runs: bool) -> None:
-    """Whether the runs of this process, and of the scripts that it starts, draw their pictures."""
+    """Sets whether the runs of this process, and of the scripts that it starts, draw pictures."""
     DRAWS["runs"] = runs
     for place, name, function in drawing():
         setattr(place, name, function if runs else lambda *_: None)
@@ -98,12 +98,12 @@ def draw(runs: bool) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Pictures are half of a small run's time: only tests marked `pictures` get them."""
+    """Lets only tests marked `pictures` draw them: pictures are half of a small run's time."""
     draw("pictures" in item.keywords)
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This environment with one thread and no GPU, so that runs are comparable and cheap."""
+    """Returns this environment with one thread and no GPU: runs are then comparable and cheap."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in drop}
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | extra
@@ -112,8 +112,8 @@ def environment(**extra: str) -> dict[str, str]:
 class Script:
     """A script in a process of its own, with what subprocess.Popen offers.
 
-    Forked from a server that has imported PyTorch already, which saves 4 s of a core each time;
-    `run_fresh` starts a new interpreter.
+    It is forked from a server that has imported PyTorch already, which saves 4 s of a core each
+    time; `run_fresh` starts a new interpreter.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Script:
         return [file.read_text(errors="replace") for file in self.files]
 
     def said(self, text: str, timeout: float = 200) -> bool:
-        """Whether it says `text` before it ends; returns as soon as it has."""
+        """Tells whether it says `text` before it ends; returns as soon as it has."""
         end = time.monotonic() + timeout
         while text not in self.files[0].read_text() and time.monotonic() < end:
             if self.poll() is not None:
@@ -167,21 +167,21 @@ class Script:
 def as_script(
     line: list[str], files: list[Path], variables: dict[str, str], draws: bool, root: Path
 ) -> None:
-    """In the forked process: what a new interpreter would do with this command line."""
+    """Does, in the forked process, what a new interpreter would do with this command line."""
     draw(draws)
     if root != ROOT:
         move_to(root)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = open(os.devnull)  # noqa: SIM115, open until the process ends, as these two
-    sys.stdout, sys.stderr = (  # in UTF-8 by the name that Python gives it, which --help looks at
+    sys.stdout, sys.stderr = (  # in UTF-8, by Python's name for it: --help looks at the name
         open(n, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
         for n in (1, 2)
     )
     os.environ.clear()
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers: Linux's own
+    multiprocessing.set_start_method("fork", force=True)  # Linux's default, for loader workers
     sys.argv = line
     sys.path[0] = str(Path(line[0]).parent)
     try:
@@ -192,7 +192,7 @@ def as_script(
 
 
 def move_to(root: Path) -> None:
-    """In the forked process: forgets this project's modules for those of a copy of it."""
+    """Forgets, in the forked process, this project's modules for those of a copy of it."""
     ours = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:
         del sys.modules[name]
@@ -206,14 +206,14 @@ FORKS.set_forkserver_preload(["warm"])
 
 @functools.cache
 def start_fork_server() -> None:
-    """With one thread, since none survives a fork, and with tests/ where it looks for `warm`."""
+    """Starts the fork server with one thread, since no other survives, and tests/ for `warm`."""
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     with mock.patch.dict(os.environ, environment(PYTHONPATH=path)):
         forkserver.ensure_running()
 
 
 def run_script(script: str, *flags: object, timeout: float = 240, root: Path = ROOT, **extra: str):
-    """The finished process of `python script flags`, with its output as text.
+    """Runs `python script flags`; returns the finished process, with its output as text.
 
     `root`: of a copy of this project.
     """
@@ -223,7 +223,7 @@ def run_script(script: str, *flags: object, timeout: float = 240, root: Path = R
 
 
 def run_fresh(script: str, *flags: object, timeout: float = 240, **extra: str):
-    """As run_script, by a new interpreter: what a user would start."""
+    """Does the same as run_script, but by a new interpreter: this is what a user would start."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, flags)],
         env=environment(**extra),
@@ -234,14 +234,14 @@ def run_fresh(script: str, *flags: object, timeout: float = 240, **extra: str):
 
 
 def interruptible() -> None:
-    """For Popen's preexec_fn: a shell's background jobs, CI's perhaps, ignore SIGINT, and so would
-    their children.
+    """Undoes, as Popen's preexec_fn, that a shell's background jobs, CI's perhaps, ignore SIGINT:
+    their children would, too.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start_ranks(ranks: int, script: str, *flags: object) -> list[Script]:
-    """A process for each rank of one gloo group, as torchrun would start them."""
+    """Starts a process for each rank of one gloo group, as torchrun would."""
     if ranks == 1:
         return [Script(script, *flags, merged=True)]
     with socket.socket() as free:
@@ -261,7 +261,7 @@ def run_ranks(ranks: int, script: str, *flags: object, timeout: float = 240) -> 
 
 
 def interrupted(script: str, flags, has_begun, number=signal.SIGTERM) -> tuple[int, str]:
-    """Exit code and output of a script that gets a signal once it `has_begun`."""
+    """Returns exit code and output of a script that gets a signal once it `has_begun`."""
     process = Script(script, *flags, merged=True)
     end = time.monotonic() + 200
     while not has_begun() and process.poll() is None and time.monotonic() < end:
@@ -272,7 +272,7 @@ def interrupted(script: str, flags, has_begun, number=signal.SIGTERM) -> tuple[i
 
 
 def only_error(process) -> str:
-    """The one line that a mistake gets: no traceback, and an exit code that is not 0."""
+    """Returns the one line that a mistake gets: no traceback, and an exit code that is not 0."""
     assert process.returncode not in (0, None), process.stdout
     assert "Traceback" not in process.stderr, process.stderr
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
@@ -282,8 +282,8 @@ def only_error(process) -> str:
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """What a test or the code under test puts into this process's environment ends with it: a
-    left-over RANK would make every later run in this process wait for others.
+    """Undoes what a test or the code under test puts into this process's environment: a left-over
+    RANK would make every later run in this process wait for others.
     """
     before = dict(os.environ)
     yield
@@ -324,7 +324,7 @@ def made_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_of(made_once):
-    """The folder of a method's smallest run: three steps, with k-NN and without pictures."""
+    """Returns a function that gives the folder of a method's smallest run: three steps, k-NN."""
 
     def train(folder, method):
         recipe, flags = smallest(method)

@@ -19,7 +19,7 @@ COLOURS = {0: (230, 60, 40), 1: (60, 90, 240)}
 
 
 def picture(number: int) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:
-    """(image, [(kind, (x1,y1,x2,y2))]): a red rectangle and a blue ellipse side by side."""
+    """Draws (image, [(kind, (x1,y1,x2,y2))]): a red rectangle and a blue ellipse side by side."""
     rng = np.random.default_rng(number)
     image = Image.fromarray(rng.integers(0, 60, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     draw = ImageDraw.Draw(image)
@@ -35,7 +35,7 @@ def picture(number: int) -> tuple[Image.Image, list[tuple[int, tuple[int, int, i
 
 
 def outline(kind: int, corners: tuple[int, int, int, int]) -> list[float]:
-    """COCO's polygon of a shape: x and y in turn."""
+    """Returns COCO's polygon of a shape: x and y in turn."""
     x1, y1, x2, y2 = corners[0], corners[1], corners[2] + 1, corners[3] + 1
     if kind == 0:
         return [x1, y1, x2, y1, x2, y2, x1, y2]
@@ -46,7 +46,7 @@ def outline(kind: int, corners: tuple[int, int, int, int]) -> list[float]:
 
 
 def coco(root: Path, train: int = 8, val: int = 4) -> Path:
-    """annotations/, train2017/, val2017/; one training image without objects, one with a crowd."""
+    """Writes annotations/, train2017/, val2017/; one training image has no objects, one a crowd."""
     (root / "annotations").mkdir(parents=True)
     categories = [{"id": i, "name": f"class {i}", "supercategory": "thing"} for i in COCO_IDS]
     for part, first, count in (("train", 0, train), ("val", 1000, val)):
@@ -95,8 +95,8 @@ def coco(root: Path, train: int = 8, val: int = 4) -> Path:
 
 
 def voc(root: Path, train: int = 4, test: int = 4) -> Path:
-    """VOC2007 with trainval and test, VOC2012 with trainval: aeroplanes and tvmonitors. The test's
-    first image has a difficult object.
+    """Writes VOC2007 with trainval and test, VOC2012 with trainval: aeroplanes and tvmonitors. The
+    test's first image has a difficult object.
     """
     parts = {"VOC2007": {"trainval": train, "test": test}, "VOC2012": {"trainval": train}}
     number = 0
@@ -132,8 +132,8 @@ def voc_annotation(name: str, objects: list, difficult: bool) -> str:
 
 
 def ade20k(root: Path, train: int = 6, val: int = 3) -> Path:
-    """ADEChallengeData2016: images/ and annotations/ of training and validation. Labels: 0 is
-    unlabelled (the left eight columns), 1 the ground, 13 and 150 the shapes.
+    """Writes ADEChallengeData2016: images/ and annotations/ of training and validation. Of the
+    labels, 0 is unlabelled (the left eight columns), 1 the ground, 13 and 150 the shapes.
     """
     folder = root / "ADEChallengeData2016"
     for part, first, count in (("training", 3000, train), ("validation", 4000, val)):

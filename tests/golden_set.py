@@ -6,7 +6,7 @@ from pathlib import Path
 from results import claims, joined, record, tables
 from slurm import check, plan
 
-# the same answers without a process that imports PyTorch anew
+# the same answers without a process that imports PyTorch again
 plan.ask = lambda questions: [check.facts_of(*question) for question in questions]
 GOLDEN = Path(__file__).parent / "golden"
 KNN = "kNN (k200,t.1)"
@@ -29,7 +29,7 @@ def join(records, figures=()) -> joined.Joined:
 
 
 def copy_to(folder: Path) -> Path:
-    """A results folder with the golden files, and no record or figure."""
+    """Makes a results folder with the golden files, and no record or figure."""
     for file in GOLDEN.iterdir():
         shutil.copy(file, folder)
     (folder / "figures").mkdir()
@@ -37,7 +37,7 @@ def copy_to(folder: Path) -> Path:
 
 
 def good(**changes):
-    """A whole record of a run on ImageNet that stands beside SNCLR's 73.38."""
+    """Returns a whole record of a run on ImageNet that stands next to SNCLR's 73.38."""
     whole = {
         "method": "SNCLR",
         "recipe": "snclr",
@@ -74,7 +74,7 @@ def good(**changes):
 
 
 def of_run(name, seed, value, protocol=KNN, **changes):
-    """A record of one seed of a run of the golden plan, with its file's name."""
+    """Returns a record of one seed of a run of the golden plan, with its file's name."""
     run = planned()[name]
     one = good(
         **record.what_ran(run.config | {"plan": name}),

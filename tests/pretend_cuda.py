@@ -45,7 +45,7 @@ FUSED = {"_fused_sgd_", "_fused_adamw_", "_fused_adam_"}
 
 @dataclass(frozen=True)
 class Wait:
-    """What made the host wait: the operation, and where: `file:line function`, innermost first."""
+    """A wait of the host: its operation, and its places, `file:line function`, innermost first."""
 
     what: str
     where: tuple[str, ...]
@@ -58,7 +58,7 @@ class Wait:
 
 
 def places() -> tuple[str, ...]:
-    """The frames of this repository that are being run, innermost first."""
+    """Returns the frames of this repository that are being run, innermost first."""
     found, frame = [], sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -78,7 +78,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 class PretendCuda(TorchDispatchMode):
-    """While active, work on CUDA tensors is checked instead of done."""
+    """A mode in which work on CUDA tensors is checked instead of done."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class PretendCuda(TorchDispatchMode):
         return self.arrived(name, source, args, kwargs)
 
     def arrived(self, name: str, source: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """What a copy from the host gives, as if `source` had been on the GPU."""
+        """Returns what a copy from the host gives, as if `source` had been on the GPU."""
         with self.fake:
             like = torch.empty_strided(
                 source.shape, source.stride(), dtype=source.dtype, device=CUDA
@@ -180,13 +180,13 @@ class PretendCuda(TorchDispatchMode):
             return torch.ops.aten._to_copy(like, **{**kwargs, "device": CUDA})
 
     def is_pinned(self, x: Tensor) -> bool:
-        # what lies apart in memory is brought together first, in memory that is not pinned
+        # a tensor that lies apart in memory is first gathered, in memory that is not pinned
         return (
             x.is_contiguous() or is_channels_last(x)
         ) and x.untyped_storage()._cdata in self.pinned
 
     def on_host(self, state: object) -> object:
-        """The same tree with zeros for CUDA tensors, in their own layout, as torch.save reads."""
+        """Returns the same tree with zeros for CUDA tensors, in their layout, for torch.save."""
 
         def zeros(x: object) -> object:
             if not is_fake(x):
@@ -197,7 +197,7 @@ class PretendCuda(TorchDispatchMode):
         return tree_map(zeros, state)
 
     def checked_indices(self, x: Tensor, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """The indices; for a boolean one as if it were true everywhere."""
+        """Returns the indices; for a boolean one as if it were true everywhere."""
         checked: list[Tensor | None] = []
         for index in indices:
             if index is None:
@@ -216,7 +216,7 @@ class PretendCuda(TorchDispatchMode):
         return checked
 
     def collective(self, func, args: tuple):
-        """NCCL takes dense tensors of one device."""
+        """Runs a collective after checking its tensors: NCCL takes dense ones of one device."""
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         if not all(map(is_fake, tensors)):
             raise RuntimeError(f"{func} of tensors on {[x.device for x in tensors]}")
@@ -229,7 +229,7 @@ class PretendCuda(TorchDispatchMode):
 
 
 def column_values(x: Tensor, columns: int) -> tuple[Tensor, ...]:
-    """So many float32 (C,) of an input (N,C,…), in float32 whatever its own dtype."""
+    """Returns so many float32 (C,) of an input (N,C,…), in float32 whatever its own dtype."""
     return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(columns))
 
 
@@ -244,7 +244,7 @@ SYNC_BATCH_NORM = {
 
 
 def check_fused(name: str, args: tuple) -> None:
-    """The fused kernels take lists of equal dtype, device, sizes and strides (ForeachUtils.h)."""
+    """Checks what fused kernels need: equal dtype, device, sizes and strides (ForeachUtils.h)."""
     lists = [part for part in args if isinstance(part, (list, tuple)) and part]
     lists = [part for part in lists if part[0].ndim or part is lists[0]]  # not the counts of steps
     for group in zip(*lists, strict=True):
@@ -264,7 +264,7 @@ def strides(x: Tensor) -> list[int]:
 
 @torch.no_grad()
 def backward(root: Tensor, gradient: Tensor | None = None, *_, **__) -> None:
-    """Tensor.backward for fake tensors: every node once, after all that come before it."""
+    """Acts as Tensor.backward for fake tensors: every node once, after all that come before it."""
     start = torch.ones_like(root) if gradient is None else gradient
     waiting, incoming = inputs_of_nodes(root.grad_fn), {root.grad_fn: {root.output_nr: start}}
     ready = [root.grad_fn]
@@ -285,7 +285,7 @@ def backward(root: Tensor, gradient: Tensor | None = None, *_, **__) -> None:
 
 
 def inputs_of_nodes(root) -> Counter:
-    """How many edges lead to each node."""
+    """Counts how many edges lead to each node."""
     edges, seen, todo = Counter(), {root}, [root]
     while todo:
         for parent, _ in todo.pop().next_functions:
@@ -299,7 +299,7 @@ def inputs_of_nodes(root) -> Counter:
 
 
 def run_node(node, incoming: dict) -> tuple:
-    """The gradients of a node's inputs; a leaf takes its own and gives none."""
+    """Returns the gradients of a node's inputs; a leaf takes its own and gives none."""
     slots = incoming.pop(node, {})
     if hasattr(node, "variable"):
         accumulate(node.variable, slots.get(0))
@@ -313,8 +313,8 @@ def run_node(node, incoming: dict) -> tuple:
 
 
 def as_expected(grad: Tensor, meta) -> Tensor:
-    """A gradient in its value's dtype, summed where the forward pass broadcast, as the engine does
-    between two nodes (validate_outputs).
+    """Returns a gradient in its value's dtype, summed where the forward pass broadcast, as the
+    engine does between two nodes (validate_outputs).
     """
     if grad.device != meta.device:
         raise RuntimeError(f"a gradient is on {grad.device}, its value on {meta.device}")
@@ -334,8 +334,8 @@ def accumulate(leaf: Tensor, grad: Tensor | None) -> None:
 
 
 def moved(module: nn.Module, fn, recurse: bool = True) -> nn.Module:
-    """nn.Module._apply with new parameters in place of the old: PyTorch's swaps fake ones, which it
-    cannot while the fake mode remembers them.
+    """Acts as nn.Module._apply, with new parameters in place of the old. PyTorch's swaps fake ones,
+    which it cannot while the fake mode remembers them.
     """
     for child in module.children():
         moved(child, fn)
@@ -354,7 +354,7 @@ def moved(module: nn.Module, fn, recurse: bool = True) -> nn.Module:
 
 @contextlib.contextmanager
 def pretend_cuda() -> Iterator[PretendCuda]:
-    """One GPU that is not there, until the end of the block."""
+    """Provides one GPU that is not there, until the end of the block."""
     mode = PretendCuda()
     answers = {
         "is_available": lambda: True,
@@ -375,7 +375,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         stack.enter_context(mock.patch.object(accelerator, "is_available", lambda: True))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        # PyTorch's own way without a driver, which it would not take where there seems to be one
+        # PyTorch's own way without a driver, which it would not take if there seems to be one
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         amp = torch.cuda.amp.common

@@ -22,7 +22,7 @@ load, seen = evaluation.load_dataset, {}
 
 
 def odd(*arguments, **named):
-    """1 499 training and 401 test images of all classes, spread over the data set."""
+    """Returns 1 499 training and 401 test images of all classes, spread over the data set."""
     train, test = load(*arguments, **named)
     return (
         subset(train, np.linspace(0, len(train) - 1, 1499).astype(int)),

@@ -10,7 +10,7 @@ from torch import nn
 
 from common.run.run import Run
 
-IMAGES, EPOCHS, BATCH, STEPS = 160, 4, 32, 7  # two steps into the second epoch
+IMAGES, EPOCHS, BATCH, STEPS = 160, 4, 32, 7  # the run ends two steps into the second epoch
 STEPS_PER_EPOCH = IMAGES // BATCH
 RUN = ["--dataset", "imagefolder", "--arch", "tiny", "--image-size", "16", "--workers", "0"]
 RUN += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "0"]
@@ -34,7 +34,7 @@ def with_torchs_batch_norms(module):
 
 
 def watched_run(recipe, flags, folder, monkeypatch):
-    """What a run of the recipe with RUN and these flags had: the views of each step, its losses and
+    """Runs the recipe with RUN and these flags; returns the views of each step, its losses and
     rates, and its modules before and after.
     """
     seen = {"views": [], "logged": []}
@@ -68,7 +68,7 @@ def watched_run(recipe, flags, folder, monkeypatch):
 
 
 def assert_states_are_close(pairs):
-    """Of each pair of modules, ours and the replay's, weights and statistics."""
+    """Compares weights and statistics of each pair of modules, ours and the replay's."""
     for ours, theirs in pairs:
         state = ours.state_dict()
         for name, value in theirs.state_dict().items():

@@ -40,7 +40,7 @@ if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
     sys.exit(3)
 time.sleep(600)
 """,
-    # which packages a script gets
+    # says which packages a script gets
     "eval/where/run.py": """
 import sys
 import common
@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
 
 def make_repository(folder: Path) -> Path:
-    """This tree's code in a repository of its own, with everything committed."""
+    """Makes a repository of its own with this tree's code, all of it committed."""
     for name in ("common", "recipes", "slurm"):
         ignore = shutil.ignore_patterns("__pycache__", "cluster.yaml")
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
@@ -93,7 +93,7 @@ def command(repository: Path, script: str, *flags: object) -> list[str]:
 
 
 def call(repository: Path, cwd: Path, script: str, *flags: object, timeout: float = 240):
-    """The finished process of slurm/<script> of a repository, started in the folder `cwd`."""
+    """Runs slurm/<script> of a repository in the folder `cwd`; returns the finished process."""
     return subprocess.run(
         command(repository, script, *flags),
         cwd=cwd,
@@ -105,19 +105,19 @@ def call(repository: Path, cwd: Path, script: str, *flags: object, timeout: floa
 
 
 def states(scratch: Path, name: str) -> dict:
-    """The state of each run of a launch or sweep, as status.py sees it."""
+    """Returns the state of each run of a launch or sweep, as status.py sees it."""
     folder, queue = scratch / name, Queue()
     record = read_ledger(folder)
     return {run["name"]: state_of(folder, record, run, queue) for run in record["runs"]}
 
 
 def logs(scratch: Path) -> str:
-    """All logs below a scratch folder, to be shown when a test fails."""
+    """Returns all logs below a scratch folder, to be shown when a test fails."""
     return "\n".join(f"== {p}\n{p.read_text()}" for p in sorted(scratch.rglob("*_log.out")))
 
 
 def wait_until(condition, seconds: float, scratch: Path):
-    """The first true value of `condition()`; fails with the logs when it never comes."""
+    """Returns the first true value of `condition()`; fails with the logs if it never comes."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, logs(scratch)
@@ -126,7 +126,7 @@ def wait_until(condition, seconds: float, scratch: Path):
 
 
 def last_step(folder: Path) -> int:
-    """The last step that a run has logged."""
+    """Returns the last step that a run has logged."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     steps = [0]

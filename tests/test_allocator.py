@@ -49,7 +49,7 @@ def test_freed_blocks_are_there_for_the_next_step_and_memory_does_not_grow():
 
 @pytest.fixture
 def untouchable(monkeypatch):
-    """Without settings of the environment, and with an allocator that nothing may be asked of."""
+    """Removes the environment's settings, and replaces the allocator by one that fails if asked."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: pytest.fail("was asked"))

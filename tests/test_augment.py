@@ -23,7 +23,7 @@ from common.fast.pixels import mean_and_std, to_input
 
 DRAWS = 10_000
 WIDTH, HEIGHT = 500, 375
-CHANCE = 1e-5  # of a sound draw failing one of these tests, were the seed not fixed
+CHANCE = 1e-5  # that a correct draw fails one of these tests, if the seed were not fixed
 
 # written down from BYOL Table 6, SimSiam's code (GSG App. B.1) and GSG App. B.2
 BYOL = {"scale": (0.08, 1), "jitter": (0.4, 0.4, 0.2, 0.1), "interpolation": "bicubic"}
@@ -51,14 +51,14 @@ def build(name: str, size: int = 224) -> View:
 
 @pytest.fixture(scope="module", params=TABLES)
 def table(request):
-    """(the table's row, 10 000 draws of the view that stands for it)."""
+    """Returns (the table's row, 10 000 draws of the view that stands for it)."""
     view = build(request.param)
     draws = [view.draw(view_rng(7, 1, n, 0), WIDTH, HEIGHT) for n in range(DRAWS)]
     return TABLES[request.param], draws
 
 
 def applied(draws: list[Draw]) -> dict[str, np.ndarray]:
-    """Whether each transform is applied, (draws,) per transform."""
+    """Tells whether each transform is applied, (draws,) per transform."""
     return {
         "jitter": np.array([d.colour_order is not None for d in draws]),
         "grey": np.array([d.grey for d in draws]),
@@ -75,7 +75,7 @@ def test_probability_of_each_transform(table):
     row, draws = table
     for name, flags in applied(draws).items():
         p = ALWAYS.get(name, row.get(name))
-        # 0 and 1 leave no room: never and always
+        # a chance of 0 or 1 leaves no room: never and always
         assert abs(flags.mean() - p) <= 3.3 * np.sqrt(p * (1 - p) / DRAWS), name
 
 
@@ -177,7 +177,7 @@ def test_crop_fallback_is_torchvisions_central_crop(size):
         ((500, 375), (0.2, 1.0)),
         ((375, 500), (0.05, 0.14)),
         ((32, 32), (0.08, 1.0)),
-        ((400, 90), (0.2, 1.0)),  # where most tries fail
+        ((400, 90), (0.2, 1.0)),  # here most tries fail
     ],
 )
 def test_crops_are_distributed_as_torchvisions(size, scale):
@@ -246,7 +246,7 @@ def photos():
 
 
 def loaded(images: ArrayImages, workers: int, seed: int = 3, rank: int = 0, ranks: int = 1):
-    """((view, step*N, 3, 32, 32), samples) of two epochs of four batches of 20."""
+    """Returns ((view, step*N, 3, 32, 32), samples) of two epochs of four batches of 20."""
     batches = RankBatches(len(images), 20, seed, 0, 8, rank, ranks)
     loader = view_loader(images, byol_views(32), batches, workers)
     views, samples, problems, stop = zip(*loader, strict=True)
@@ -309,14 +309,14 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def seen(image: Image.Image, draw: Draw, view: View = VIEW) -> np.ndarray:
-    """What the view makes of it, (H,W,3)."""
+    """Returns what the view makes of the image, (H,W,3)."""
     tensor = view.apply(image, draw)
     assert tensor.dtype == torch.uint8 and tensor.shape == (3, view.size, view.size)
     return tensor.permute(1, 2, 0).numpy()
 
 
 def shifted_hue(image: Image.Image, turns: float) -> Image.Image:
-    """The hue moved by a share of the colour circle, in Pillow's HSV of 0 to 255."""
+    """Moves the hue by a share of the colour circle, in Pillow's HSV of 0 to 255."""
     h, s, v = image.convert("HSV").split()
     h = (pixels(h).astype(int) + int(turns * 255)) % 256
     return Image.merge("HSV", (Image.fromarray(h.astype(np.uint8)), s, v)).convert("RGB")
@@ -401,7 +401,7 @@ def test_flip_is_left_to_right(patch):
 
 
 def reference(image: Image.Image, draw: Draw, order: str, size: int = 96) -> np.ndarray:
-    """The steps by Pillow and torchvision one after the other."""
+    """Does the steps by Pillow and torchvision one after the other."""
     left, top, w, h = draw.box
     mode = T.InterpolationMode.BICUBIC
     steps = {

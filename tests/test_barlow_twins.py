@@ -30,7 +30,7 @@ from recipes.barlow_twins import barlow_twins_loss
 
 
 def standardised(z, j):
-    """Column j, less its mean, over the root of its biased variance and 1e-5."""
+    """Returns column j, less its mean, over the root of its biased variance and 1e-5."""
     column = [row[j] for row in z]
     mean = statistics.fmean(column)
     scale = math.sqrt(math.fsum((x - mean) ** 2 for x in column) / len(column) + 1e-5)
@@ -38,7 +38,7 @@ def standardised(z, j):
 
 
 def eq_1(z1, z2, lambd=0.005, terms="both"):
-    """On lists of rows."""
+    """Computes Eq. 1 on lists of rows."""
     n, d = len(z1), len(z1[0])
     a, b = [standardised(z1, j) for j in range(d)], [standardised(z2, j) for j in range(d)]
     invariance = redundancy = 0.0
@@ -72,7 +72,7 @@ def test_lambda_is_that_of_sec_2_2():
 
 @pytest.mark.parametrize("terms", ["both", "invariance", "redundancy"])
 def test_the_gradient_is_that_of_eq_1(terms):
-    """Central differences of the loops: through mean and variance too, and to both views."""
+    """Central differences of the loops agree, through mean and variance too, for both views."""
     z = [draw(5, 5, 3, spread=0.3).requires_grad_(), draw(6, 5, 3, spread=0.3).requires_grad_()]
     barlow_twins_loss(*z, 0.3, terms).backward()
     h = 1e-6
@@ -118,11 +118,11 @@ def test_unknown_terms_are_refused():
 
 FLAGS = ["--projector-hidden", "24", "--output-dim", "12", "--warmup-epochs", "0.4"]
 FLAGS += ["--lr", "20", "--lr-biases", "0.5"]
-HARD = ["--weight-decay", "0.03", "--lambd", "0.1"]  # of a size that a wrong one would show
+HARD = ["--weight-decay", "0.03", "--lambd", "0.1"]  # so large that a wrong value would show
 
 
 def rates(step):
-    """Of weights and of biases: two steps of warm-up, then a cosine to a thousandth."""
+    """Returns the rates of weights and biases: two steps of warm-up, then a cosine to 1/1000."""
     if step < 2:
         factor = step / 2
     else:
@@ -141,7 +141,7 @@ def plain_loss(z1, z2, lambd, terms):
 
 
 def step_by_hand(weights, velocities, rates, decay, optimizer):
-    """LARS, or SGD; biases and norms have a rate of their own and no decay."""
+    """Does a step of LARS, or SGD; biases and norms have a rate of their own and no decay."""
     with torch.no_grad():
         for weight, velocity in zip(weights, velocities, strict=True):
             update = weight.grad.clone()

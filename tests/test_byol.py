@@ -21,8 +21,8 @@ SMALL += ["--lr", "2.0", "--weight-decay", "0.01", "--warmup-epochs", "1"]
 
 
 class Lars:
-    """Sec. 3.3 and the code: u = g + wd w, times 0.001 |w| / |u|, for tensors that are no biases
-    and no norms; v = 0.9 v + u, w = w - rate v.
+    """LARS of Sec. 3.3 and the code: u = g + wd w, times 0.001 |w| / |u|, for tensors that are no
+    biases and no norms; v = 0.9 v + u, w = w - rate v.
     """
 
     def __init__(self, parameters):
@@ -129,7 +129,7 @@ def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
         (100, (0.45, 1e-6, 0.99)),
         (300, (0.3, 1e-6, 0.99)),
         (1000, (0.2, 1.5e-6, 0.996)),
-        (200, (0.3, 1e-6, 0.99)),  # no source: as the next longer
+        (200, (0.3, 1e-6, 0.99)),  # no source states it: as the next longer training
         (2000, (0.2, 1.5e-6, 0.996)),
     ],
 )

@@ -29,7 +29,7 @@ def photos():
 
 
 def test_statistics_are_the_mean_over_batches_of_the_first_epochs_views(photos, monkeypatch):
-    """Against a plain float64 reading of one batch norm on the pixels themselves."""
+    """A plain float64 reading of one batch norm on the pixels themselves gives the same."""
     monkeypatch.setattr(calibrate, "IMAGES", 150)
     monkeypatch.setattr(calibrate, "BATCH", 50)
     train, _ = photos
@@ -77,7 +77,7 @@ def test_an_encoder_without_statistics_is_as_drawn(photos):
 def test_which_encoders_were_never_trained():
     named = {"layout": "ours", "arch": "tiny"}
     assert is_random(named | {"epoch": 0.0}) and not is_random(named | {"epoch": 0.5})
-    assert not is_random(named | {"layout": "moco", "epoch": 0})  # that counts from 0
+    assert not is_random(named | {"layout": "moco", "epoch": 0})  # MoCo counts from 0
     assert is_random(load_encoder("random", "tiny", 32)[1])
     assert not is_random(load_encoder("pixels", None, 32)[1])
 

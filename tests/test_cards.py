@@ -38,7 +38,7 @@ throwaway:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """This project in a repository of its own, with one more recipe and its card."""
+    """Makes a repository of its own with this project, one more recipe and its card."""
     folder = tmp_path_factory.mktemp("project") / "copy"
     copy_tree(ROOT, folder)
     git(folder, "init", "--quiet")
@@ -55,7 +55,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.mark.long
 def test_a_script_and_a_card_are_a_recipe(project):
-    """From its training to the pages: whatever else needs its name fails here."""
+    """The recipe works from training to the pages: any other place that needs its name fails."""
 
     def run(script, *flags):
         done = run_script(script, *flags, root=project)
@@ -107,7 +107,7 @@ def test_results_know_the_recipes_of_the_cards():
     assert planned - {*SCRIPTS} == {*NAMES}
 
 
-# one paper's figure; the demo, which is SNCLR's; protocols and views have their papers' names
+# a figure of one paper; the demo, which is SNCLR's; protocols and views with their papers' names
 ONE_PAPERS = {"eval/figures/neighbours.py", "eval/demo.py"}
 ONE_PAPERS |= {"common/augment.py", "eval/transfer/run.py"}
 ONE_PAPERS |= {"eval/linear_probe/protocols.py", "eval/semi_supervised/protocols.py"}
@@ -116,7 +116,7 @@ ONE_PAPERS |= {"eval/semi_supervised/lists.py", "eval/semi_supervised/run.py"}  
 
 
 def test_no_other_file_names_a_recipe():
-    """As an identifier, a module or a word of a string that is no docstring."""
+    """No recipe's name is an identifier, a module or a word of a string, docstrings aside."""
     word = re.compile(rf"\b({'|'.join(NAMES)})\b")
     found = []
     for folder in ("common", "eval", "results", "slurm"):

@@ -45,7 +45,7 @@ def test_cropping_first_gives_what_cropping_last_gives(shape, mode, long, monkey
     monkeypatch.setattr(center, "LONG", long)
     image = noise(*shape)
     for side, size in ((37, 32), (32, 32), (64, 56), (256, 224)):
-        if side * max(shape) / min(shape) < 30_000:  # what the plain way can hold
+        if side * max(shape) / min(shape) < 30_000:  # larger images are too much for the plain way
             found = center.central_square(image, side, size, mode)
             assert (found == plain(image, side, size, mode)).all(), (side, size)
 

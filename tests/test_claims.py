@@ -28,7 +28,7 @@ def sentence(claim, records):
 
 
 def pair(better, worse, prefix="photos-"):
-    """Records of SimSiam-GSG and SimSiam, a value for each seed."""
+    """Returns records of SimSiam-GSG and SimSiam, a value for each seed."""
     records = [of_run(f"{prefix}simsiam-gsg", s, v) for s, v in enumerate(better)]
     return records + [of_run(f"{prefix}simsiam", s, v) for s, v in enumerate(worse)]
 
@@ -59,7 +59,7 @@ def test_a_verdict_asks_whether_the_difference_exceeds_its_spread(better, worse,
         ([[30.0, 31.0], [30.0, 31.0]], "holds"),
         ([[61.0, 60.0], [51.0, 51.0]], "neither has learned"),  # gains -1, 2 and -1, 2
         ([[61.5, 60.5], [52.0, 53.0]], "neither has learned"),  # gains -1.5, 1.5: below 0
-        ([[70.0, 71.0], [49.0, 51.5]], "holds"),  # the other has: gains 1, 1.5, spread 0.35
+        ([[70.0, 71.0], [49.0, 51.5]], "holds"),  # the other has learned: gains 1, 1.5, spread 0.35
     ],
 )
 def test_a_pair_of_which_neither_has_learned_says_nothing(before, word):
@@ -242,7 +242,7 @@ def test_curves_are_the_seeds_and_their_mean_by_family():
     lines = numbers["families"]["contrastive"]["NNCLR"][claims.PURITY]
     assert [at for at, _ in lines["mean"]] == [0.5, 1.5]  # means stand at the middle of epochs
     knn = numbers["families"]["contrastive"]["NNCLR"]["knn"]
-    assert [at for at, _ in knn["seeds"][0]] == [0, 2]  # k-NN where it was measured
+    assert [at for at, _ in knn["seeds"][0]] == [0, 2]  # k-NN at the epochs that measured it
     firsts, lasts = zip(*((seed[0], seed[-1]) for seed in lines["seeds"]), strict=True)
     assert lines["mean"][-1][0] == lasts[0][0]
     assert lines["mean"][-1][1] == pytest.approx((lasts[0][1] + lasts[1][1]) / 2)
@@ -265,13 +265,13 @@ def test_a_picture_knows_whether_the_records_have_other_numbers_by_now(tmp_path)
     assert stale(tmp_path, figures, first, second) == {}
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.mode == "P"  # in 256 colours all the same
-        picture.save(tmp_path / "a.png")  # by another program: whose numbers it has is not known
+        picture.save(tmp_path / "a.png")  # another program wrote it: it does not say its numbers
     assert [*stale(tmp_path, figures, first, second)] == [tmp_path / "a.png"]
 
 
 @pytest.fixture
 def on_golden(monkeypatch):
-    """A function that has the commands find these records in a golden results folder."""
+    """Returns a function that makes the commands find these records in a golden results folder."""
 
     def use(*records, figures=()):
         for module in (report, curves):
@@ -320,7 +320,7 @@ def test_a_claim_about_a_run_that_is_not_planned_is_refused(old, new, tmp_path):
 
 @pytest.fixture(scope="module")
 def own():
-    """The project's plan and claims."""
+    """Returns the project's plan and claims."""
     planned = plan.load(joined.HERE / "plan.yaml")
     return planned, claims.load(joined.HERE / "claims.yaml", planned)
 
@@ -336,7 +336,7 @@ def test_lines_of_a_family_are_told_apart_without_colours(own):
 
 
 def test_the_two_runs_of_a_claim_differ_in_what_it_claims_only(own):
-    """Runs of one recipe differ in its flag alone; runs of two, not in what they share."""
+    """Runs of one recipe differ in its flag alone; runs of two recipes share all shared flags."""
     planned, what = own
     shared = {"dataset", "arch", "epochs", "batch_size", "lr", "optimizer", "sgd_momentum"}
     shared |= {"weight_decay", "image_size", "train_images", "queue_size", "crop_min", "views"}

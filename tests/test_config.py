@@ -64,7 +64,7 @@ def test_presets_of_dataset_and_arch_win_over_follow(condition):
     flags = ["--follow", "official", "--arch", "resnet50"]
     flags += ["--dataset", "photos"] if condition == "photos" else []
     assert snclr(*flags, presets=presets).warmup_start_lr == 0.25
-    # of the real presets too, where the release's rate for ViTs meets a dataset with its own
+    # of the real presets too: the release's rate for ViTs meets a dataset with its own
     config = snclr("--follow", "official", "--arch", "vit_small", "--dataset", "photos")
     assert config.lr == PRESETS["photos"]["lr"] != 1.5e-5
 
@@ -212,7 +212,7 @@ def test_official_freezes_no_patch_embedding_where_there_is_none(arch):
         ([], 10),  # the warm-up
         (["--arch", "vit_small"], 40),
         (["--warmup-epochs", "7"], 7),
-        (["--warmup-epochs", "0", "--epochs", "200"], 10),  # none: 5 % of the epochs
+        (["--warmup-epochs", "0", "--epochs", "200"], 10),  # no warm-up: 5 % of the epochs
         (["--dataset", "cifar10"], 10),
         (["--dataset", "photos", "--warmup-epochs", "0", "--epochs", "20"], 1),
         (["--neighbour-free-epochs", "0.5"], 0.5),
@@ -226,7 +226,7 @@ def test_neighbours_wait_for_the_warmup_or_a_twentieth(flags, epochs):
 
 
 def refused(*flags: str) -> str:
-    """The message of the one error, which every rank meets alike."""
+    """Returns the message of the one error, which every rank meets alike."""
     with pytest.raises(UserError) as error:
         snclr(*flags)
     assert not error.value.this_rank
@@ -358,7 +358,7 @@ def test_config_file_of_a_run_gives_the_same_run(config_file, flags):
 
 
 def help_of(recipe: str, *flags: str) -> list[str]:
-    """The lines of a recipe's --help."""
+    """Returns the lines of a recipe's --help."""
     module, said = importlib.import_module(f"recipes.{recipe}"), io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
         module.parse_arguments([*flags, "--help"])
@@ -367,7 +367,7 @@ def help_of(recipe: str, *flags: str) -> list[str]:
 
 
 def flags_in(lines: list[str]) -> dict[str, str]:
-    """The explanation of each flag."""
+    """Returns the explanation of each flag."""
     texts, name = {}, ""
     for line in lines:
         if line.startswith("  --"):
@@ -381,7 +381,7 @@ def flags_in(lines: list[str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=RECIPES)
 def help_texts(request):
-    """(the recipe's Config, its flags' texts in --help without the defaults)."""
+    """Returns (the recipe's Config, its flags' texts in --help without the defaults)."""
     texts = flags_in(help_of(request.param))
     texts = {n: re.sub(r"\(default: .*\)$", "", t).strip() for n, t in texts.items()}
     return importlib.import_module(f"recipes.{request.param}").Config, texts
@@ -453,7 +453,7 @@ FREE |= {
     "snapshot_epochs",
     "geometry_points",
     "plan_name",
-}  # schedules go on as if max-steps were not
+}  # schedules go on as if there were no max-steps
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 
@@ -632,7 +632,7 @@ def test_settings_of_a_file_count_as_those_of_flags(config_file):
     "recipe", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.long) for name in RECIPES[1:])]
 )
 def test_plain_flags_are_read_as_tyro_reads_them(recipe, monkeypatch):
-    """Every field, each with a value of its type, and words that only tyro may judge."""
+    """Every field gets a value of its type, and words that only tyro may judge."""
     module = importlib.import_module(f"recipes.{recipe}")
     argv = []
     for name, value in dataclasses.asdict(module.Config()).items():

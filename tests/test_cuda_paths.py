@@ -28,7 +28,7 @@ from eval.linear_probe import run as probe
 from recipes import nnsiam
 
 pytestmark = pytest.mark.pictures  # a whole run has them
-# what waits on purpose: metrics once a second, checkpoints, the dear monitor, what is sent once
+# these wait on purpose: metrics once a second, checkpoints, the expensive monitor, one-time sends
 READING = ("flush", "save", "effective_rank", "mean_and_std")
 PHOTOS_RUN = ["--dataset", "photos", "--batch-size", "8", "--workers", "0", "--knn-every", "0"]
 PHOTOS_RUN += ["--max-steps", "2"]
@@ -43,8 +43,8 @@ OPTIONS = {
 
 
 def train(recipe: str, *flags: str, whole: bool = False) -> PretendCuda:
-    """A recipe's `main` on a pretended GPU; `waits` are those of its loop. Not `whole`: it ends
-    with the last step, without checkpoint, pictures and export.
+    """Runs a recipe's `main` on a pretended GPU; `waits` are those of its loop. If it is not
+    `whole`, it ends with the last step, without checkpoint, pictures and export.
     """
     module, before = importlib.import_module(f"recipes.{recipe}"), Run.evaluate_at_start
     with pretend_cuda() as gpu, mock.patch.object(Run, "evaluate_at_start") as start:
@@ -63,7 +63,7 @@ def in_steps(gpu: PretendCuda) -> list[str]:
 
 
 def least(recipe: str, *flags: str) -> list[str]:
-    """A recipe's smallest run, of two steps of 8 images."""
+    """Returns the flags of a recipe's smallest run, of two steps of 8 images."""
     return [*small(recipe), *PHOTOS_RUN, *flags]
 
 
@@ -87,7 +87,7 @@ def test_options_stay_on_the_gpu(case: str, tmp_path: Path):
 
 @pytest.fixture
 def two_ranks() -> Iterator[None]:
-    """A process group in which this is rank 0 of 2, and the other one's tensors never come."""
+    """Makes a process group in which this is rank 0 of 2, and the other's tensors never come."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         yield
@@ -110,7 +110,7 @@ def test_a_step_of_two_ranks(method: str, tmp_path: Path, two_ranks: None):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEG files in class folders, a few to train on and to test with."""
+    """Writes JPEG files in class folders, a few to train on and to test with."""
     folder = tmp_path_factory.mktemp("photographs")
     for number, name in enumerate([*PHOTOS] * 2):
         path = folder / ("train", "val")[number % 2] / f"{number % 3}" / f"{number}.jpg"
@@ -128,7 +128,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_crops_of_224_pixels(recipe: str, flags: list[str], photographs: Path, tmp_path: Path):
-    """Workers crop, the GPU does the rest; LARS for the ResNet and AdamW for the ViT."""
+    """Workers crop, the GPU does the rest; LARS trains the ResNet, and AdamW the ViT."""
     data = ["--dataset", "imagefolder", "--data", str(photographs), "--output", str(tmp_path)]
     sizes = ["--batch-size", "2", *PHOTOS_RUN[4:-1], "1"]
     assert in_steps(train(recipe, *small(recipe), *data, *sizes, *flags)) == []
@@ -136,14 +136,14 @@ def test_crops_of_224_pixels(recipe: str, flags: list[str], photographs: Path, t
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretendCuda]:
-    """A run that was stopped after one step and continued for another, with k-NN, pictures and
-    export: its folder, and what was noticed after it had continued.
+    """Stops a run after one step and continues it for another, with k-NN, pictures and export.
+    Returns its folder, and what was noticed after it had continued.
     """
     folder = tmp_path_factory.mktemp("finished") / "run"
     flags = [*small("nnclr"), "--workers", "0", "--knn-every", "1", "--output", str(folder)]
     with mock.patch("common.run.run.knn_of_encoder", side_effect=knn_of_few):
         train("nnclr", *flags, "--max-steps", "1", whole=True)
-        (folder / "backbone.safetensors").unlink()  # as of a run that was stopped
+        (folder / "backbone.safetensors").unlink()  # as in a run that was stopped
         saved = checkpoint.load(folder / checkpoint.NAME)["state"]
         assert next(iter(saved["model"].values())).device.type == "cpu"
         return folder, train("nnclr", *flags, "--max-steps", "2", whole=True)
@@ -160,8 +160,8 @@ def test_a_whole_run_and_its_continuation(finished: tuple[Path, PretendCuda]):
 @pytest.mark.long
 @pytest.mark.parametrize("script", ["linear_probe", "semi_supervised"])
 def test_an_evaluation_on_the_gpu(script: str, finished, tmp_path: Path):
-    """From the backbone to the record. No batch waits: of what its loader does, only the labels of
-    all images are sent with a wait, once per training.
+    """An evaluation goes from the backbone to the record, and no batch waits: its loader sends only
+    the labels of all images with a wait, once per training.
     """
     module = importlib.import_module(f"eval.{script}.run")
     flags = ["--backbone", str(finished[0]), "--workers", "0", "--epochs", "1"]
@@ -175,7 +175,7 @@ def test_an_evaluation_on_the_gpu(script: str, finished, tmp_path: Path):
 @pytest.mark.long
 @pytest.mark.parametrize(("precision", "rounded"), [("fp32", False), ("bf16", True)])
 def test_fp32_is_float32_on_a_gpu_too(precision, rounded, finished, tmp_path, monkeypatch):
-    """Not TF32, which PyTorch lets convolutions take."""
+    """fp32 is not TF32, which PyTorch lets convolutions take."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     flags = ["--backbone", str(finished[0]), "--workers", "0", "--measure", "knn"]
     with pretend_cuda():
@@ -184,7 +184,7 @@ def test_fp32_is_float32_on_a_gpu_too(precision, rounded, finished, tmp_path, mo
 
 
 def knn_of_few(encoder, train_images, test, *rest, **named) -> float:
-    """The run's own k-NN, on so few images that the test is quick."""
+    """Scores the run's own k-NN, on so few images that the test is quick."""
     few = [subset(images, np.arange(20)) for images in (train_images, test)]
     return knn.knn_of_encoder(encoder, *few, *rest, **named)
 
@@ -278,7 +278,7 @@ def test_a_mistake_in_a_recipe_is_noticed(planted: Callable, said: str, tmp_path
 
 
 def test_gradients_are_those_of_the_engine():
-    """The walk over the graph, on tensors with values: broadcasts, reuse, a leaf used twice."""
+    """The walk over the graph does the same on values: broadcasts, reuse, a leaf used twice."""
     from pretend_cuda import backward
 
     torch.manual_seed(0)

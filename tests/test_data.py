@@ -136,7 +136,7 @@ def test_training_and_test_patches_come_from_other_parts_of_a_photograph(monkeyp
 
 
 def write_images(root: Path, *names: str, size=(9, 8)) -> None:
-    """Small images, each of one colour that its name decides."""
+    """Writes small images, each of one colour that its name decides."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ WRONG = {  # dataset, images, empty folders, the folder that the message names, 
 
 
 def refused(dataset: str, data: str) -> str:
-    """The message of the one error; every rank meets it alike, so only rank 0 says it."""
+    """Returns the message of the one error; every rank meets it alike, so only rank 0 says it."""
     with pytest.raises(UserError) as error:
         load_dataset(dataset, data)
     assert not error.value.this_rank
@@ -464,7 +464,7 @@ def test_damaged_image_of_cifar10_folders_is_named_once(tmp_path):
 
 
 def write_batches(root: Path) -> dict[str, str]:
-    """CIFAR-10's python batches with 4 images each; file name -> md5 sum."""
+    """Writes CIFAR-10's python batches with 4 images each; returns md5 sums by file name."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     rng, sums = np.random.default_rng(0), {}
@@ -504,7 +504,7 @@ def test_cifar10_batches_of_other_sums_are_named_with_their_folder(tmp_path):
 
 
 def broken_folder(root: Path, bad=(2,), count: int = 6) -> FolderImages:
-    """Flat images 0.jpg, 1.jpg, …, those in `bad` cut in half."""
+    """Writes flat images 0.jpg, 1.jpg, …, and cuts those in `bad` in half."""
     write_images(root, *(f"train/{n}.jpg" for n in range(count)), size=(64, 64))
     for n in bad:
         path = root / "train" / f"{n}.jpg"
@@ -513,7 +513,7 @@ def broken_folder(root: Path, bad=(2,), count: int = 6) -> FolderImages:
 
 
 def load_epoch(images: FolderImages, skip: bool, workers: int = 0):
-    """The one batch of all images."""
+    """Returns the one batch of all images."""
     source = RankBatches(len(images), len(images), 0, 0, 1, 0, 1)
     (batch,) = view_loader(images, [cifar_view(32)] * 2, source, workers, skip_bad_images=skip)
     return batch
@@ -544,7 +544,7 @@ def test_text_or_nothing_in_place_of_an_image_is_named(tmp_path):
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A PNG file of a few bytes that claims so many pixels."""
+    """Returns a PNG file of a few bytes that claims so many pixels."""
     content = b"\x89PNG\r\n\x1a\n"
     sizes = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     for part in (b"IHDR" + sizes, b"IDAT", b"IEND"):

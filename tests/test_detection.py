@@ -46,7 +46,7 @@ def miniature(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resnet():
-    """A ResNet-50 whose norms are not what a new one's are."""
+    """Returns a ResNet-50 whose norms differ from a new one's."""
     torch.manual_seed(0)
     encoder = build_encoder("resnet50").eval()
     for module in encoder.modules():
@@ -175,7 +175,7 @@ def test_converter_command(resnet, tmp_path, capsys):
 
 
 def loaded_state(converted):
-    """The state of an FPN detector, as detectron2 names it, with the backbone in it."""
+    """Returns the state of an FPN detector, as detectron2 names it, with the backbone in it."""
     state = {f"backbone.bottom_up.{n}": t.clone() for n, t in converted.items()}
     state["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] = torch.tensor(0)
     state["backbone.fpn_lateral2.weight"] = torch.zeros(3)
@@ -335,7 +335,7 @@ def test_of_an_outline_the_parts_of_two_points_go(tmp_path):
 
 @pytest.mark.parametrize("case", SHAPELESS)
 def test_objects_without_a_shape_in_scoring(tmp_path, capsys, case):
-    """pycocotools stumbles over most, at the end of the training, or takes two points for a box."""
+    """pycocotools would stop at most of them, after the training, or take two points for a box."""
     root = coco(tmp_path / "coco", 2, 2)
     edit(root, "val", lambda content: content["annotations"][1].update(SHAPELESS[case]))
     images, file = loaded(root, "val"), root / "val2017" / f"{1000:012d}.jpg"
@@ -431,7 +431,7 @@ def test_a_missing_file_stops_both_tasks_before_they_train(tmp_path, capsys, tas
 
 
 def truth(areas=(100.0, 100.0)):
-    """Two objects of one class in one image."""
+    """Returns two objects of one class in one image."""
     boxes = ([0, 0, 10, 10], [50, 50, 10, 10])
     annotations = [
         {"id": i, "image_id": 1, "category_id": 7, "bbox": b, "area": a, "iscrowd": 0}
@@ -494,7 +494,7 @@ def record_of(folder):
 
 @pytest.fixture(scope="module")
 def finished(miniature, tmp_path_factory):
-    """An uninterrupted training, and its record."""
+    """Trains without interruption; returns its folder, record and output."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     done = run_script(SCRIPT, *flags(miniature, folder, "--backend", "torchvision"))
     assert done.returncode == 0, done.stderr
@@ -514,7 +514,7 @@ def test_torchvision_learns_the_miniature(finished):
     assert record["hyperparameters"]["overrides"]["SOLVER.MAX_ITER"] == 20
     assert "9 of 118287 train images" in record["dataset"]["incomplete"]
     assert "backend: torchvision" in output
-    assert not (folder / "checkpoint.pt").exists()  # of a finished one nothing is left to continue
+    assert not (folder / "checkpoint.pt").exists()  # a finished training leaves nothing to continue
     losses = [r["loss"] for r in metrics.read(folder / "metrics.jsonl")]
     assert losses[-1] < losses[0] / 2
 
@@ -544,7 +544,7 @@ def test_torchvision_is_stopped_and_continues_to_the_same_numbers(finished, mini
     assert [r["loss"] for r in again] == [r["loss"] for r in whole]
     assert record_of(folder)["others"] == finished[1]["others"]
     done = run_script(SCRIPT, *arguments)
-    assert done.returncode == 0 and "box AP" in done.stdout  # finished: says it again
+    assert done.returncode == 0 and "box AP" in done.stdout  # has finished: says it again
 
 
 @pytest.mark.long
@@ -561,7 +561,7 @@ def test_frozen_norms_and_voc(miniature, tmp_path):
 
 @pytest.mark.long
 def test_norms_take_their_plain_mean(miniature, tmp_path, monkeypatch):
-    """Precise batch norm: the running mean of the first norm is the mean over the batches."""
+    """With precise batch norm, the running mean of the first norm is the mean over the batches."""
     arguments = flags(miniature, tmp_path / "run", "--backend", "torchvision")
     seen, means = [], []
 
@@ -643,7 +643,7 @@ def test_missing_detectron2_is_said_aloud(monkeypatch, capsys):
 
 @pytest.mark.long
 def test_a_records_scores_stand_in_rows_of_their_own(finished):
-    """Mask AP beside the published mask AP; torchvision's beside none."""
+    """Mask AP stands next to the published mask AP; torchvision's next to none."""
     ours = finished[1]
     row = {"method": ours["method"], "arch": "resnet50", "pretraining": "other", "epochs": 9}
     row |= {"batch": 8, "dataset": "COCO2017", "metric": "AP", "value": 35.0, "source": "x"}
@@ -698,7 +698,7 @@ def test_detectron2_loads_a_converted_backbone_into_every_task(detectron2, resne
 
 @pytest.mark.long
 def test_detectron2_trains_on_what_torchvision_trains_on(detectron2, tmp_path):
-    """It drops outlines of two points itself, and stops at objects without any."""
+    """detectron2 drops outlines of two points itself, and stops at objects without any."""
     from detectron2.data import DatasetCatalog, DatasetMapper
 
     from eval.detection.detectron2_backend import configuration, register
@@ -722,9 +722,9 @@ def test_detectron2_trains_on_what_torchvision_trains_on(detectron2, tmp_path):
 
 @pytest.mark.long
 def test_detectron2_is_stopped_continues_and_learns(detectron2, miniature, tmp_path):
-    """240 pixels, 16 regions of each image: about a second for each iteration on 2 cores."""
+    """Images have 240 pixels and 16 regions: an iteration takes about a second on 2 cores."""
     sizes = "INPUT.MIN_SIZE_TRAIN=[240] INPUT.MIN_SIZE_TEST=240 TEST.PRECISE_BN.NUM_ITER=4 "
-    # a rate that no order of the images makes diverge: where it is stopped decides on the order
+    # a rate that no order of the images makes diverge: the moment of the stop decides on the order
     override = SMALL + sizes + "SOLVER.MAX_ITER=40 SOLVER.STEPS=[35] SOLVER.BASE_LR=0.005"
     folder = tmp_path / "run"
     arguments = flags(miniature, folder, override=override, arch="resnet50")

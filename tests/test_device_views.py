@@ -29,7 +29,7 @@ LIBRARY = SHARED_IMAGES / "imagenet_sample_200.tar"
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    """The demo's photographs, and 50 of ImageNet's size where they are at hand."""
+    """Returns the demo's photographs, and 50 of ImageNet's size if they are at hand."""
     found = [read_photo(name) for name in PHOTOS]
     if LIBRARY.exists():
         with tarfile.open(LIBRARY) as archive:
@@ -40,7 +40,7 @@ def images() -> list[Image.Image]:
 
 
 def compare(ours: torch.Tensor, pillow: torch.Tensor) -> None:
-    """The bound of the project's fast paths: 2 levels on 99 % of the values, 0.5 on average."""
+    """Asserts the bound of the project's fast paths: 2 levels on 99 % of values, 0.5 on average."""
     difference = (ours.int() - pillow.int()).abs()
     assert ours.dtype == pillow.dtype == torch.uint8
     assert (difference <= 2).double().mean() >= 0.99
@@ -48,7 +48,7 @@ def compare(ours: torch.Tensor, pillow: torch.Tensor) -> None:
 
 
 def colour(step: int, strength: float) -> dict:
-    """A draw whose only colour step with an effect is this one."""
+    """Returns a draw whose only colour step with an effect is this one."""
     factors = [1.0, 1.0, 1.0, 0.0]
     factors[step] = strength
     return {"colour_order": (step, *(s for s in range(4) if s != step)), "colour": tuple(factors)}
@@ -110,7 +110,7 @@ def test_crops_are_pillows_antialiased_ones(images, interpolation):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_tall_and_wide_crops_of_noise_are_pillows(interpolation):
-    """Noise tells the order of the two passes: each clips and rounds."""
+    """Each of the two passes clips and rounds, so noise tells their order."""
     noise = np.random.default_rng(0).integers(0, 256, (110, 110, 3), np.uint8)
     image = Image.fromarray(noise)
     boxes = [(3, 4, 12, 103), (3, 4, 103, 12), (0, 0, 100, 110), (5, 0, 97, 100), (0, 0, 110, 110)]

@@ -38,7 +38,7 @@ def log_of_sum(scores):
 
 
 def infonce_of_the_code(r1, r2, d0, temperature):
-    """main.py: rows of one view against columns of the other, diagonal targets, both ways / 2."""
+    """Follows main.py: rows of one view, columns of the other, diagonal targets, both ways / 2."""
     a, b = ([row[:d0] for row in r.tolist()] for r in (r1, r2))
     total = 0.0
     for rows, columns in ((a, b), (b, a)):
@@ -49,7 +49,7 @@ def infonce_of_the_code(r1, r2, d0, temperature):
 
 
 def equation_2(r1, r2, d0, temperature):
-    """-log exp(z_i z_i') / (sum over j != i of exp(z_i z_j) + exp(z_i z_i')), for unit vectors."""
+    """Takes -log exp(z_i z_i') / (sum over j != i of exp(z_i z_j) + exp(z_i z_i')), unit z."""
     a, b = ([row[:d0] for row in r.tolist()] for r in (r1, r2))
     total = 0.0
     for i, row in enumerate(a):
@@ -172,7 +172,7 @@ def head(*flags):
 
 
 def test_heads_are_the_codes():
-    """main.py: 512 in place of ResNet-50's 2048; the last batch norm has scale and offset."""
+    """They are main.py's, with 512, not 2048; the last batch norm has scale and offset."""
     mlp = [(512, 512), "BatchNorm1d", "ReLU", (512, 128), "BatchNorm1d"]
     assert head("--projector", "mlp") == (mlp, 128)
     narrow = [(512, 64), "BatchNorm1d", "ReLU", (64, 32), "BatchNorm1d"]
@@ -207,7 +207,7 @@ READINGS += [pytest.param(flags, marks=pytest.mark.long, id=" ".join(flags)) for
 
 
 def plain_loss(z1, z2, temperature, form):
-    """As tensors that autograd goes through, one anchor at a time."""
+    """Computes it as tensors that autograd goes through, one anchor at a time."""
     z1, z2 = (torch.stack([row / row.square().sum().sqrt() for row in z]) for z in (z1, z2))
     total = 0
     for i in range(len(z1)):
@@ -222,7 +222,7 @@ def plain_loss(z1, z2, temperature, form):
 
 
 def lars_step(weights, velocities, rate):
-    """One update, written out: tensors of one dimension are neither decayed nor adapted."""
+    """Writes one update out: tensors of one dimension are neither decayed nor adapted."""
     with torch.no_grad():
         for weight, velocity in zip(weights, velocities, strict=True):
             update = weight.grad.clone()
@@ -236,7 +236,7 @@ def lars_step(weights, velocities, rate):
 
 @pytest.mark.parametrize("flags", READINGS, ids=" ".join)
 def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
-    """A forward for each view, the sub-vector, the rate from 0 to a thousandth."""
+    """Each view has a forward, the loss sees a sub-vector, the rate goes from 0 to a thousandth."""
     seen = watched_run(directclr, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
     config = directclr.parse_arguments(["--arch", "tiny", *FLAGS, *flags])
     model, after = copy.deepcopy(seen["before"]["model"]), seen["after"]["model"]

@@ -93,7 +93,7 @@ EMPTY_IS_NOTHING = ("figures.yaml", "recipes.yaml")
 
 
 def written(path, value):
-    """The file with this value in it, in its format."""
+    """Writes a file with this value in it, in its format."""
     if path.suffix == ".yaml":
         path.write_text(yaml.safe_dump(value, sort_keys=False))
     elif path.suffix == ".jsonl":
@@ -106,7 +106,7 @@ def written(path, value):
 
 
 def refused(path) -> str:
-    """What is said of a file, which names it."""
+    """Returns what is said of a file, which names it."""
     with pytest.raises(UserError) as error:
         READERS[path.name][1](path)
     text = str(error.value)
@@ -115,7 +115,7 @@ def refused(path) -> str:
 
 
 def changed(value, place: str, new):
-    """A copy with another value at a place, a.b.0; without it if the new one is DROP."""
+    """Returns a copy with another value at a place, a.b.0; without it if the new one is DROP."""
     value = copy.deepcopy(value)
     *inner, last = [int(word) if word.isdigit() else word for word in place.split(".")]
     part = functools.reduce(lambda part, word: part[word], inner, value)
@@ -155,7 +155,7 @@ CONTENTS = {
 }
 
 
-ONE_OF_EACH = {"config.yaml", "results.json", "packed.json"}  # in `make test`; the rest is alike
+ONE_OF_EACH = {"config.yaml", "results.json", "packed.json"}  # run in `make test`; others are alike
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -381,7 +381,7 @@ def test_a_figure_of_no_tier_is_one_line(tmp_path):
         with pytest.raises(UserError, match="is no tier of"):
             curves.stale(golden_set.join([], [figure]), tmp_path)
     figure["command"] = "python results/curves.py photos 'it"
-    assert curves.stale(golden_set.join([], [figure]), tmp_path)  # is no picture: drawn anew
+    assert curves.stale(golden_set.join([], [figure]), tmp_path)  # no picture: drawn again
 
 
 # -- flags -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from results import record
 
 @pytest.fixture(scope="module")
 def resnet():
-    """A torchvision ResNet-18 with its classifier, norms with the statistics of some images."""
+    """Returns torchvision's ResNet-18 with its classifier, norms with statistics of images."""
     import torchvision
 
     torch.manual_seed(1)
@@ -31,7 +31,7 @@ def resnet():
 
 
 def features_of(resnet, x):
-    """What the classifier of a ResNet gets."""
+    """Returns what the classifier of a ResNet gets."""
     seen = []
     hook = resnet.avgpool.register_forward_hook(lambda *call: seen.append(call[2].flatten(1)))
     resnet(x)
@@ -44,7 +44,7 @@ def prefixed(tensors, prefix):
 
 
 def wrapped(layout, resnet):
-    """A checkpoint of a ResNet-18 as each project writes it, heads and all."""
+    """Returns a checkpoint of a ResNet-18 as each project writes it, heads and all."""
     state = resnet.state_dict()
     body = {n: t for n, t in state.items() if not n.startswith("fc.")}
     projector = {f"fc.{i}.weight": torch.randn(4, 4) for i in (0, 3)}
@@ -52,7 +52,7 @@ def wrapped(layout, resnet):
     other = {name: torch.randn_like(t.float()) for name, t in body.items()}
     if layout == "torchvision":
         return state
-    if layout == "without classifier":  # as Barlow Twins' and VICReg's resnet50.pth
+    if layout == "without classifier":  # like Barlow Twins' and VICReg's resnet50.pth
         return body
     if layout == "ddp":
         return {"model": prefixed(state, "module."), "epoch": 3}
@@ -118,7 +118,7 @@ def test_every_key_that_does_not_match_is_named(resnet, tmp_path):
 
 
 def test_heads_of_a_vit_are_told_by_the_file_and_not_by_its_tensors(tmp_path):
-    """MoCo-v3's ViT-S and timm's: equal names and shapes, other features."""
+    """MoCo-v3's ViT-S and timm's have equal names and shapes, and other features."""
     torch.manual_seed(0)
     twelve = build_encoder("vit_small_mocov3", 32).eval()
     six = build_encoder("vit_small", 32).eval()
@@ -188,7 +188,7 @@ def test_mistakes_get_one_line(tmp_path):
 
 
 def unfinished(run, folder):
-    """The run's folder as it was before its backbone was exported."""
+    """Copies the run's folder as it was before its backbone was exported."""
     done = {"backbone.safetensors", "results.json"}
     shutil.copytree(run, folder, ignore=lambda _, names: done & {*names})
     return folder
@@ -204,7 +204,7 @@ def test_a_run_can_be_evaluated_before_its_end(method, run_of, tmp_path):
     run = run_of(method)
     finished, exported = load_encoder(run)
     folder = unfinished(run, tmp_path / "run")
-    alone = tmp_path / "copy.pt"  # of a snapshot, without its run
+    alone = tmp_path / "copy.pt"  # a snapshot's, without its run
     shutil.copy(run / checkpoint.NAME, alone)
     (folder / "snapshots").mkdir()
     snapshot = shutil.copy(alone, folder / "snapshots" / "epoch-0001.pt")
@@ -244,7 +244,7 @@ def test_a_run_that_goes_on_after_its_results_gives_its_checkpoint(run_of, tmp_p
 
 
 def test_a_checkpoint_without_an_encoder_is_named(tmp_path):
-    """An evaluation's, and one of the first format in which flags were not saved."""
+    """One is an evaluation's, one is of the first format, in which flags were not saved."""
     for state, text in (
         ({"evaluation": "linear_probe"}, "is the checkpoint of an evaluation"),
         ({"recipe": "nnclr", "state": {"model": {}}}, "leave it beside the config.yaml"),
@@ -255,7 +255,7 @@ def test_a_checkpoint_without_an_encoder_is_named(tmp_path):
 
 
 def test_a_checkpoint_of_format_1_is_read_under_the_new_names(tmp_path):
-    """tests/test_old_checkpoint.py says where the file is from; nothing lies beside it here."""
+    """tests/test_old_checkpoint.py says where the file is from; nothing lies next to it here."""
     stored = Path(__file__).resolve().parent / "data" / "checkpoint-format-1.pt.xz"
     (tmp_path / checkpoint.NAME).write_bytes(lzma.decompress(stored.read_bytes()))
     encoder, facts = load_encoder(tmp_path)
@@ -274,7 +274,7 @@ def test_a_note_of_the_encoder_stays_beside_that_of_the_evaluation():
 
 
 def test_moco_v3s_own_names_are_of_its_own_vits():
-    """12 heads, fixed positions; after its linear evaluation the file has timm's names."""
+    """They have 12 heads, fixed positions; after its linear evaluation, a file has timm's names."""
     for name in ("vit_small", "vit_base"):
         assert arch_of(Path("a.pth.tar"), name, "moco-v3", None) == f"{name}_mocov3"
     assert arch_of(Path("a.pth.tar"), "vit_base", "torchvision or timm", None) == "vit_base"

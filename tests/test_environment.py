@@ -35,7 +35,7 @@ def test_a_damaged_file_does_not_keep_a_run_from_going_on(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A repository that environment takes for this project's."""
+    """Makes a repository that environment takes for this project's."""
     for name in ("README.md", "results/README.md", "recipes/a.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -52,7 +52,7 @@ def test_a_clean_tree_has_a_commit_and_needs_no_warning(checkout):
 
 
 def test_what_the_report_writes_makes_no_tree_dirty(checkout):
-    """Neither for a run nor for a launcher; the README below it does."""
+    """This holds for a run and for a launcher; but a README in a folder below counts."""
     (checkout / "README.md").write_text("a table\n")
     (checkout / "results" / "README.md").write_text("a table\n")
     (checkout / "results" / "new.html").write_text("a page\n")

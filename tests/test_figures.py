@@ -30,7 +30,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of one epoch of each, 21 steps at batch 256, with snapshots before and after."""
+    """Trains a run of one epoch of each, 21 steps at batch 256, with snapshots before and after."""
     folders = {}
 
     def of(recipe):
@@ -210,7 +210,7 @@ def test_no_place_of_a_grid_is_empty(panels):
 
 
 def lines_of_run(steps: int = 4) -> list[dict]:
-    """Metrics of two epochs, the effective rank at the first step alone."""
+    """Returns metrics of two epochs, the effective rank at the first step alone."""
     lines = [{"kind": "epoch", "epoch": 0, "step": 0, "knn": 0.25, "calibrated": True}]
     for n in range(1, steps + 1):
         own = {"effective_rank": 3.5} if n == 1 else {}
@@ -220,7 +220,7 @@ def lines_of_run(steps: int = 4) -> list[dict]:
 
 
 def drawn(monkeypatch, draw) -> object:
-    """The figure that a function would save."""
+    """Returns the figure that a function would save."""
     found = []
     monkeypatch.setattr(pictures, "save", lambda figure, *_: found.append(figure))
     draw()

@@ -32,7 +32,7 @@ FORMS = ["attract", "eliminate", "none"]
 
 
 def cosine(a, b):
-    """0 for a row of zeros."""
+    """Returns the cosine of two rows, 0 for a row of zeros."""
     lengths = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(x * x for x in b))
     return math.fsum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
 
@@ -42,7 +42,7 @@ def unit(rows):
 
 
 def rows_of(views, keys=None):
-    """The columns as lists: views one after another, each with all its images."""
+    """Returns the columns as lists: views one after another, each with all its images."""
     return [row for view in views.tolist() for row in view] if keys is None else keys.tolist()
 
 
@@ -50,7 +50,7 @@ def rows_of(views, keys=None):
 
 
 def found_by_hand(views, keys=None, top_k=10, threshold=0.7, aggregate="max", key_views=None):
-    """Image by image: sort the other images' columns by score, the first of equals first."""
+    """Sorts, image by image, the other images' columns by score, the first of equals first."""
     views, columns = views.tolist(), rows_of(views, keys)
     images, key_views = len(views[0]), key_views or len(views)
     mask = []
@@ -85,7 +85,7 @@ def test_false_negatives_are_those_of_the_loop(threshold, top_k, aggregate):
 @pytest.mark.parametrize("aggregate", ["max", "mean"])
 @pytest.mark.parametrize("threshold", [-1.0, -0.5, 0.0, 0.5, 1.0])
 def test_of_equal_scores_the_first_columns_are_taken_and_the_threshold_is_not(threshold, aggregate):
-    """Rows along few axes: all cosines are -1, 0 or 1, and so exact."""
+    """Rows lie along few axes: all cosines are -1, 0 or 1, and so exact."""
     generator = torch.Generator().manual_seed(7)
     axes = torch.cat([torch.eye(3), -torch.eye(3), torch.zeros(2, 3)]).double()
     lengths = torch.tensor([0.25, 1.0, 8.0]).double()
@@ -140,7 +140,7 @@ def test_what_cannot_be_searched_is_refused():
 
 
 def loss_by_hand(views, mask, temperature, form, keys=None):
-    """Anchor by anchor, on lists."""
+    """Computes the loss anchor by anchor, on lists."""
     columns, mask = rows_of(views, keys), mask.tolist()
     views, losses = views.tolist(), []
     number, images = len(views), len(views[0])
@@ -162,7 +162,7 @@ def loss_by_hand(views, mask, temperature, form, keys=None):
 
 
 def random_mask(seed, views, images, columns, share=0.4):
-    """Of other images' columns, one row empty."""
+    """Draws a mask of other images' columns; one row is empty."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(images, columns, generator=generator) < share
     for v in range(views):
@@ -172,7 +172,7 @@ def random_mask(seed, views, images, columns, share=0.4):
 
 
 def cases(shape):
-    """(views, mask, keys) without keys and with them, whose last rows are zeros."""
+    """Yields (views, mask, keys) without keys and with them, whose last rows are zeros."""
     views, images, dim = shape
     z, own = draw(1, *shape), views * images
     keys = torch.cat([draw(2, own, dim), draw(3, 6, dim), torch.zeros(3, dim).double()])
@@ -210,7 +210,7 @@ def test_two_views_without_false_negatives_are_simclr(temperature):
 
 
 def test_attracted_columns_stay_in_the_denominator_and_eliminated_ones_do_not():
-    """Orthogonal images; one column is masked, at cosine 0 to its anchors."""
+    """Images are orthogonal; one column is masked, at cosine 0 to its anchors."""
     z = torch.eye(3).double().expand(2, 3, 3)
     mask = torch.zeros(3, 6, dtype=torch.bool)
     mask[0, 4] = True
@@ -223,7 +223,7 @@ def test_attracted_columns_stay_in_the_denominator_and_eliminated_ones_do_not():
 
 
 def loss_as_tensors(views, mask, temperature, form, keys=None):
-    """The same for autograd, one anchor at a time."""
+    """Computes the same for autograd, one anchor at a time."""
     z = torch.stack([torch.stack([r / r.square().sum().sqrt() for r in view]) for view in views])
     columns = z.flatten(0, 1)
     if keys is not None:
@@ -299,7 +299,7 @@ LARGE = 1e9  # objective.py's LARGE_NUM
 
 
 def searched_in_matrices(searching, columns, top_k, threshold, aggregate, key_views):
-    """objective.py's mask, one replica; of unit rows (V,N,D), (C,D)."""
+    """Computes objective.py's mask for one replica, of unit rows (V,N,D), (C,D)."""
     images = searching.shape[1]
     own = torch.zeros(images, len(columns), dtype=columns.dtype)
     own[:, : key_views * images] = torch.eye(images, dtype=columns.dtype).repeat(1, key_views)
@@ -310,7 +310,7 @@ def searched_in_matrices(searching, columns, top_k, threshold, aggregate, key_vi
 
 
 def loss_in_matrices(z, columns, mask, temperature, form):
-    """objective.py's loss, one replica, as the mean over anchors; of unit rows."""
+    """Computes objective.py's loss for one replica, as the mean over anchors; of unit rows."""
     views, images = z.shape[:2]
     eye, mask = torch.eye(images, dtype=z.dtype), mask.to(z.dtype)
     pulled, total = mask if form == "attract" else 0 * mask, 0
@@ -326,7 +326,7 @@ def loss_in_matrices(z, columns, mask, temperature, form):
 
 
 def test_search_and_loss_are_the_released_codes():
-    """With many views near each other, so that a part of them is found."""
+    """Many views lie near each other, so that a part of them is found."""
     centres = draw(1, 1, 6, 4, spread=0)[0]
     z, ema = (unit(centres + 0.8 * draw(seed, 10, 6, 4, spread=0)) for seed in (2, 3))
     older = unit(draw(4, 24, 4))
@@ -389,7 +389,7 @@ LONG = ("eliminate", "memory", "all", "none")
 
 
 def projections(network, views):
-    """One forward: batch norms see all of them together."""
+    """Runs one forward: batch norms see all views together."""
     return network(torch.cat(views)).unflatten(0, (len(views), -1))
 
 
@@ -397,8 +397,8 @@ def projections(network, views):
     "case", [pytest.param(c, marks=pytest.mark.long) if c in LONG else c for c in CASES]
 )
 def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
-    """Which views are anchors, search and are columns; the joint batch statistics of each forward;
-    the momentum encoder's own start; the memory; the rate inside the momentum.
+    """The replay shows which views are anchors, search and are columns; the joint batch statistics
+    of each forward; the momentum encoder's own start; the memory; the rate inside the momentum.
     """
     flags, anchors, size, form, aggregate, factor = CASES[case]
     seen = watched_run(fnc, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
@@ -483,7 +483,7 @@ def test_all_views_as_anchors_on_two_ranks(tmp_path):
 
 @pytest.mark.long
 def test_memory_and_momentum_go_on_after_a_stop(tmp_path):
-    """In an epoch: seven steps at once are three and then four more."""
+    """They do so within an epoch: seven steps at once are three and then four more."""
     small = ["--dataset", "photos", "--batch-size", "36", "--workers", "0", "--knn-every", "0"]
     small += ["--output-dim", "12", "--projector-hidden", "16", *OFFICIAL]
     for name, steps in (("whole", [7]), ("cut", [3, 7])):
@@ -588,7 +588,7 @@ def test_flags_that_cannot_be_meant_are_refused(flags, said):
 
 
 def test_the_projector_is_the_codes():
-    """model_util.py: 512 in place of ResNet-50's 2048, three layers, a scale alone at the end."""
+    """It is model_util.py's, with 512, not 2048: three layers, and a scale alone at the end."""
     model = fnc.FNC(fnc.parse_arguments(["--arch", "resnet18"]))
     linears = [m for m in model.projector if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linears] == [

@@ -33,7 +33,7 @@ def test_what_enters_the_numbers_is_refused_and_the_rest_may_change(tmp_path):
     with pytest.raises(UserError, match="seed was 0, is 1"):
         Folder(tmp_path, RUN, dataclasses.replace(config, seed=1)).refuse_changes()
     other = Folder(tmp_path, {"recipe": "nnclr"}, dataclasses.replace(config, seed=1))
-    with pytest.raises(UserError, match=r"\(recipe was snclr, is nnclr\)"):  # and no word of flags
+    with pytest.raises(UserError, match=r"\(recipe was snclr, is nnclr\)"):  # it names no flags
         other.refuse_changes()
 
 

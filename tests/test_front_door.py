@@ -23,7 +23,7 @@ from common.run import backbone, early, metrics, model_card
 from common.run.help import in_80_columns
 
 SCRIPTS = [*(f"recipes/{name}.py" for name in cards.load()), "eval/supervised.py"]
-# of argparse, whose errors are their own
+# these use argparse, which has errors of its own
 OTHERS = ["eval/demo.py", "eval/transfer/prepare.py"]
 OTHERS += sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "eval/figures").glob("[a-z]*.py"))
 EVALUATIONS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "eval").glob("*/run.py"))
@@ -70,7 +70,7 @@ def test_help_and_wrong_flags_of_every_script_need_no_torch():
 
 
 def here() -> dict[str, str]:
-    """The environment in which this very checkout is imported."""
+    """Returns the environment in which this very checkout is imported."""
     return environment(PYTHONPATH=str(ROOT))
 
 
@@ -106,7 +106,7 @@ def test_every_script_answers_before_it_imports_torch(script):
 
 @pytest.mark.parametrize("words", [["--help"], ["--epocs", "3"]])
 def test_a_recipe_answers_within_a_second(words):
-    """Of the processor's time, since other work may hold this one up."""
+    """The limit is on the processor's time, since other work may hold this process up."""
     before = os.times()
     command = [sys.executable, "recipes/nnclr.py", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=here(), cwd=ROOT)
@@ -140,7 +140,7 @@ def test_the_quick_look_reads_flags_as_the_script_does(recipe):
 
 
 def test_the_quick_look_leaves_what_is_unforeseen_to_the_script(tmp_path):
-    """Says nothing of a fault of its own, which is never the user's: the script runs."""
+    """It says nothing of a fault of its own, which is never the user's: the script runs."""
     path = tmp_path / "odd.py"
     path.write_text("def parse_arguments(argv):\n    return surprise\n")
     early.answer(path)
@@ -155,7 +155,7 @@ def test_the_quick_look_leaves_what_is_unforeseen_to_the_script(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still, on which seconds can be let pass."""
+    """Makes a clock that stands still; its function lets seconds pass."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
 
@@ -196,7 +196,7 @@ def test_ranks_that_are_silent_say_nothing(clock, capsys):
 
 
 def on_a_terminal(script: str, *flags: object, **redirected) -> tuple[int, str]:
-    """Exit code, and what a terminal is shown by a script whose streams it is."""
+    """Returns exit code, and what a terminal is shown by a script whose streams it is."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows and columns
     streams = {"stdout": its, "stderr": its} | redirected
@@ -208,7 +208,7 @@ def on_a_terminal(script: str, *flags: object, **redirected) -> tuple[int, str]:
     while True:
         try:
             chunk = os.read(ours, 65536)
-        except OSError:  # the last one who held it has ended
+        except OSError:  # the last process that held it has ended
             break
         if not chunk:
             break
@@ -234,7 +234,7 @@ def test_a_terminal_has_one_bar_and_a_log_beside_it_none(tmp_path):
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard reads in a run's folder, by tag."""
+    """Returns what TensorBoard reads in a run's folder, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder / metrics.TENSORBOARD))

@@ -19,7 +19,7 @@ from common.run import geometry
 
 
 def plain(rows):
-    """Spread, rank and singular values, from their definitions."""
+    """Computes spread, rank and singular values from their definitions."""
     rows = rows.double().numpy()
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     spread = np.mean([np.std(column) for column in unit.T]) * rows.shape[1] ** 0.5

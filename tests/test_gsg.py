@@ -27,7 +27,7 @@ def distance(a, b):
 
 
 def algorithm_1(p11, p12, p21, p22, z11, z12, z21, z22, pairs, taken=None):
-    """The paper's pseudo-code, line by line: one pair after another, on Python floats."""
+    """Follows the paper's pseudo-code, line by line: one pair after another, on Python floats."""
     lists = [t.tolist() for t in (p11, p12, p21, p22, z11, z12, z21, z22)]
     losses = []
     for i, j in enumerate(pairs):
@@ -89,7 +89,7 @@ def test_all_four_branches_are_taken_and_told_apart(recipe):
         assert recipe.gsg_loss(*row).item() == pytest.approx(algorithm_1(*row, [0]), rel=1e-11)
 
 
-# z11, z12, z21, z22 in a plane, and the branch; moved away from zero, where a cosine has no value
+# z11, z12, z21, z22 in a plane, and the branch; none is at zero, which has no cosine
 TIES = {
     "all": ([0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], 0),
     "11,21 and 12,22": ([0.0, 0.0], [5.0, 0.0], [1.0, 0.0], [6.0, 0.0], 0),
@@ -248,7 +248,7 @@ def test_pairs_do_not_depend_on_the_number_of_ranks(pairing):
 
 @pytest.mark.parametrize(("pairing", "kinds"), [("global", 24), ("local", 24), ("derangement", 9)])
 def test_every_permutation_is_as_likely(pairing, kinds):
-    """4 images have 24 permutations, 9 of them derangements: chi-square at 1 in 10 000."""
+    """4 images have 24 permutations, 9 of them derangements: chi-square holds at 1 in 10 000."""
     counts: dict = dict.fromkeys(itertools.permutations(range(4)), 0)
     for step in range(4800):
         counts[tuple(draw_pairs(pairing, 4, 1, 0, step).tolist())] += 1

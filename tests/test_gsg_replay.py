@@ -30,7 +30,7 @@ def cosine(a, b):
 
 
 def losses_of_pairs(p, z):
-    """Algorithm 1 for rows that are paired already: p11 p12 p21 p22, z11 z12 z21 z22."""
+    """Follows Algorithm 1 for rows that are paired already: p11 p12 p21 p22, z11 z12 z21 z22."""
     branches = [
         ((z[0] - z[2]).norm(dim=1), -cosine(p[0], z[1]) - cosine(p[2], z[3])),
         ((z[0] - z[3]).norm(dim=1), -cosine(p[0], z[1]) - cosine(p[3], z[2])),

@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
 
 
 def oracle(train_x, train_y, test_x, test_y, k: int, temperature: float) -> float:
-    """The weighted vote (Wu et al. 2018) in plain loops."""
+    """Takes the weighted vote (Wu et al. 2018) in plain loops."""
     right = 0
     for x, truth in zip(test_x.tolist(), test_y.tolist(), strict=True):
         cosines = []
@@ -45,7 +45,7 @@ def oracle(train_x, train_y, test_x, test_y, k: int, temperature: float) -> floa
 
 @pytest.fixture(scope="module")
 def clusters():
-    """train_x, train_y, test_x, test_y: five classes that overlap, rows of all lengths."""
+    """Returns train_x, train_y, test_x, test_y: five classes that overlap, rows of all lengths."""
     centres = normal(5, 8, seed=1)
     train_y, test_y = torch.arange(90) % 5, torch.arange(60) % 4  # no test image of class 4
     train_x = centres[train_y] + 1.5 * normal(90, 8, seed=2)
@@ -145,7 +145,7 @@ def test_knn_refuses_what_has_no_answer(wrong):
 
 @pytest.fixture(scope="module")
 def photo_sets():
-    """Every 20th patch of each split: 270 and 54 images."""
+    """Returns every 20th patch of each split: 270 and 54 images."""
     return [
         ArrayImages(pixels[::20], labels[::20], [], "photos")
         for pixels, labels in (photos.patches("train"), photos.patches("test"))

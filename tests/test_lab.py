@@ -27,7 +27,7 @@ def record(knn=60.0, linear=62.0, random=30.0, std=0.9, rank=40.0, purity=0.5, c
 
 
 def runs(**arms):
-    """arm -> records by seed from 10 on, as `claims.recorded` gives them."""
+    """Returns records by seed from 10 on for each arm, as `claims.recorded` gives them."""
     protocol = lab.PROTOCOLS["readout"]
     return {
         name: {protocol: {10 + n: (f"{name}{n}.json", one) for n, one in enumerate(records)}}
@@ -63,7 +63,7 @@ def test_the_interval_is_the_t_tests():
 
 
 def test_holm_on_a_worked_example():
-    """Four of them: .01 x 4, then .015 x 3, .02 x 2 and .03 x 1, none below the one before."""
+    """Four p values give .01 x 4, then .015 x 3, .02 x 2 and .03 x 1, none below the one before."""
     ps = {"a": 0.02, "b": 0.01, "c": 0.03, "d": 0.015}
     assert lab.holm(ps) == pytest.approx({"b": 0.04, "d": 0.045, "a": 0.045, "c": 0.045})
     assert lab.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
@@ -114,7 +114,7 @@ def test_nothing_is_judged_before_all_seeds_are_there():
 
 
 def test_primary_claims_pay_for_each_other_also_for_those_not_run():
-    """p about .006: seen alone, not among twelve."""
+    """With a p of about .006 the effect is seen alone, but not among twelve claims."""
     a, b = [record(knn=k) for k in (60, 62, 61, 60.5, 63)], around(59, 0.3)
     alone = verdict(runs(a=a, b=b))
     assert alone.word == lab.SEEN
@@ -184,7 +184,7 @@ def test_look_ups_that_find_little_make_a_claim_untestable():
 
 
 def test_views_until_five_points_above_random():
-    """20 at random, then 22, 28, 40: 25 lies halfway through the second epoch."""
+    """From 20 at random it goes to 22, 28, 40: 25 lies halfway through the second epoch."""
     slow = record(random=20.0, knn=40.0, curve=[0.2, 0.22, 0.28, 0.4])
     assert lab.epochs_until(lab.measured(slow), 5) == pytest.approx(1.5)
     never = record(random=20.0, knn=21.0, curve=[0.2, None, 0.21])

@@ -300,7 +300,7 @@ def test_effects_of_different_units_have_panels_of_their_own_in_order_of_verdict
 
 @pytest.fixture
 def history(tmp_path, monkeypatch):
-    """A function that commits claims to a repository of their own and returns the commit."""
+    """Returns a function that commits claims to their own repository and returns the commit."""
     monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
     (tmp_path / "results").mkdir()
 
@@ -322,7 +322,7 @@ def history(tmp_path, monkeypatch):
 def test_a_record_whose_commit_has_another_claim_is_refused(history):
     before = history(None)
     other = history(with_claim(smallest=1))
-    right = history(with_claim(claim="In other words"))  # which a claim may be put in
+    right = history(with_claim(claim="In other words"))  # a claim may be said in other words
     text = lab_page.markdown(join(invented_records(commit=right)))
     assert lab_page.CHECKED in text and f"Commit: `{right[:7]}`." in text
     for commit in (before, other):
@@ -401,7 +401,7 @@ COMMANDS = [
 
 @pytest.fixture
 def lab_folder(tmp_path, monkeypatch):
-    """The golden plan and claims with a lab in them, for the commands."""
+    """Makes a folder of the golden plan and claims with a lab in them, for the commands."""
     golden_set.copy_to(tmp_path)
     with open(tmp_path / "plan.yaml", "a") as file:
         file.write(LAB_TIER)
@@ -426,7 +426,7 @@ def flags_of(name):
 
 
 def with_values(flags):
-    """Flags and values in turn, True for a flag without one."""
+    """Yields flags and values in turn, True for a flag without one."""
     for n, flag in enumerate(flags):
         yield flag
         if flag.startswith("--") and (n + 1 == len(flags) or flags[n + 1].startswith("--")):
@@ -443,7 +443,7 @@ def test_a_claim_on_photos_keeps_what_sets_its_runs_apart(lab_folder):
     found = flags_of("longer")
     assert (found["plain"]["--epochs"], found["long"]["--epochs"]) == ("3", "6")
     assert "--warmup-epochs" not in found["long"]
-    found = flags_of("wider")  # of which a size is what the claim is about
+    found = flags_of("wider")  # this claim is about a size
     assert [one["--projector-hidden"] for one in found.values()] == ["128", "64"]
     found = flags_of("labels-help")
     assert found["labels"]["--epochs"] == "3" and "--cosine-per" not in found["labels"]

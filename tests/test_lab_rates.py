@@ -12,7 +12,7 @@ from slurm.plan import PROTOCOLS
     [
         ({0.25: 1.0, 1.0: 3.0, 4.0: 2.0}, 1.0),
         ({0.25: 5.0, 1.0: 3.0, 4.0: 5.1}, 4.0),
-        ({0.25: 5.0, 1.0: 5.0, 4.0: 5.0}, 1.0),  # of equals the family's own
+        ({0.25: 5.0, 1.0: 5.0, 4.0: 5.0}, 1.0),  # of equals the family's own wins
         ({0.25: -2.0, 1.0: None, 4.0: None}, 0.25),  # the others failed
     ],
 )

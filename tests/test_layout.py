@@ -32,11 +32,11 @@ FLOORS = [
     {"recipes", "results", "eval", "slurm"},
     {"benchmarks"},
 ]
-# what else a floor's folders may take from one another
+# imports that a floor's folders may make of one another, besides
 WITHIN = {
     "eval": {"eval", "results.record"},
     "eval.figures": {"eval", "results.record", "recipes"},
-    "results": {"results", "slurm.plan"},  # whose list of runs is a sweep too
+    "results": {"results", "slurm.plan"},  # its list of runs is a sweep too
     "slurm": {"slurm"},
     "slurm.check": {"slurm", "recipes"},
     "recipes": set(),
@@ -53,7 +53,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """This project's modules that a file imports anywhere, also in a function."""
+    """Yields this project's modules that a file imports anywhere, also in a function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -35,14 +35,14 @@ def cifar():
 
 @pytest.fixture(scope="module")
 def vit():
-    """timm's ViT-S for 32 pixels."""
+    """Returns timm's ViT-S for 32 pixels."""
     torch.manual_seed(1)
     return build_encoder("vit_small", 32).eval()
 
 
 def shaken(encoder):
-    """Each tensor matters, and so do the images: norms not at their initial values, but with the
-    statistics of images.
+    """Changes an encoder so that each tensor matters, and so do the images: its norms have no
+    initial values, but the statistics of images.
     """
     torch.manual_seed(1)
     for module in encoder.modules():
@@ -59,12 +59,12 @@ def prefixed(tensors, prefix):
 
 
 def some(*names):
-    """Tensors of what is not the encoder."""
+    """Returns tensors of what is not the encoder."""
     return {name: torch.randn(4, 4) for name in names}
 
 
 def changed(body):
-    """A momentum encoder's: the same names, other values."""
+    """Returns a momentum encoder's tensors: the same names, other values."""
     return {name: t + 1 for name, t in body.items()}
 
 
@@ -97,7 +97,7 @@ def swav(body):
 
 
 def dino(body):
-    """The full file of a ResNet: both networks wrapped, flags beside them."""
+    """Returns the full file of a ResNet: both networks wrapped, flags next to them."""
     teacher = ddp(prefixed(body, "backbone."), some(*DINO_HEAD))
     student = ddp(prefixed(changed(body), "backbone."), some(*DINO_HEAD))
     flags = argparse.Namespace(arch="resnet18", patch_size=16, lr=0.1)
@@ -187,7 +187,7 @@ def test_a_resnet_of_each_layout_gives_its_features(wrap, resnet, tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_detectron2s_pickle(resnet, tmp_path, protocol):
-    """As the converters of MoCo and detectron2 write it, counters and classifier too."""
+    """It is as the converters of MoCo and detectron2 write it, with counters and classifier."""
     state = resnet.state_dict() | some("fc.weight")
     model = {detectron2_name(n): t.numpy() for n, t in state.items()}
     content = {"model": model, "__author__": "MOCO", "matching_heuristics": True}
@@ -214,7 +214,7 @@ def test_solo_learns_stem_for_cifar_has_its_own_padding(cifar, tmp_path):
 
 
 def test_lightlys_own_resnet_has_no_relu_in_its_stem(cifar, tmp_path):
-    """Its children in a Sequential, as lightly's CIFAR-10 benchmark has them."""
+    """Its children are in a Sequential, as in lightly's CIFAR-10 benchmark."""
     numbers = {name: i for i, name in enumerate(n for n in CHILDREN if n not in CHILDREN[2:4])}
     state = {
         re.sub(r"^\w+", lambda found: f"backbone.{numbers[found[0]]}", n): t
@@ -238,7 +238,7 @@ def test_a_stem_whose_padding_nobody_knows_is_refused(wrap, cifar, tmp_path):
 
 
 def test_a_resnet18_may_be_said_to_be_the_small_one(cifar, tmp_path):
-    """Other shapes: nothing can be loaded wrongly."""
+    """Shapes differ: nothing can be loaded wrongly."""
     torch.save(moco(cifar.state_dict()), tmp_path / "c.pth")
     assert load_encoder(tmp_path / "c.pth", "resnet18_cifar")[1]["arch"] == "resnet18_cifar"
     with pytest.raises(UserError, match=r"conv1.weight is \(64, 3, 3, 3\)"):
@@ -249,7 +249,7 @@ def test_a_resnet18_may_be_said_to_be_the_small_one(cifar, tmp_path):
 
 
 def dino_vit(body):
-    """The teacher of a ViT is not wrapped, the student is."""
+    """Returns a ViT's file, in which the teacher is not wrapped, but the student is."""
     return dino(body) | {
         "teacher": prefixed(body, "backbone.") | some(*DINO_HEAD),
         "args": argparse.Namespace(arch="deit_small"),
@@ -291,7 +291,7 @@ def test_torchvisions_vit(tmp_path, old):
     for tensor in theirs.parameters():
         tensor.data += 0.02 * torch.randn_like(tensor)
     state = theirs.state_dict()
-    if old:  # of before torchvision 0.14
+    if old:  # from before torchvision 0.14
         state = {n.replace("mlp.0.", "mlp.linear_1."): t for n, t in state.items()}
         state = {n.replace("mlp.3.", "mlp.linear_2."): t for n, t in state.items()}
     torch.save(state, tmp_path / "vit.pth")
@@ -384,14 +384,14 @@ def test_any_other_type_is_named_and_how_to_save_without_it(resnet, tmp_path):
     for name in ("c.pth", "c.pkl"):
         with pytest.raises(UserError, match=r"holds a fractions.Fraction, .* torch.save\("):
             load_encoder(tmp_path / name, "resnet18")
-    array = np.array([Fraction(1, 2)])  # of objects: each of them would have to be made
+    array = np.array([Fraction(1, 2)])  # an array of objects: loading would have to make each
     torch.save({"state_dict": resnet.state_dict(), "a": array}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"holds a (fractions.Fraction|numpy.dtypes.ObjectDType)"):
         load_encoder(tmp_path / "c.pth", "resnet18")
 
 
 class Runs:
-    """What runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -40,13 +40,13 @@ RUN_FLAGS = ["--dataset", "photos", "--knn-every", "0", "--workers", "0", "--max
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short run of NNCLR on photos."""
+    """Trains a short run of NNCLR on photos."""
     return trained(tmp_path_factory.mktemp("runs") / "run", 60)
 
 
 @pytest.fixture(scope="module")
 def shortest(tmp_path_factory):
-    """A run of two steps, of which nothing is expected but its files."""
+    """Trains a run of two steps, of which only its files matter."""
     return trained(tmp_path_factory.mktemp("runs") / "run", 2)
 
 
@@ -61,7 +61,7 @@ def record_of(folder, name="record.json"):
 
 
 def probe(folder, *flags):
-    """The record of a probe in this very process."""
+    """Returns the record of a probe in this very process."""
     assert in_process([*FLAGS, *flags, "--output", folder]) == 0
     return record_of(folder)
 
@@ -82,7 +82,7 @@ def batches(steps=6, rows=20, dim=7, classes=4):
 
 
 def plain_training(data, weight, lr, momentum, decay, nesterov, larc):
-    """One classifier in nested lists of floats; gradients of the mean cross-entropy by hand."""
+    """Trains one classifier in nested lists of floats, with gradients of cross-entropy by hand."""
     W, b = weight.tolist(), [0.0] * len(weight)
     classes, dim = len(W), len(W[0])
     vW, vb = [[0.0] * dim for _ in W], [0.0] * classes
@@ -109,7 +109,7 @@ def plain_training(data, weight, lr, momentum, decay, nesterov, larc):
 
 
 def larc_update(w, g, decay, larc):
-    """You et al. 2017, as apex writes it without clipping: trust |w| / (|g| + decay |w| + 1e-8)."""
+    """Follows You et al. 2017, as apex without clipping: trust |w| / (|g| + decay |w| + 1e-8)."""
     if not larc:
         return [gi + decay * wi for wi, gi in zip(w, g, strict=True)]
     size, slope = math.sqrt(sum(v * v for v in w)), math.sqrt(sum(v * v for v in g))
@@ -182,7 +182,7 @@ def test_a_head_that_diverges_leaves_the_others_alone():
 
 
 def test_learning_rates_follow_the_papers():
-    """Cosine by epoch (moco-v3, simsiam) and by step (BYOL's code)."""
+    """The cosine goes by epoch (moco-v3, simsiam) and by step (BYOL's code)."""
     for step in range(12):
         epoch = step // 3
         assert schedule("epoch", step, 3, 4) == (1 + math.cos(math.pi * epoch / 4)) / 2
@@ -224,7 +224,7 @@ def test_learning_rates_follow_the_papers():
 
 
 def test_the_triplets_warm_up_multiplies_its_cosine():
-    """mmcv: linear per step over 10 epochs from 1e-4, of the rate that the epoch's cosine has."""
+    """As in mmcv, a line per step over 10 epochs, from 1e-4, multiplies the epoch's rate."""
     for name, lr in (("triplet", 0.04), ("triplet-short", 0.15)):
         protocol = PROTOCOLS[name]
         assert (protocol.optimizer, protocol.lrs, protocol.batch) == ("sgd", (lr,), 256)
@@ -288,12 +288,12 @@ def test_held_out_images():
     assert not np.array_equal(held, held_out(labels, False, 1)[1])
     assert np.array_equal(held, held_out(labels, False, 0)[1])
     labels = np.repeat(np.arange(4), 1000)
-    assert len(held_out(labels, False, 0)[1]) == 1000  # at least 1 000 where there are as many
+    assert len(held_out(labels, False, 0)[1]) == 1000  # at least 1 000 if there are twice as many
     assert len(held_out(labels[::10], False, 0)[1]) == 40  # else 10 %
 
 
 def test_crops_change_nothing_but_place_and_side():
-    """A crop and a flip: every channel keeps its own values, no colour, no grey."""
+    """A crop and a flip are all: every channel keeps its own values, no colour, no grey."""
     images, _ = load_dataset("photos", "")
     view = crop_view(32)
     picture = images.load(0)
@@ -311,7 +311,7 @@ def test_crops_change_nothing_but_place_and_side():
 
 @pytest.mark.parametrize("square", [False, True])
 def test_evaluation_views_are_torchvisions(square):
-    """Resize(256) and CenterCrop(224), and GSG's Resize([256, 256]), on an image that is wide."""
+    """They are Resize(256) and CenterCrop(224), and GSG's Resize([256, 256]), on a wide image."""
     from torchvision import transforms
 
     picture = photos.read_photo("rocket")
@@ -359,7 +359,7 @@ def test_a_changed_encoder_is_noticed():
 
 @pytest.mark.long
 def test_trained_beats_random_and_both_have_whole_records(run, tmp_path):
-    """On stored features: a trained encoder over a random one and over pixels, and over chance."""
+    """On stored features a trained encoder beats a random one, pixels, and chance."""
     flags = ["--protocol", "snclr", "--lrs", "0.03,0.3,3", "--cache-features", "--epochs", "30"]
     trained = probe(tmp_path / "trained", "--backbone", run, *flags, "--lrs", "grid")
     random = probe(tmp_path / "random", *RANDOM, *flags)
@@ -404,7 +404,7 @@ def knn_by_hand(encoder):
 
 @pytest.mark.long
 def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
-    """No flag but the run: NNCLR's, which is BYOL's, on random crops, with 2 seeds."""
+    """With no flag but the run it is NNCLR's, which is BYOL's, on random crops, with 2 seeds."""
     flags = ["--backbone", run, "--measure", "linear", "--seeds", "2"]
     found = probe(tmp_path / "a", *flags, "--epochs", "2")
     what = found["hyperparameters"]
@@ -416,7 +416,7 @@ def test_assumed_protocol_of_a_run_by_crops(run, tmp_path, capsys):
     assert problems(found) == [] or found["commit"] == "unknown"
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
     capsys.readouterr()
-    assert probe(tmp_path / "a", *flags, "--epochs", "2") == found  # finished: says it again
+    assert probe(tmp_path / "a", *flags, "--epochs", "2") == found  # has finished: says it again
     assert f"{found['value']:.2f}" in capsys.readouterr().out
     assert in_process([*FLAGS, *flags, "--epochs", "3", "--output", tmp_path / "a"]) == 2
     assert "epochs was 2, is 3" in capsys.readouterr().err
@@ -434,7 +434,7 @@ def test_the_first_features_alone_are_a_smaller_encoder():
 @pytest.mark.long
 @pytest.mark.parametrize("cached", [["--cache-features"], []])
 def test_probe_and_k_nn_of_the_first_features(cached, shortest, tmp_path):
-    """As of an encoder that has no others, and a setting of both records."""
+    """Both are those of an encoder without other features; both records name the setting."""
     flags = ["--protocol", "simclr", "--lrs", "0.3", "--epochs", "1", *cached]
     found = probe(tmp_path / "a", "--backbone", shortest, *flags, "--first-features", "11")
     whole = probe(tmp_path / "b", "--backbone", shortest, *flags)
@@ -483,7 +483,7 @@ def test_a_checkpoint_that_changes_between_ranks_is_refused(tmp_path, monkeypatc
 
 @pytest.mark.long
 def test_two_ranks_are_one(tmp_path):
-    """401 test and 1 499 training images: 2 ranks do not divide them, one has an image more."""
+    """401 test and 1 499 training images do not divide over 2 ranks: one has an image more."""
     flags = [*FLAGS, *RANDOM, "--protocol", "byol", "--epochs", "1", "--precision", "fp64"]
     found = {}
     for ranks in (1, 2):
@@ -552,7 +552,7 @@ def test_a_run_that_has_trained_further_is_said(shortest, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "has trained further since" in error and "another --output, or --resume never" in error
     assert "sha256" not in error and "same flags" not in error
-    assert in_process([*flags, "--seed", "1"]) == 2  # another evaluation too
+    assert in_process([*flags, "--seed", "1"]) == 2  # another seed is another evaluation, too
     assert "seed was 0, is 1" in capsys.readouterr().err
 
 

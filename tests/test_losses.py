@@ -21,8 +21,8 @@ FORMS = ["paper", "official"]
 
 
 def draw(seed, *shape, spread=3.0):
-    """Gaussian vectors along the last axis; their lengths span 2 * spread orders of magnitude, so
-    that a similarity that is not a cosine is far off.
+    """Draws Gaussian vectors along the last axis; their lengths span 2 * spread orders of
+    magnitude, so that a similarity that is not a cosine is far off.
     """
     rng = np.random.default_rng([seed, *shape])
     scale = 10 ** rng.uniform(-spread, spread, (*shape[:-1], 1))
@@ -38,7 +38,7 @@ def cosine(a, b):
 
 
 def algorithm_1(nn, p, temperature):
-    """L(nn, p): logits = normalised nn @ p.T / temperature, cross-entropy with labels range(n)."""
+    """Computes L(nn, p): logits are normalised nn @ p.T / temperature, labels range(n)."""
     nn, p = nn.tolist(), p.tolist()
     losses = []
     for i in range(len(nn)):
@@ -48,7 +48,7 @@ def algorithm_1(nn, p, temperature):
 
 
 def algorithm_1_over_neighbours(nn, p, temperature):
-    """The same logits, each prediction against the neighbours of all images."""
+    """Takes the same logits, each prediction against the neighbours of all images."""
     nn, p = nn.tolist(), p.tolist()
     losses = []
     for j in range(len(p)):
@@ -141,7 +141,7 @@ def test_nnsiam_gradient_flows_through_the_predictions_only():
 
 
 def byol_oracle(p1, p2, z1, z2):
-    """Eq. 2 image by image, in both directions."""
+    """Computes Eq. 2 image by image, in both directions."""
     p1, p2, z1, z2 = p1.tolist(), p2.tolist(), z1.tolist(), z2.tolist()
     losses = []
     for i in range(len(p1)):
@@ -196,7 +196,7 @@ def test_byol_gradient_flows_through_the_predictions_only():
 
 
 def ctr(q, k, temperature):
-    """2 T times the cross-entropy of each query with its own key among all keys, one by one."""
+    """Computes 2 T times the cross-entropy of each query with its key among all, one by one."""
     q, k = q.tolist(), k.tolist()
     losses = []
     for i in range(len(q)):
@@ -226,7 +226,7 @@ def test_mocov3_analytic_cases():
 
 
 def test_mocov3_rows_are_queries():
-    """Two queries at one place and keys apart: the transposed loss has another value."""
+    """Two queries are at one place and keys apart: the transposed loss has another value."""
     q = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     k = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     e = math.e
@@ -267,13 +267,13 @@ def test_snclr_as_its_code_without_neighbours_is_mocov3(n, d, temperature):
 
 
 def eq_4(y1, neighbours):
-    """Softmax over one image's K neighbours of the cosine with y1: no temperature, no w_0."""
+    """Takes the softmax of an image's K neighbours' cosines with y1: no temperature, no w_0."""
     exps = [math.exp(cosine(y1, c)) for c in neighbours]
     return [e / sum(exps) for e in exps]
 
 
 def columns_of(y2, neighbours, image):
-    """NN(y2)_0..K of one image: its key, then its neighbours."""
+    """Returns NN(y2)_0..K of one image: its key, then its neighbours."""
     return [y2[image], *neighbours[image]]
 
 
@@ -294,7 +294,7 @@ def eq_2(z1, y1, y2, neighbours, tau, scale=1.0):
 
 
 def soft_label_cross_entropy(z1, y1, y2, neighbours, tau, scale=1.0):
-    """The released code's loss: the weights are labels, outside the log."""
+    """Computes the released code's loss: the weights are labels, outside the log."""
     z1, y1, y2, neighbours = (t.tolist() for t in (z1, y1, y2, neighbours))
     losses = []
     for x in range(len(z1)):
@@ -313,7 +313,7 @@ SNCLR_ORACLES = {"paper": eq_2, "official": soft_label_cross_entropy}
 
 
 def snclr_inputs(n, k, d, seed=40, spread=3.0):
-    """z1, y1, y2 and NN(y2)."""
+    """Draws z1, y1, y2 and NN(y2)."""
     z1, y1, y2 = (draw(seed + i, n, d, spread=spread) for i in range(3))
     return z1, y1, y2, draw(seed + 3, n, k, d, spread=spread)
 
@@ -379,8 +379,8 @@ def test_positiveness_scale_multiplies_the_neighbours_weights_only(form, scale):
 
 
 def test_snclr_analytic_case():
-    """Two images in planes that are orthogonal; by hand for tau = 1: each z1 has the cosines 1, 1,
-    0 with its own key and two neighbours and 0 with the other image's three columns.
+    """Two images lie in planes that are orthogonal. By hand for tau = 1, each z1 has the cosines 1,
+    1, 0 with its own key and two neighbours and 0 with the other image's three columns.
     """
     e1, e2, e3, e4 = torch.eye(4, dtype=torch.float64) * torch.tensor([[1.0], [7], [0.1], [30]])
     first = torch.stack([e1, e3])
@@ -398,7 +398,7 @@ def test_snclr_analytic_case():
 @pytest.mark.parametrize("seed", range(5))
 def test_eq_2_is_never_negative(seed):
     """No weight exceeds 1, so the numerator is at most a part of the denominator. A denominator
-    without the own neighbours breaks this where N is small.
+    without the own neighbours breaks this if N is small.
     """
     for n, k in ((1, 1), (1, 6), (2, 6), (4, 2)):
         tensors = snclr_inputs(n, k, 3, seed=100 + 10 * seed)
@@ -464,7 +464,7 @@ def test_snclr_keys_and_neighbours_get_no_gradient(form):
 # -- precision ------------------------------------------------------------------------------------
 
 PAIRS = torch.tensor([2, 0, 4, 1, 3])
-IN_HALF = {  # what each takes: "d" (N,D), "k" (N,K,D)
+IN_HALF = {  # the inputs of each: "d" is (N,D), "k" is (N,K,D)
     "byol": (byol_loss, "dddd"),
     "mocov3": (lambda *x: mocov3_loss(*x, 0.2), "dd"),
     "nnclr": (nnclr_loss, "dd"),

@@ -42,7 +42,7 @@ def in_pieces(encoder, micro_batch):
 
 
 def encoder_and_head(arch, dtype):
-    """An encoder and a head with batch norms, as all recipes have."""
+    """Builds an encoder and a head with batch norms, as all recipes have."""
     torch.manual_seed(0)
     encoder = tiny_vit() if arch == "vit" else build_encoder(arch, 32)
     head = mlp([encoder.embed_dim, 16, DIM], output_norm=True)
@@ -55,13 +55,13 @@ def views_of(dtype):
 
 
 def loss_of(features, head):
-    """A loss in which every image meets every other, after a head with batch norms."""
+    """Returns a loss in which every image meets every other, after a head with batch norms."""
     z1, z2 = map(head, features)
     return nnclr_loss(z1, z2) + nnclr_loss(z2.detach(), z1)
 
 
 def gradients(encoder, head, encode, views):
-    """Loss and gradients of one step with `encode`, a way of computing the features."""
+    """Returns loss and gradients of one step with `encode`, a way of computing the features."""
     encoder.zero_grad()
     head.zero_grad()
     loss = loss_of(encode(*views), head)
@@ -119,7 +119,7 @@ def test_a_resnet_whole_has_statistics_per_view(arch):
 
 
 def place(encoder):
-    """As Run.place on CPU: our own batch norms."""
+    """Gives an encoder our own batch norms, as Run.place on CPU."""
     return rank_batch_norm(encoder, torch.device("cpu"))
 
 
@@ -130,8 +130,8 @@ def place(encoder):
 )
 @pytest.mark.parametrize("micro_batch", [4, pytest.param(12, marks=pytest.mark.long)])
 def test_a_resnet_in_pieces_has_statistics_per_piece(micro_batch, norms):
-    """Against torch's batch norms, called piece by piece with the graph of all pieces at once;
-    running statistics too: moved once for each piece and view, not again in the replay.
+    """torch's batch norms give the same, called piece by piece with the graph of all pieces at
+    once; running statistics too: they move once for each piece and view, not again in the replay.
     """
     encoder, head = encoder_and_head("resnet18", torch.float64)
     plain, views = copy.deepcopy(encoder), views_of(torch.float64)
@@ -157,7 +157,7 @@ def test_a_resnet_in_pieces_has_statistics_per_piece(micro_batch, norms):
 
 
 def test_pieces_of_a_resnet_are_another_gradient_than_the_whole():
-    """What the pages say: with batch norms M enters the numbers."""
+    """With batch norms the size of a piece enters the numbers, as the pages say."""
     encoder, head = encoder_and_head("tiny", torch.float64)
     views = views_of(torch.float64)
     _, whole = gradients(encoder, head, Pieces(encoder), views)
@@ -214,7 +214,7 @@ def test_a_view_that_the_loss_leaves_out_has_no_gradient():
 
 
 def test_no_more_than_one_piece_has_a_graph():
-    """Bytes of activations that autograd saves for the backward pass at one time."""
+    """The bytes that autograd saves for the backward pass at one time are those of a piece."""
     encoder, head = encoder_and_head("vit", torch.float32)
     views = views_of(torch.float32)
     saved = {}
@@ -258,7 +258,7 @@ def test_an_encoder_that_draws_at_random_is_refused(layer):
     encoder, _ = encoder_and_head("vit", torch.float32)
     in_pieces(encoder, 4)
     for arch in ("vit_small", "vit_small_mocov3", "vit_base", "resnet18", "tiny"):
-        in_pieces(build_encoder(arch, 32) if arch != "vit_base" else encoder, 4)  # none of ours
+        in_pieces(build_encoder(arch, 32) if arch != "vit_base" else encoder, 4)  # not one of ours
     encoder.blocks[1].drop_path1 = {
         "dropout": nn.Dropout(0.1),
         "drop path": DropPath(0.1),
@@ -275,7 +275,7 @@ def test_an_encoder_that_draws_at_random_is_refused(layer):
 
 
 def train(recipe, folder, flags, monkeypatch, steps=3):
-    """The metrics of a short run of a recipe, in this process."""
+    """Returns the metrics of a short run of a recipe, in this process."""
     main = importlib.import_module(f"recipes.{recipe}").main
     monkeypatch.setattr(Run, "finish", lambda *a, **k: None)  # no export of the tiny ViT
     arguments = [*small(recipe), "--workers", "0", "--max-steps", str(steps)]
@@ -315,7 +315,7 @@ def test_multi_crop_in_one_piece_is_the_run_without(tmp_path, monkeypatch):
 
 
 def first_gradients_and_steps(folder, ranks, script, *flags):
-    """Rank 0's gradients of the first step, after the mean over ranks, and the steps' metrics."""
+    """Returns rank 0's first gradients, after the mean over ranks, and the steps' metrics."""
     folder.mkdir()
     run_ranks(ranks, script, folder, *flags, "--output", folder / "run")
     seen = torch.load(folder / "rank0.pt", weights_only=False)
@@ -324,7 +324,7 @@ def first_gradients_and_steps(folder, ranks, script, *flags):
 
 
 def assert_same_training(one, two):
-    names = ("step", "loss", "grad_norm")  # monitors are means over ranks of each one's own
+    names = ("step", "loss", "grad_norm")  # a monitor is the mean of each rank's own
     assert_same_numbers([[{n: r[n] for n in names} for r in x[1]] for x in (one, two)], 1e-8)
     assert one[0].keys() == two[0].keys()
     for name, gradient in one[0].items():
@@ -334,7 +334,7 @@ def assert_same_training(one, two):
 
 @pytest.mark.long
 def test_two_ranks_in_pieces_are_one_process_in_pieces(tmp_path):
-    """Also with batch norms: a piece is the same images however many ranks share it."""
+    """Batch norms change nothing: a piece has the same images however many ranks share it."""
     flags = ["nnclr", *small("nnclr"), "--precision", "fp64", "--max-steps", "2"]
     flags += ["--micro-batch", "12", "--multi-crop", "--small-crops", "2"]
     driver = "tests/rank_driver.py"
@@ -404,7 +404,7 @@ def test_a_wrong_piece_is_one_line(tmp_path):
 
 
 def test_the_piece_is_one_of_the_numbers_of_a_run():
-    """A ResNet's run is another one with other pieces."""
+    """A ResNet's run with other pieces is another run."""
     from common.run.flags import changed_fields
     from recipes.nnclr import Config
 
@@ -439,7 +439,7 @@ def test_a_compiled_encoder_gives_the_same_features_and_gradients(monkeypatch):
 
 @pytest.mark.parametrize("arch", ["tiny", pytest.param("resnet18_cifar", marks=pytest.mark.long)])
 def test_views_in_one_forward_keep_their_own_batch_statistics(arch):
-    """Two views together against one forward for each, in value, gradient and running numbers."""
+    """Two views together are as one forward for each, in value, gradient and running numbers."""
     together = rank_batch_norm(build_encoder(arch, 32).double(), torch.device("cpu"))
     apart = copy.deepcopy(together)
     views = [torch.randn(6, 3, 32, 32).double() * s + s for s in (1.0, 3.0)]

@@ -22,8 +22,8 @@ SMALL += ["--output-dim", "8", "--projector-hidden", "32", "--predictor-hidden",
 
 
 class Lars:
-    """u = g + wd w, times 0.001 |w| / |u|, for tensors of two or more dimensions; v = 0.9 v + u,
-    w = w - rate v.
+    """LARS: u = g + wd w, times 0.001 |w| / |u|, for tensors of two or more dimensions; v = 0.9 v +
+    u, w = w - rate v.
     """
 
     def __init__(self, parameters, decay):
@@ -120,7 +120,7 @@ def test_a_run_is_its_replay(case, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arch", ["tiny", "vit_small_mocov3"])
 def test_snclr_as_its_code_without_neighbours_is_a_run_of_mocov3(arch, tmp_path, monkeypatch):
-    """The same first weights, views, losses, rates and final weights."""
+    """First weights, views, losses, rates and final weights are the same."""
     for recipe in (mocov3, snclr):
         if arch.startswith("vit"):
             monkeypatch.setattr(recipe, "build_encoder", tiny_vit)
@@ -150,8 +150,8 @@ def test_snclr_as_its_code_without_neighbours_is_a_run_of_mocov3(arch, tmp_path,
         (100, (0.6, 1e-6, 0.99)),
         (300, (0.3, 1e-6, 0.99)),
         (1000, (0.3, 1.5e-6, 0.996)),
-        (800, (0.3, 1.5e-6, 0.996)),  # App. A, and as the next longer
-        (200, (0.3, 1e-6, 0.99)),  # no source: as the next longer
+        (800, (0.3, 1.5e-6, 0.996)),  # App. A, and as the next longer training
+        (200, (0.3, 1e-6, 0.99)),  # no source states it: as the next longer training
     ],
 )
 def test_a_resnets_rate_decay_and_momentum_are_those_of_the_length(epochs, expected):

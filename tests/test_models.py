@@ -38,7 +38,7 @@ BUILT: dict[str, nn.Module] = {}
 
 
 def encoder_of(arch: str) -> nn.Module:
-    """One encoder per arch for all tests that do not change it, in eval mode."""
+    """Returns one encoder per arch for all tests that do not change it, in eval mode."""
     if arch not in BUILT:
         torch.manual_seed(0)
         BUILT[arch] = build_encoder(arch, SIZE).eval()
@@ -47,7 +47,7 @@ def encoder_of(arch: str) -> nn.Module:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Several threads that wait for each other on a busy machine take ten times as long."""
+    """Sets one thread: several that wait for each other on a busy machine take 10 times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -199,7 +199,7 @@ def test_unknown_arch_lists_the_known_ones(arch):
 
 
 def sincos_oracle(rows: int, columns: int, dim: int) -> torch.Tensor:
-    """moco-v3 vits.py, build_2d_sincos_position_embedding, in plain loops and float64."""
+    """Follows moco-v3 vits.py, build_2d_sincos_position_embedding, in loops and float64."""
     quarter = dim // 4
     table = [[0.0] * dim]  # the CLS token
     for i in range(rows):
@@ -227,7 +227,7 @@ def test_mocov3_positions_alone_are_not_trained():
 
 
 def assert_uniform(weight: torch.Tensor, bound: float) -> None:
-    """All within the bound, filling it, with the variance of a uniform distribution."""
+    """Asserts that all are within the bound, filling it, with a uniform distribution's variance."""
     weight, n = weight.detach(), weight.numel()
     assert weight.abs().max() <= bound * (1 + 1e-6) and weight.abs().max() > 0.999 * bound
     assert abs(weight.mean()) < 5 * bound / math.sqrt(3 * n)
@@ -275,7 +275,7 @@ def test_frozen_patch_embedding_is_all_that_freezing_stops():
 
 
 def layers(head: nn.Sequential) -> list[tuple]:
-    """Each layer as plain values: FC (in, out, bias), BN (width, affine), ReLU."""
+    """Returns each layer as plain values: FC (in, out, bias), BN (width, affine), ReLU."""
     values = []
     for layer in head:
         if isinstance(layer, nn.Linear):
@@ -410,7 +410,7 @@ def metadata_of(path) -> dict[str, str]:
 
 
 def rewritten(path, target, metadata=(), drop=(), **tensors):
-    """A copy of a backbone file with other metadata or tensors."""
+    """Writes a copy of a backbone file with other metadata or tensors."""
     weights = load_file(path) | tensors
     weights = {name: t for name, t in weights.items() if name not in drop}
     save_file(weights, target, metadata_of(path) | dict(metadata))

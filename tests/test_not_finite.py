@@ -19,7 +19,7 @@ from results import record
 
 @pytest.fixture
 def diverged(tmp_path):
-    """A backbone whose features are not finite."""
+    """Returns a backbone whose features are not finite."""
     encoder = build_encoder("tiny", 32)
     with torch.no_grad():
         next(encoder.parameters()).fill_(1e38)

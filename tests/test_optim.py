@@ -35,7 +35,7 @@ def norm(x):
 
 
 class ByHand:
-    """One tensor under LARS, as the contract says it."""
+    """One tensor under LARS, as the contract defines it."""
 
     def __init__(self, weight):
         self.w, self.v = weight.numpy().copy(), np.zeros(weight.shape)
@@ -51,7 +51,7 @@ class ByHand:
 
 
 def test_a_group_that_is_not_adapted_is_plain_momentum():
-    """Matrices too, as the head in SimCLR's fine-tuning, beside a group that is adapted."""
+    """Its matrices are, too, like the head in SimCLR's fine-tuning, next to an adapted group."""
     start, gradients = draw(1), draw(2)
     for kind in (LARS, ClassicLARS):
         weights = [nn.Parameter(w.clone()) for w in start * 2]
@@ -140,7 +140,7 @@ def test_lars_with_zero_gradient_still_decays():
 
 
 def test_lars_with_zero_update_stands_still():
-    """|g + wd*w| = 0 would divide by zero; here without decay, and by cancellation."""
+    """|g + wd*w| = 0 would divide by zero; it occurs here without decay, and by cancellation."""
     for gradient, wd in (([0.0, 0.0], 0.0), ([-1.5, -2.0], 0.5)):
         weight = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
@@ -311,7 +311,7 @@ def test_larc_is_apexs_around_sgd_while_the_rate_moves(momentum, wd):
         set_lr(optimizer, rate)
         gradients = draw(10 + step, shapes)
         gradients[0] *= step != 2
-        gradients[1] *= 1e-9 if step == 3 else 1  # where 1e-8 counts
+        gradients[1] *= 1e-9 if step == 3 else 1  # so small that 1e-8 counts
         give(weights, gradients)
         optimizer.step()
         for hand, gradient in zip(hands, gradients, strict=True):
@@ -338,8 +338,8 @@ def test_where_the_rate_stands_matters_only_while_it_moves():
 
 @pytest.mark.parametrize("name", ["lars", "classic_lars"])
 def test_biases_with_a_rate_of_their_own_are_barlow_twins(name):
-    """Weights at .2 and 1-d tensors at .0048, times batch / 256, both warmed up and then brought to
-    a thousandth by half a cosine, per step; no decay and no adaptation of the 1-d ones.
+    """Weights start at .2 and 1-d tensors at .0048, times batch / 256. Both are warmed up and then
+    brought to a thousandth by half a cosine, per step; 1-d ones have no decay and no adaptation.
     """
     batch, total, warmup, wd = 2048, 9, 2, 1.5e-6
     model = small_model()
@@ -417,7 +417,7 @@ def test_frozen_tensors_are_left_out(name, grouped):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_decay_falls_on_the_right_tensors(name):
-    """With zero gradients one step shows the decay alone: lr * wd of every tensor for sgd and
+    """With zero gradients one step shows the decay alone. It is lr * wd of every tensor for sgd and
     adamw, biases and norms included; for lars lr * trust of matrices, nothing of vectors; for larc
     nothing at all.
     """
@@ -520,7 +520,7 @@ def test_no_warmup_starts_at_the_base():
 def test_warmup_as_long_as_the_run_has_no_cosine():
     for step in range(11):
         assert warmup_cosine(step, 10, 10, 0.4) == pytest.approx(0.04 * step)
-    for step in range(10):  # and one that the run does not live to see the end of
+    for step in range(10):  # and a warm-up that is longer than the run
         assert warmup_cosine(step, 10, 40, 0.4) == pytest.approx(0.01 * step)
 
 

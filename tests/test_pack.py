@@ -27,7 +27,7 @@ CLASSES = {"train": {"ant": 5, "bee": 7, "cow": 4}, "val": {"ant": 2, "bee": 3, 
 
 
 def write_folder(root: Path) -> Path:
-    """16 training and 6 test images of noise: JPEG, PNG, and a name longer than tar's 100 bytes."""
+    """Writes 16 training, 6 test images of noise: JPEG, PNG, a name above tar's 100 bytes."""
     rng = np.random.default_rng(0)
     for split, classes in CLASSES.items():
         for name, count in classes.items():
@@ -51,7 +51,7 @@ def run(folder: Path, output: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(folder, tmp_path_factory):
-    """Packed into several shards: a shard of 1 MiB would hold everything."""
+    """Packs into several shards: a shard of 1 MiB would hold everything."""
     output = tmp_path_factory.mktemp("packed") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "shard_starts", lambda sizes, limit: [*range(0, len(sizes), 3)])

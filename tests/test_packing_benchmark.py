@@ -20,7 +20,7 @@ def run(scratch: Path, *flags: object):
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """Where the benchmark has run once, reading only."""
+    """Returns a folder in which the benchmark has run once, reading only."""
     folder = tmp_path_factory.mktemp("scratch")
     done = run(folder, "--before", f"echo turn >> {folder}/turns")
     assert done.returncode == 0, done.stderr
@@ -86,7 +86,7 @@ def test_pages_are_counted_and_what_became_of_them_is_said(tmp_path):
     assert packing.resident([str(path)]) == 1.0
     packing.write_back([str(path)])
     packing.forget([str(path)])
-    assert packing.resident([str(path)]) in (0.0, 1.0)  # 1: where the file system is in memory
+    assert packing.resident([str(path)]) in (0.0, 1.0)  # 1: if the file system is in memory
     assert "NO EFFECT" in packing.verdict([0.0, 1.0])
     assert packing.verdict([0.0, 0.01]) == "1 % of the pages stayed in memory"
     assert "does not tell" in packing.verdict([0.0, None])

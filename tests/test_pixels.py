@@ -29,7 +29,7 @@ PLAIN = Draw((0, 0, SIZE, SIZE), None, (1.0, 1.0, 1.0, 0.0), False, None, False,
 
 
 def photographs(shared_tar) -> list[Image.Image]:
-    """50 of the shared photographs where they are, else those inside scikit-image."""
+    """Returns 50 of the shared photographs if they are there, else those inside scikit-image."""
     if not shared_tar.is_file():
         return [read_photo(name) for name in PHOTOS]
     with tarfile.open(shared_tar) as tar:
@@ -44,14 +44,14 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Photographs of scikit-image, and images on which clipping and edges show."""
+    """Returns photographs of scikit-image, and images on which clipping and edges show."""
     flat = [Image.new("RGB", (80, 70), colour) for colour in ("black", "white", "#ff0102")]
     return [*(read_photo(name) for name in PHOTOS), noise(90, 120), noise(200, 71), *flat]
 
 
 @pytest.fixture(scope="module")
 def samples():
-    """50 ImageNet photographs; they are on the project's own machines only."""
+    """Returns 50 ImageNet photographs; they are on the project's own machines only."""
     from conftest import SHARED_IMAGES
 
     tar = SHARED_IMAGES / "imagenet_sample_200.tar"
@@ -65,7 +65,7 @@ def rendered(image: Image.Image, draw: Draw, view: View) -> np.ndarray:
 
 
 def by_pillow(image: Image.Image, draw: Draw, view: View) -> np.ndarray:
-    """The steps of a view by Pillow alone, in the papers' order."""
+    """Does the steps of a view by Pillow alone, in the papers' order."""
     left, top, width, height = draw.box
     image = image.crop((left, top, left + width, top + height))
     image = image.resize((view.size, view.size), augment.RESAMPLE[view.interpolation])
@@ -86,7 +86,7 @@ def by_pillow(image: Image.Image, draw: Draw, view: View) -> np.ndarray:
 
 
 def whole(image: Image.Image, size: int = SIZE) -> tuple[Image.Image, Draw]:
-    """The image at the view's size, and an empty draw over all of it."""
+    """Returns the image at the view's size, and an empty draw over all of it."""
     return image.resize((size, size)), replace(PLAIN, box=(0, 0, size, size))
 
 
@@ -190,7 +190,7 @@ def test_whole_views_are_those_of_the_reference(pictures, name):
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """The bound that the default path must hold; here it is held with 0."""
+    """Asserts the bound that the default path must hold; here it is held with 0."""
     difference = np.abs(ours.astype(int) - theirs)
     assert (difference <= 2).mean() >= 0.99 and difference.mean() < 0.5
     assert difference.max() == 0
@@ -291,7 +291,7 @@ def test_damaged_files_get_the_same_message_in_all_inputs(tmp_path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """JPEG, grey JPEG and PNG files, some larger than two views."""
+    """Writes JPEG, grey JPEG and PNG files, some larger than two views."""
     root = tmp_path_factory.mktemp("files")
     photos = [read_photo(name) for name in [*PHOTOS][:6]]
     data = {f"{n}.jpg": jpeg(photo) for n, photo in enumerate(photos)}
@@ -388,6 +388,6 @@ def test_without_any_folder_the_kernels_are_compiled_at_each_start(tmp_path, mon
     kept, words = compiled.cache()
     assert not kept and "NUMBA_CACHE_DIR" in words
     other = tmp_path / f"selfsup-kernels-{os.getuid()}"
-    other.symlink_to(tmp_path)  # laid there by another user, perhaps
+    other.symlink_to(tmp_path)  # another user may have put it there
     monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: str(tmp_path))
     assert compiled.cache() == (kept, words)

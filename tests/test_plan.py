@@ -14,7 +14,7 @@ REAL = ROOT / "results" / "plan.yaml"
 
 
 def sorted_words(words: list[str]) -> list[tuple[str, ...]]:
-    """The flags of a command line with their values, by name and not in their order."""
+    """Returns a command line's flags with their values, by name and not in their order."""
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     ends = [*starts[1:], len(words)]
     return sorted(tuple(words[a:b]) for a, b in zip(starts, ends, strict=True))
@@ -78,7 +78,7 @@ def test_a_tier_may_run_each_of_its_runs_at_several_rates():
 
 
 def changed(tmp_path, change):
-    """The golden plan with its tier photos changed."""
+    """Writes the golden plan with its tier photos changed."""
     tiers = yaml.safe_load((golden_set.GOLDEN / "plan.yaml").read_text())["tiers"]
     change(tiers["photos"])
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"tiers": tiers}, sort_keys=False))
@@ -129,7 +129,7 @@ def test_runs_are_chosen_by_their_names_and_their_tiers():
 
 @pytest.mark.long
 def test_the_plan_is_a_sweep(tmp_path, monkeypatch, capsys):
-    """A tier and a run, a job for each seed, which says what it is of the plan."""
+    """A tier and a run give a job for each seed, which says what it is of the plan."""
     monkeypatch.chdir(tmp_path)
     flags = [str(golden_set.GOLDEN / "plan.yaml"), "--time", "1h", "--dry-run", "--allow-dirty"]
     chosen = ["--only", "cifar5k", "photos-nnclr", "--cifar10", str(tmp_path)]
@@ -151,7 +151,7 @@ def test_the_plan_is_a_sweep(tmp_path, monkeypatch, capsys):
 
 
 def control(**changes):
-    """A tier with a control that starts from the run of its own seed."""
+    """Returns a tier with a control that starts from the run of its own seed."""
     run = {"recipe": "supervised", "hours": 0.01, "flags": {"init": "runs/plan/a-{seed}"}} | changes
     tier = {"dataset": "photos", "seeds": [0, 1], "evaluations": ["classifier"], "device": "CPU"}
     tier |= {"basis": "estimated", "families": {"contrastive": {"lr": 9}}, "runs": {"fine": run}}

@@ -21,7 +21,7 @@ STEPS = 3
 
 
 def run_on(ranks, folder, recipe, *flags):
-    """A run's folder, and what each of its ranks saw."""
+    """Returns a run's folder, and what each of its ranks saw."""
     folder = folder / f"{ranks}"
     folder.mkdir()
     arguments = [*small(recipe), "--resume", "never", "--output", folder / "run", *flags]
@@ -91,7 +91,7 @@ def test_first_step_gradients_agree_in_float32(method, tmp_path):
         scale = expected.abs().max()
         weight = seen_one["gradients"].get(f"{name.removesuffix('bias')}weight")
         if name.endswith("bias") and weight is not None and weight.ndim == 2:
-            largest = weight.abs().max()  # before a batch norm a bias's own is rounding alone
+            largest = weight.abs().max()  # a bias's own, before a batch norm, is rounding
             scale = largest if scale < 1e-4 * largest else scale
         bound = 1e-5 * scale + 1e-7
         if name == "encoder.0.weight":  # oneDNN's is itself 1e-5 off its float64 value on one rank
@@ -103,7 +103,7 @@ def test_first_step_gradients_agree_in_float32(method, tmp_path):
 
 @pytest.mark.long
 def test_the_k_nn_of_two_ranks_is_that_of_one(tmp_path):
-    """Spread over ranks, merged: the same accuracy."""
+    """k-NN is spread over ranks and merged, with the same accuracy."""
     flags = ["--precision", "fp64", "--max-steps", "1", "--knn-every", "1", "--train-images", "180"]
     runs = [run_on(ranks, tmp_path, next(iter(cards.load())), *flags)[0] for ranks in (1, 2)]
     for name in ("knn_before", "knn"):
@@ -115,7 +115,7 @@ def test_the_k_nn_of_two_ranks_is_that_of_one(tmp_path):
 
 
 def errors_of_two_ranks(*flags):
-    """For each rank the errors that it says; both must end, and not with 0."""
+    """Returns for each rank the errors that it says; both must end, and not with 0."""
     processes = start_ranks(2, f"recipes/{next(iter(cards.load()))}.py", *flags)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):

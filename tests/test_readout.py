@@ -17,7 +17,7 @@ from results import record
 
 
 def overlapping(n, seed):
-    """Rows of 5 features of any scale around 3 centres that overlap, and one constant feature."""
+    """Draws rows of 5 features of any scale around 3 centres that overlap, and a constant one."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, n)
     rows = rng.normal(size=(n, 5)) + np.eye(3, 5)[labels]
@@ -44,7 +44,7 @@ def test_the_linear_read_out_is_scikit_learns_on_standardised_features():
         assert row["held_out_top1"] == pytest.approx(scores[row["penalty"]], abs=0.51)
     best = max(row["held_out_top1"] for row in tried)
     equals = [row["penalty"] for row in tried if row["held_out_top1"] == best]
-    assert fit.decay == pytest.approx(max(equals), rel=1e-3)  # the most careful of equals
+    assert fit.decay == pytest.approx(max(equals), rel=1e-3)  # the largest penalty of equals
 
 
 @pytest.fixture(scope="module")

@@ -109,8 +109,8 @@ def test_every_stored_record_is_good():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two finished runs of three steps that differ in the seed, with another temperature by
-    --config and another branch by flag, beside flags that say what holds without them.
+    """Trains two runs of three steps that differ in the seed, with another temperature by --config
+    and another branch by flag, next to flags that say what holds without them.
     """
     folders = []
     file = tmp_path_factory.mktemp("config") / "my.yaml"
@@ -136,7 +136,7 @@ def runs(tmp_path_factory):
 
 
 def clean(folder):
-    """The run as if it had started from a tree without changes."""
+    """Changes the run as if it had started from a tree without changes."""
     results = json.loads((folder / "results.json").read_text())
     results["dirty"] = False
     (folder / "results.json").write_text(json.dumps(results))
@@ -165,7 +165,7 @@ def test_the_k_nn_of_runs_becomes_a_record(runs, tmp_path):
 
 
 def copied(run: Path, folder: Path, **changes) -> Path:
-    """The run in another folder, with these values in its config.yaml; None takes one out."""
+    """Copies the run with these values in its config.yaml; None takes one out."""
     folder.mkdir()
     for path in run.iterdir():
         if path.is_file():

@@ -26,7 +26,7 @@ OWN = tables.load_published(joined.HERE / "published.yaml")  # the project's
 
 
 def test_the_stored_pages_are_what_the_records_give():
-    """The test that the pages cannot lie: run `python results/report.py` when it fails."""
+    """This test keeps the pages true: run `python results/report.py` if it fails."""
     done = run_script("results/report.py", "--check")
     assert done.returncode == 0, done.stderr
 
@@ -44,13 +44,13 @@ def in_percent(row):
 
 
 def test_published_protocols_of_k_nn_are_what_ours_are_called():
-    """A row under any other name could never stand beside a record."""
+    """A row under any other name could never stand next to a record."""
     called = {row["protocol"] for row in OWN if "knn" in row["protocol"].lower()}
     assert called == {"kNN (k200,t.1)", "kNN (k200,t.2)"}
 
 
 def test_what_sources_leave_open_are_flags_that_records_have_as_settings():
-    """The same for what they state: else no record of ours could stand beside the number."""
+    """What they state is, too: else no record of ours could stand next to the number."""
     configs = [importlib.import_module(f"recipes.{r}").parse_arguments([]) for r in cards.load()]
     known = {name for config in configs for name in numbers_of(config)} - NO_SETTING
     known -= {name for card in cards.load().values() for name in card.chooses}
@@ -78,7 +78,7 @@ NNCLR = next(
 
 
 def of_nnclr(value, **settings):
-    """A record that stands beside NNCLR's 75.6."""
+    """Returns a record that stands next to NNCLR's 75.6."""
     what = {"dataset": "ImageNet-1k", "copy": None, "incomplete": None}
     what |= {"epochs": 1000, "batch": 4096}
     one = {"seeds": [0], "values": [value], "value": value, "spread": None, "settings": settings}
@@ -209,7 +209,7 @@ def test_unlike_never_stands_beside_a_papers_number(record):
     assert not tables.is_like(record, ROW)
     rows, apart = tables.join([ROW], [("x.json", record)])
     assert rows[0].records == [] and apart == [("x.json", record)]
-    if tables.join(PUBLISHED, [("x.json", record)])[1]:  # beside no other number either
+    if tables.join(PUBLISHED, [("x.json", record)])[1]:  # next to no other number either
         assert tables.why_apart(record, PUBLISHED)
 
 
@@ -218,12 +218,12 @@ def test_a_number_without_epochs_is_compared_with_nothing():
 
 
 def build(folder):
-    """The pages of a results folder."""
+    """Returns the pages of a results folder."""
     return report.build(joined.load(folder), folder, folder / "ROOT.md")
 
 
 def golden(folder):
-    """A results folder with four records, and a README to fill."""
+    """Fills a results folder with four records, and a README to fill."""
     golden_set.copy_to(folder)
     jpeg = {"dataset": "CIFAR-10", "copy": "JPEG copy", "incomplete": None}
     on = {"name": "CIFAR-10", "copy": "JPEG copy", "incomplete": None}
@@ -241,7 +241,7 @@ def golden(folder):
 
 
 def parts(text):
-    """The tables beside the papers' numbers, and those of other settings."""
+    """Returns the tables next to the papers' numbers, and those of other settings."""
     before, apart = text.split("## Ours under other settings")
     return before.split("## Ours beside")[1], apart.split("\n## ")[0]
 
@@ -264,7 +264,7 @@ def test_pages_of_golden_records(tmp_path):
     assert "| not run yet |" not in root and "results/README.md" in root
     for path, page in pages.items():
         path.write_text(page)
-    assert build(tmp_path) == pages  # made anew: the same
+    assert build(tmp_path) == pages  # made again: the same
 
 
 def test_results_csv_has_each_number_once_with_what_makes_it(tmp_path):
@@ -327,7 +327,7 @@ EVIL = "x <img src=//e onerror=a> | [l](http://e) ![i](http://e) <!-- end of res
 
 
 def evil_folder(folder):
-    """A results folder whose records and YAML files have markup in each of their texts."""
+    """Fills a results folder whose records and YAML files have markup in each of their texts."""
     golden(folder)
     on = {"name": EVIL, "copy": EVIL, "incomplete": EVIL}
     what = good()["pretraining"] | {"copy": EVIL, "incomplete": EVIL}
@@ -458,7 +458,7 @@ def test_numbers_not_run_stand_in_one_table_with_their_notes(tmp_path):
     number = line.split("<sup>")[1].split("<")[0]
     assert f"<sup>{number}</sup> MULAN's Table 7 prints 56.4" in missing
     compared = text.split("## Ours under")[0].split("## Ours beside")[1]
-    assert compared.count("| method |") == 1  # of the one record that stands beside a number
+    assert compared.count("| method |") == 1  # of the one record that stands next to a number
     assert "None so far" in "".join(report.beside([]))
 
 
@@ -477,7 +477,7 @@ def test_a_run_that_was_stopped_says_so(tmp_path):
 
 
 class Links(HTMLParser):
-    """Everything that the page would load."""
+    """Collects everything that the page would load."""
 
     def __init__(self):
         super().__init__()

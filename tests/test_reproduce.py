@@ -35,7 +35,7 @@ def planned():
 
 
 def finished(folder):
-    """A folder as a finished run leaves it, as far as it is looked at."""
+    """Makes a folder as a finished run leaves it, as far as it is looked at."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("{}")
     (folder / "environment.json").write_text(json.dumps({"steps": {"last": 3}}))
@@ -71,7 +71,7 @@ STOPS += "print('ready', flush=True); time.sleep(60)"
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock on which time passes only when it is told to."""
 
     def __init__(self):
         self.now = 0.0
@@ -138,7 +138,7 @@ def test_a_command_that_fails_is_a_mistake_that_names_it():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A run of the plan that takes seconds, with two seeds."""
+    """Returns a run of the plan that takes seconds, with two seeds."""
     flags = {"queue-size": 128, "batch-size": 108, "output-dim": 32, "projector-hidden": 64}
     flags |= {"predictor-hidden": 64, "workers": 0, "epochs": 1}
     run = {"recipe": "nnclr", "flags": flags, "hours": 0.01}
@@ -215,7 +215,7 @@ def test_the_list_is_a_table_with_hours_and_the_papers_numbers(tmp_path, capsys)
 
 @pytest.fixture
 def golden(work, monkeypatch):
-    """The command on the golden plan, with records of its own."""
+    """Returns the command on the golden plan, with records of its own."""
     monkeypatch.setattr(reproduce, "PLAN", golden_set.GOLDEN / "plan.yaml")
     monkeypatch.setattr(record, "RECORDS", work.records)
     return lambda *flags: reproduce.main(["--next", "--runs", str(work.runs), *flags])
@@ -312,7 +312,7 @@ def test_a_run_that_diverges_is_recorded_and_not_tried_again(work, small, monkey
     assert name == "failed/photos-small-0.json" and one["seeds"] == [0]
     assert re.match(r"the loss is \S+ and its gradient \S+ at step \d+", one["error"])
     (work.folder(piece) / "failed.json").unlink()
-    with pytest.raises(UserError, match="ended with exit code"):  # another mistake is to be mended
+    with pytest.raises(UserError, match="ended with exit code"):  # any other mistake must be fixed
         reproduce.work_on(
             Piece(dataclasses.replace(piece.run, flags=["--dataset", "nothing"]), 1),
             work,

@@ -37,7 +37,7 @@ def flags_of(recipe, folder, workers, *more):
 
 @functools.cache
 def images():
-    """A folder of 160 small training patches of 8 photographs and 32 test patches."""
+    """Writes a folder of 160 small training patches of 8 photographs and 32 test patches."""
     folder = Path(tempfile.mkdtemp(prefix="images-"))
     for split, own, count in (("train", "train", 20), ("val", "test", 4)):
         pixels, labels = photos.patches(own)
@@ -54,7 +54,7 @@ def start(recipe, folder, workers, *more):
 
 
 def logged(folder):
-    """Metrics without times, throughput and memory."""
+    """Returns metrics without times, throughput and memory."""
     records = metrics.read(folder / "metrics.jsonl")
     return [{n: v for n, v in r.items() if n not in PASSING} for r in records]
 
@@ -94,7 +94,7 @@ def wait_for_step(folder, step, process):
 
 @pytest.fixture(scope="session")
 def whole(made_once):
-    """A recipe's run that nobody disturbed, with more flags perhaps."""
+    """Returns a function that trains a recipe without disturbing it, with more flags perhaps."""
 
     def train(folder, recipe, flags):
         process = start(recipe, folder, 1, *flags)
@@ -376,7 +376,7 @@ def test_max_steps_keeps_the_schedule_of_the_whole_run(tmp_path):
 
 @pytest.mark.long
 def test_the_last_knn_of_a_run_that_ends_within_an_epoch_is_logged(tmp_path):
-    """And is gone if the run goes on: the epoch then has one line, as without a stop."""
+    """The line is gone if the run goes on: the epoch then has one line, as without a stop."""
 
     def run(steps):
         flags = flags_of("snclr", tmp_path / "a", 1, "--knn-every", "1", "--max-steps", steps)

@@ -53,7 +53,7 @@ STEP_KEYS |= {"memory_gb", "embedding_std"}
 
 
 def in_process(capsys, recipe, *flags):
-    """Exit code and error lines of a recipe's command, without the cost of a new process."""
+    """Returns exit code and error lines of a recipe's command, without starting a new process."""
     main = importlib.import_module(f"recipes.{recipe}").main
     code = command(lambda: main([str(flag) for flag in flags]))
     captured = capsys.readouterr()
@@ -129,7 +129,7 @@ def test_no_recipe_stops_at(recipe, flags, tmp_path, capsys):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_demo_learns(seed, tmp_path):
-    """At least 8 points above its own random encoder, calibrated, and above raw pixels."""
+    """k-NN gains 8 points or more over its own random encoder, calibrated, and over raw pixels."""
     done = run_fresh("eval/demo.py", "--seed", seed, "--output", tmp_path / "demo", timeout=600)
     assert done.returncode == 0, done.stderr
     table = {}
@@ -169,7 +169,7 @@ def test_heavy_libraries_wait_until_they_are_needed():
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ and val/ with two classes of twelve small JPEGs."""
+    """Writes train/ and val/ with two classes of twelve small JPEGs."""
     pixels, _ = photos.patches("train")
     for split in ("train", "val"):
         for number in range(2):
@@ -359,7 +359,7 @@ def test_what_is_said_of_a_lost_worker(text, said, capsys):
 
 @pytest.mark.long
 def test_a_killed_loader_worker_is_one_line(capsys, tmp_path, monkeypatch):
-    """As the kernel does where memory runs out; the run before it is continued."""
+    """The kernel kills one if memory runs out; the run before it is continued."""
     flags = [*SMALL, "--output", tmp_path / "run"]
     assert in_process(capsys, "nnsiam", *flags, "--max-steps", "2")[0] == 0
     whole = ArrayImages.load_array

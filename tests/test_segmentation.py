@@ -41,7 +41,7 @@ def record_of(folder):
 
 
 def test_sizes_are_ssl_transfers():
-    """Shorter side as asked, the longer one at most 1000, cut to whole pixels."""
+    """The shorter side is as asked, the longer one at most 1000, cut to whole pixels."""
     assert scenes.resized(683, 512, 300, 1000) == (400, 300)
     assert scenes.resized(512, 683, 600, 1000) == (600, 800)
     assert scenes.resized(2000, 500, 600, 1000) == (1000, 250)
@@ -57,7 +57,7 @@ def test_a_batch_is_padded_and_every_fourth_label_stays(miniature):
         assert x.shape == (2, 3, 96, 96) and y.shape == (2, 24, 24)
         assert (x[:, :, 72:] == 0).all() and (y[:, 18:] == scenes.IGNORED).all()
         assert set(y[:, :18].unique().tolist()) == {-1, 0, 12, 149}
-        # the labels lie where their colours are
+        # labels are at the same places as their colours
         red = F.avg_pool2d(x[:, 0] - x[:, 2], 4)
         assert red[y == 12].min() > red[y == 149].max()
         flips.add(bool((y[0, :18, 0] == -1).all()))  # the unlabelled column, or the right edge
@@ -122,7 +122,7 @@ def test_a_label_beyond_the_classes_is_named(tmp_path):
 
 
 def plain_scores(truth, prediction, classes):
-    """Intersection over union and accuracies by sets of pixels, class by class."""
+    """Computes intersection over union and accuracies by sets of pixels, class by class."""
     counted = truth >= 0
     truth, prediction = truth[counted], prediction[counted]
     overlaps, accuracies = [], []
@@ -172,7 +172,7 @@ def test_upernet_on_a_backbone():
     scores, side = net.train()(torch.randn(2, 3, 64, 96))
     assert scores.shape == side.shape == (2, 150, 16, 24)
     assert net.eval()(torch.randn(1, 3, 64, 64))[1] is None
-    # the head on layer3 teaches nothing behind it
+    # the head on layer3 teaches no layer after it
     net.train()
     net(torch.randn(2, 3, 64, 64))[1].square().mean().backward()
     with_gradient = {n.split(".")[2] for n, p in net.named_parameters() if p.grad is not None}

@@ -39,7 +39,7 @@ def record_of(folder):
 
 
 def tune(folder, *flags):
-    """The record of a fine-tuning in this very process."""
+    """Returns the record of a fine-tuning in this very process."""
     assert in_process([*RANDOM, *flags, "--output", folder]) == 0
     return record_of(folder)
 
@@ -53,7 +53,7 @@ def in_process(flags):
 
 @pytest.fixture
 def folder(tmp_path):
-    """ImageNet's layout: two classes of twelve small JPEGs in train/ and in val/."""
+    """Writes ImageNet's layout: two classes of twelve small JPEGs in train/ and in val/."""
     pixels, _ = photos.patches("train")
     for split in ("train", "val"):
         for number, name in enumerate(("n01440764", "n02102040")):
@@ -105,7 +105,7 @@ def test_images_of_a_list_that_cannot_be_read_are_said_to_be_so(folder, tmp_path
     printed = capsys.readouterr()
     assert f"{path}: left out are 2 of its 4 images, which cannot be read" in printed.out
     assert "complete the data set" not in printed.err
-    path.write_text("n02102040_3.JPEG\nn02102040_99.JPEG\n")  # on no disk: that is to be completed
+    path.write_text("n02102040_3.JPEG\nn02102040_99.JPEG\n")  # 99 is on no disk: complete it
     with pytest.raises(UserError, match=r"1 of the 2 images .*n02102040_99.JPEG: complete"):
         images, _ = load_dataset("imagenet", str(folder))
         keep = [i for i in range(len(images)) if "n02102040_3." not in images.path(i)]
@@ -206,7 +206,7 @@ def test_best_of():
 
 @pytest.mark.long
 def test_training_is_a_plain_loop_of_two_rates(tmp_path):
-    """Three epochs in float64 against torch's layers and optimizer, written out."""
+    """Three epochs in float64 are those of torch's layers and optimizer, written out."""
     flags = [*QUICK, "--percent", "10", "--protocol", "vicreg", "--precision", "fp64"]
     done = run_script("tests/semi_driver.py", tmp_path, *RANDOM, *flags, "--output", tmp_path / "a")
     assert done.returncode == 0, done.stderr + done.stdout
@@ -242,7 +242,7 @@ def test_training_is_a_plain_loop_of_two_rates(tmp_path):
 
 @pytest.mark.long
 def test_lars_from_within_the_projector_is_a_plain_loop(run_of, tmp_path):
-    """FNC's 1 %: the first layer of its run's projector stays, LARS leaves out biases, norms and
+    """In FNC's 1 % the first layer of its run's projector stays, LARS leaves out biases, norms and
     the head, and has the rate inside the momentum.
     """
     run = run_of("FNC")
@@ -268,7 +268,7 @@ def test_lars_from_within_the_projector_is_a_plain_loop(run_of, tmp_path):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 head, g = name.startswith("head."), p.grad
-                if p.ndim > 1 and not head and g.any():  # none at first, behind a head of zeros
+                if p.ndim > 1 and not head and g.any():  # none at first: the head is zeros
                     g = g * 0.001 * p.norm() / g.norm()
                 velocities[name].mul_(0.9).add_((3 if head else 30) * factor * g)
                 p.sub_(velocities[name])
@@ -295,7 +295,7 @@ def test_sweep_chooses_on_held_out_images_and_repeats(tmp_path, capsys):
     assert problems(found) == [] or found["commit"] == "unknown"
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
     capsys.readouterr()
-    assert tune(tmp_path / "a", *flags) == found  # finished: says it again
+    assert tune(tmp_path / "a", *flags) == found  # has finished: says it again
     assert f"{found['value']:.2f}" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ def product(a, b):
 
 
 def equation_1(z1, z2, temperature, similarity=cosine):
-    """(1/2N) sum over k of l(2k-1, 2k) + l(2k, 2k-1), with the views of an image side by side."""
+    """Computes (1/2N) sum over k of l(2k-1, 2k) + l(2k, 2k-1), an image's views side by side."""
     z = [row for pair in zip(z1.tolist(), z2.tolist(), strict=True) for row in pair]
     losses = []
     for i in range(len(z)):
@@ -80,7 +80,7 @@ def test_analytic_cases():
 
 
 def loop(z1, z2, temperature, l2_norm=True):
-    """The same as a tensor that autograd goes through, one anchor at a time."""
+    """Computes the same as a tensor that autograd goes through, one anchor at a time."""
     z = torch.cat([z1, z2])
     if l2_norm:
         z = torch.stack([row / row.square().sum().sqrt() for row in z])
@@ -110,8 +110,8 @@ def test_gradient_at_ties_is_finite():
 
 
 def objective_of_the_code(z1, z2, temperature):
-    """Cross-entropy of view 1's rows over [view 2, view 1] with the own column lowered by 1e9, plus
-    that of view 2's rows: objective.py, one replica.
+    """Computes cross-entropy of view 1's rows over [view 2, view 1] with the own column lowered by
+    1e9, plus that of view 2's rows: objective.py, one replica.
     """
     a, b = (z / z.norm(dim=1, keepdim=True) for z in (z1, z2))
     lowered = 1e9 * torch.eye(len(a), dtype=a.dtype)
@@ -159,7 +159,7 @@ READINGS += [pytest.param(flags, marks=pytest.mark.long, id=" ".join(flags)) for
 
 
 class LARSByHand:
-    """lars_optimizer.py with its classic momentum; or, `inside` False, the rate after it (BYOL)."""
+    """LARS of lars_optimizer.py, classic momentum; not `inside`: the rate is after it (BYOL)."""
 
     def __init__(self, parameters, inside=True):
         self.parameters, self.inside = parameters, inside
@@ -177,7 +177,7 @@ class LARSByHand:
 
 @pytest.mark.parametrize("flags", READINGS, ids=str)
 def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
-    """Joint batch statistics, both directions, the rate from 0 and inside the momentum."""
+    """Batch statistics are joint, both directions count, the rate from 0 is inside the momentum."""
     seen = watched_run(simclr, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
     model = copy.deepcopy(seen["before"]["model"])
     network = nn.Sequential(model.encoder, model.projector)
@@ -332,7 +332,7 @@ def layers(*flags):
 
 
 def test_heads_are_the_codes():
-    """model_util.py: 512 in place of ResNet-50's 2048."""
+    """They are model_util.py's, with 512 in place of ResNet-50's 2048."""
     hidden = [(512, 512), "scale, offset", "ReLU"]
     assert layers() == ([*hidden, (512, 128), "scale"], 128, True)
     other = [(512, 64), "scale, offset", "ReLU", (64, 128), "scale"]

@@ -32,13 +32,13 @@ LOCAL = ["--local", "--gpus-per-node", "0"]
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory) -> Path:
-    """A repository that no test changes."""
+    """Makes a repository that no test changes."""
     return make_repository(tmp_path_factory.mktemp("repository") / "code")
 
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A repository of a test's own."""
+    """Makes a repository of a test's own."""
     return make_repository(tmp_path / "code")
 
 
@@ -159,7 +159,7 @@ def test_a_folder_of_another_run_is_refused_before_submission(tmp_path):
     flags = ["--dataset", "photos", "--output", str(tmp_path)]
     saved = {"recipe": "snclr", **vars(snclr.parse_arguments(flags))}
     path = tmp_path / "config.yaml"
-    # bf16 is decided where it runs, not where it is submitted
+    # the machine that runs it decides on bf16, not the one that submits it
     path.write_text(yaml.safe_dump(saved | {"precision": "bf16", "neighbour_free_epochs": 0.5}))
     assert check.facts_of("recipes/snclr.py", flags, 1)["folder"] == str(tmp_path)
     for change, expected in (
@@ -298,7 +298,7 @@ def test_an_option_of_submitits_own_stands_there_once(tmp_path):
 
 
 def script_lines(tmp_path: Path, count: int = 1, **values) -> list[str]:
-    """The sbatch script of `count` runs with these resources."""
+    """Returns the sbatch script of `count` runs with these resources."""
     asked = resources.resources_of(("cluster.yaml", values))
     return sbatch_script("name", tmp_path, count, asked, None).splitlines()
 
@@ -337,7 +337,7 @@ def test_any_option_can_be_set_to_nothing(count, tmp_path):
 
 
 def test_an_array_too_is_sent_without_the_options_that_are_nothing(code, tmp_path, monkeypatch):
-    """By a sbatch that keeps what it is given."""
+    """The sbatch here keeps what it is given, and none of these options is in it."""
     fake(tmp_path / "bin", "srun", [])
     fake(tmp_path / "bin", "sbatch", ["Submitted batch job 77"])
     keep = f'cp "$1" {tmp_path}/sent\n'
@@ -407,7 +407,7 @@ def test_no_slurm_on_this_machine_is_one_line(code, tmp_path):
 
 
 def only_git(folder: Path) -> str:
-    """A PATH with git and nothing else."""
+    """Returns a PATH with git and nothing else."""
     own = folder / "bin"
     own.mkdir()
     (own / "git").symlink_to(subprocess.check_output(["which", "git"], text=True).strip())
@@ -554,7 +554,7 @@ def test_a_folder_without_git_and_a_tree_full_of_data(repository, tmp_path, monk
 
 @pytest.mark.long
 def test_a_snapshot_within_a_checkout_knows_its_own_commit(repository):
-    """runs/slurm/ lies in the checkout, whose HEAD moves on."""
+    """It lies in runs/slurm/ of the checkout, whose HEAD moves on."""
     line = snapshot.take(repository, repository / "runs" / "code")
     (repository / "NEW").write_text("")
     assert commit_all(repository) != line
@@ -694,7 +694,7 @@ def test_the_debug_executor_runs_a_task_in_this_process(code, tmp_path):
     done = task.Task("stops", "eval/stops/run.py", [], str(code), str(tmp_path / "notes"))
     good = stopping_task(code, tmp_path, seconds="0")
     assert executor.submit(good).results() == [0]
-    with pytest.raises(SystemExit) as ended:  # no file: a traceback of the script's
+    with pytest.raises(SystemExit) as ended:  # there is no file: the script has a traceback
         executor.submit(done).results()
     assert ended.value.code == 1
     assert "IndexError" in task.read_notes(tmp_path / "notes", "stops")[-1]["error"]
@@ -768,7 +768,7 @@ def test_loader_workers_are_those_that_slurm_gave_the_task(monkeypatch):
 
 
 def fake(folder: Path, name: str, lines: list[str], code: int = 0) -> None:
-    """A command of Slurm's that prints these lines."""
+    """Writes a command of Slurm's that prints these lines."""
     folder.mkdir(exist_ok=True)
     text = "\n".join(lines)
     (folder / name).write_text(f"#!/bin/sh\ncat <<'EOF'\n{text}\nEOF\nexit {code}\n")
@@ -800,7 +800,7 @@ def test_status_says_where_logs_lie_and_how_a_job_is_ended(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("script", ["status.py", "launch.py", "sweep.py"])
 def test_without_the_environment_a_script_says_how_to_activate_it(script):
-    """-S: a python without any installed package, as the system's."""
+    """-S makes a python without any installed package, as the system's."""
     words = [sys.executable, "-S", "-E", str(ROOT / "slurm" / script)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
@@ -888,7 +888,7 @@ def test_an_error_of_all_ranks_has_its_reason(tmp_path):
 
 
 def test_a_rank_without_a_word_waits_for_the_reason_of_another(tmp_path, capsys):
-    """Whichever of them ends first."""
+    """The rank waits whichever of the two ends first."""
     ranks = [task.Task("a", "b", [], "c", str(tmp_path)) for _ in range(2)]
     for number, one in enumerate(ranks):
         one.rank, one.ranks, one.last_error = number, 2, "" if number else "error: no such data"
@@ -902,7 +902,7 @@ def test_a_rank_without_a_word_waits_for_the_reason_of_another(tmp_path, capsys)
 
 
 def test_the_last_line_is_the_scripts_own(tmp_path):
-    """Behind a requeue or a cancel, as Slurm's versions write them."""
+    """Slurm writes its lines after it at a requeue or a cancel, each version in its own form."""
     theirs = [
         "submitit INFO (2026-11-26) - Job has timed out",
         "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.",
@@ -943,7 +943,7 @@ def test_a_slurm_that_does_not_answer_is_no_reason_to_call_jobs_lost(tmp_path, m
 
 
 def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
-    """More lines than are read at a time; the last k-NN lies far back; the last line is cut."""
+    """Its file is longer than one read takes, the last k-NN lies far back, the last line is cut."""
     monkeypatch.setattr(status, "TAIL", 1000)
     run = tmp_path / "run"
     run.mkdir()
@@ -966,9 +966,9 @@ def test_progress_of_a_long_run_is_read_from_its_end(tmp_path, monkeypatch):
     row = status.rows_of(folder, record, status.Queue())[0]
     assert row[3:6] == ["40 of 50", "k-NN 30.0%", "3 min"]
     (run / "results.json").write_text(json.dumps({"step": 400, "knn": 0.456}))
-    assert status.progress(str(run))["knn"] == 0.456  # of the last step, if it is no epoch's end
+    assert status.progress(str(run))["knn"] == 0.456  # the last step's, at no epoch's end
     (run / "results.json").write_text(json.dumps({"step": 200, "knn": 0.456}))
-    assert status.progress(str(run))["knn"] == 0.3  # continued since
+    assert status.progress(str(run))["knn"] == 0.3  # the run has been continued since
     lines = status.table([row], 30).splitlines()
     assert lines[0].startswith("run  job") and all(len(line) <= 30 for line in lines)
     assert status.progress(str(tmp_path / "none")) == {} and status.progress(None) == {}

@@ -25,7 +25,7 @@ SNCLR = ["recipes/snclr.py", *SMALL, "--queue-size", "128"]
 
 
 def missing() -> str:
-    """Why there is no Slurm to test on, or nothing."""
+    """Says why there is no Slurm to test on, or nothing."""
     try:
         told = ["scontrol", "show", "config"]
         done = subprocess.run(told, capture_output=True, text=True, timeout=20)
@@ -57,7 +57,7 @@ def scontrol(*words: str) -> None:
 
 
 def ended(scratch: Path, name: str, seconds: float) -> dict:
-    """The states of all runs, once none is live."""
+    """Returns the states of all runs, once none is live."""
 
     def condition():
         now = states(scratch, name)
@@ -67,7 +67,7 @@ def ended(scratch: Path, name: str, seconds: float) -> dict:
 
 
 def test_one_run_of_two_tasks_at_the_commit_it_was_submitted_with(repository):
-    """Submitted from the checkout itself, which then becomes unusable while the job waits."""
+    """It is submitted from the checkout itself, which becomes unusable while the job waits."""
     submitted = commit_all(add_note(repository))
     cluster = repository / "slurm" / "cluster.yaml"  # git ignores it
     cluster.write_text("options: {hold: true}\nenvironment: ['export FROM_CLUSTER_FILE=1']\n")
@@ -99,7 +99,7 @@ def add_note(repository: Path) -> Path:
 
 
 def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
-    """Two tasks each: one undisturbed, one met by its time limit, one by `scontrol requeue`."""
+    """Each has two tasks: one is undisturbed, one meets its time limit, one `scontrol requeue`."""
     (tmp_path / "three.yaml").write_text(
         "script: recipes/snclr.py\n"
         "slurm: {gpus_per_node: 0, tasks_per_node: 2, time: 9m, signal_delay: 110}\n"
@@ -131,7 +131,7 @@ def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
 
     now = ended(scratch, "three", 240)
     assert {name: state.state for name, state in now.items()} == dict.fromkeys(jobs, "FINISHED")
-    assert {name: state.job for name, state in now.items()} == jobs  # requeued, not sent anew
+    assert {name: state.job for name, state in now.items()} == jobs  # requeued, not sent again
     assert now["whole"].restarts == 0, events(notes, "whole")
     assert now["limit"].restarts >= 1 and now["requeued"].restarts >= 1
     for name in ("limit", "requeued"):
@@ -149,7 +149,7 @@ def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
 
 
 def job_numbers(jobs: list[str]) -> list[str] | None:
-    """The numbers of their own that an array's jobs get when they start."""
+    """Returns the numbers of their own that an array's jobs get when they start."""
     words = ["squeue", "--noheader", "--array", "--states", "running", "--format", "%i %A"]
     lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
     known = dict(line.split() for line in lines)
@@ -189,7 +189,7 @@ def test_a_rank_that_is_killed_ends_the_job(repository, tmp_path):
 
 
 def processes_of_rank(job: str, rank: int) -> list[int]:
-    """The recipe's own processes of a rank, not the task that started them."""
+    """Returns the recipe's own processes of a rank, not the task that started them."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -250,7 +250,7 @@ def test_a_job_cancelled_in_the_queue_and_one_that_slurm_refuses(repository, tmp
 
 
 def test_the_readme_word_by_word(repository):
-    """The commands that slurm/README.md says to try, in a fresh checkout."""
+    """The commands that slurm/README.md says to try work in a fresh checkout."""
     section = (ROOT / "slurm" / "README.md").read_text()
     block = section.split("```\n")[1]
     commands = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]

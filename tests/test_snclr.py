@@ -15,8 +15,8 @@ STEPS = 3
 
 
 def test_official_snclr_has_one_private_queue_per_rank(tmp_path):
-    """Each rank against a NumPy queue of its own batches; the loss against a plain loop over the
-    keys and neighbours of both ranks.
+    """Each rank looks up as a NumPy queue of its own batches does; the loss is that of a plain loop
+    over the keys and neighbours of both ranks.
     """
     flags = ["--follow", "official", "--precision", "fp64", "--max-steps", str(STEPS)]
     flags += ["--queue-size", "128", "--output-dim", "256", "--neighbours", "5"]
@@ -57,15 +57,15 @@ def unit(x):
 
 
 def brute_force(key, rows, k):
-    """The k rows of largest cosine with the key, best first, l2-normalised."""
+    """Returns the k rows of largest cosine with the key, best first, l2-normalised."""
     cosines = [unit(key) @ unit(row) for row in rows]
     best = sorted(range(len(rows)), key=lambda i: -cosines[i])[:k]
     return np.stack([unit(rows[i]) for i in best])
 
 
 def official_loss(z, y, columns, first, temperature=0.2):
-    """Soft-label cross-entropy x 2 tau of one rank: z, y (N,D), columns (M,1+K,D) of all ranks,
-    `first` the column of this rank's first image.
+    """Computes soft-label cross-entropy x 2 tau of one rank: z, y (N,D), columns (M,1+K,D) of all
+    ranks, `first` the column of this rank's first image.
     """
     total = 0.0
     for i in range(len(z)):

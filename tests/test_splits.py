@@ -16,7 +16,7 @@ from results import record
 
 
 def images(counts, labelled=True) -> ArrayImages:
-    """Images whose only pixel value is their number, in an order that mixes the classes."""
+    """Makes images whose only pixel value is their number, in an order that mixes the classes."""
     labels = np.random.default_rng(5).permutation(np.repeat(np.arange(len(counts)), counts))
     pixels = np.arange(len(labels), dtype=np.uint16)[:, None, None, None].repeat(3, axis=3)
     names = [f"class {n}" for n in range(len(counts))]
@@ -119,7 +119,7 @@ def test_a_record_keeps_what_the_monitors_said_after_each_epoch(run):
 
 
 def test_the_k_nn_of_a_run_is_that_of_the_held_out_images(run):
-    """Again from the exported encoder, by the definition."""
+    """The exported encoder gives the same accuracy again, by the definition."""
     import torch
 
     from common.data.loaders import center_batches
@@ -175,7 +175,7 @@ def test_draws_of_a_subset_have_no_image_in_common():
     draws = [parts(whole, None, 18, 0.0, n)[0] for n in range(3)]
     assert [np.bincount(d.labels).tolist() for d in draws] == [[6, 6, 6]] * 3
     assert len(set().union(*map(numbers, draws))) == 3 * 18
-    assert numbers(draws[0]) == numbers(parts(whole, None, 18, 0.0)[0])  # as before there were any
+    assert numbers(draws[0]) == numbers(parts(whole, None, 18, 0.0)[0])  # as before draws existed
     with pytest.raises(UserError, match="--subset-seed 3: there are 3 draws"):
         parts(whole, None, 18, 0.0, 3)
     with pytest.raises(UserError, match="which of --train-images"):

@@ -71,7 +71,7 @@ def test_variables_that_cannot_be_meant_are_one_line_that_names_them(
 
 
 def test_the_line_is_a_scripts_too():
-    """Before the ranks start, too: a rank that has no number does not fail in silence."""
+    """A script says it before the ranks start: a rank without a number does not fail silently."""
     flags = ["--dataset", "photos", "--epochs", "x"]
     assert "--epochs" in only_error(run_script("recipes/nnclr.py", *flags, RANK="abc"))
 
@@ -101,7 +101,7 @@ def test_numbers_of_one_machine_that_are_none_are_one_line(variables):
         ({"RANK": "0", "WORLD_SIZE": "1"}, (1, None)),
         ({**TWO, "LOCAL_WORLD_SIZE": "2"}, (2, 0)),
         ({**TWO, "LOCAL_RANK": None}, (2, None)),
-        (MEET, (1, None)),  # of another program's, and no rank's
+        (MEET, (1, None)),  # they are another program's, and no rank's
         (STEP, (2, 1)),
         ({**STEP, "WORLD_SIZE": "2", **MEET}, (2, 1)),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (1, None)),

@@ -27,8 +27,8 @@ FOLDERS += ["--epochs", "2", "--knn-every", "0", "--warmup-epochs", "0.5", "--lr
 
 
 def test_a_run_is_the_plain_replay_of_its_views_and_labels(tmp_path, monkeypatch):
-    """Cross-entropy written out, torch's batch norms, SGD by hand; the labels are read from the
-    images' own set.
+    """Cross-entropy is written out, with torch's batch norms and SGD by hand; the labels are read
+    from the images' own set.
     """
     numbers, batches = [], Run.batches
 
@@ -66,7 +66,7 @@ def test_a_run_is_the_plain_replay_of_its_views_and_labels(tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run of the control itself, with how its features lay."""
+    """Trains a run of the control itself, with how its features lay."""
     folder = tmp_path_factory.mktemp("supervised") / "run"
     supervised.main([*PHOTOS, "--geometry-points", "1", "--output", str(folder)])
     return folder
@@ -97,7 +97,7 @@ def test_its_record_is_whole_and_made_anew_without_training(trained, tmp_path):
 
 
 def test_the_accuracy_is_a_plain_count(trained):
-    """Over the test images one by one, from the saved encoder and head."""
+    """The count goes over the test images one by one, from the saved encoder and head."""
     config = supervised.parse_arguments([*PHOTOS, "--output", str(trained)])
     head = state_of(trained)["model"]
     encoder, _ = load_backbone(trained)

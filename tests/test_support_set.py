@@ -16,14 +16,14 @@ from common.support_set import SupportSet
 
 
 def draw(seed, *shape, spread=2.0):
-    """Gaussian float32 rows of lengths over 2 * spread orders of magnitude."""
+    """Draws Gaussian float32 rows of lengths over 2 * spread orders of magnitude."""
     rng = np.random.default_rng([seed, *shape])
     scale = 10 ** rng.uniform(-spread, spread, (*shape[:-1], 1))
     return torch.from_numpy((rng.standard_normal(shape) * scale).astype(np.float32))
 
 
 def filled(size, dim, ids=None, seed=0, dtype=torch.float32, shared=True):
-    """A queue whose every row was enqueued once, under ids 0 to size-1 unless given."""
+    """Returns a queue whose every row was enqueued once, under ids 0 to size-1 unless given."""
     queue = SupportSet(size, dim, seed=seed, shared=shared).to(dtype)
     ids = torch.arange(size) if ids is None else torch.tensor(ids)
     queue.enqueue(draw(50 + seed, size, dim).to(dtype), ids)
@@ -36,7 +36,7 @@ def unit(row):
 
 
 def brute_force(queue, z, k, own_ids=None):
-    """Positions of the k best rows for each row of z: sort all cosines, in float64."""
+    """Returns positions of the k best rows for each row of z: sorts all cosines, in float64."""
     rows, ids = queue.embeddings.double().tolist(), queue.ids.tolist()
     found = []
     for n, query in enumerate(z.double().tolist()):
@@ -59,7 +59,7 @@ def brute_force(queue, z, k, own_ids=None):
         (10, [3] * 14),  # four laps, never aligned
         (7, [2, 5, 3, 1, 7, 4, 6, 7, 7, 1]),
         (8, [8, 8, 4, 4]),
-        (5, [13, 1, 1, 2, 5, 1]),  # longer than the queue: the last 5 stay, oldest of them go first
+        (5, [13, 1, 1, 2, 5, 1]),  # above the queue's length: the last 5 stay, the oldest go first
         (6, [2, 12, 1, 18, 5, 7, 1]),
         (4, [9, 9, 9, 1]),
         (1, [1, 3, 1]),
@@ -182,8 +182,8 @@ def test_nearest_changes_neither_queue_nor_query():
 
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
 def test_the_search_is_in_full_precision_inside_autocast(query_dtype):
-    """Rows 0.01 radians apart: the cosines differ by 1e-4 and more, which float32 resolves; bf16,
-    which steps by 4e-3 below 1, cannot rank them.
+    """Rows are 0.01 radians apart: the cosines differ by 1e-4 and more, which float32 resolves;
+    bf16, which steps by 4e-3 below 1, cannot rank them.
     """
     angles = 0.01 * torch.from_numpy(np.random.default_rng(12).permutation(30) + 1)
     queue = SupportSet(30, 2)
@@ -280,7 +280,7 @@ def test_more_neighbours_than_entries_are_an_error(exclude):
 
 
 def assert_continues_alike(one, other):
-    """Same contents now, and after enqueues that wrap: so the position is right too."""
+    """Asserts equal contents now, and after enqueues that wrap: so the position is right too."""
     for step, batch in enumerate((3, 5, 4)):
         z, ids = draw(60 + step, batch, one.dim), torch.arange(batch) + 100 * step
         for a, b in zip(one.nearest(z, 4), other.nearest(z, 4), strict=True):

@@ -33,7 +33,7 @@ def cosines(seed, n, k):
 
 
 def balanced(scores, epsilon, iterations):
-    """main_swav.py's distributed_sinkhorn on lists of rows, one process."""
+    """Computes main_swav.py's distributed_sinkhorn on lists of rows, one process."""
     M, K = len(scores), len(scores[0])
     Q = [[math.exp(s / epsilon) for s in row] for row in scores]
     total = math.fsum(q for row in Q for q in row)
@@ -76,7 +76,7 @@ def test_sinkhorn_holds_in_float32_where_its_exponentials_do_not():
 
 
 def test_equal_scores_are_assigned_to_all_prototypes_alike():
-    """The README's collapse: 1/K is the only code that uses all alike."""
+    """This is the README's collapse: 1/K is the only code that uses all alike."""
     for iterations in (0, 1, 3):
         codes = sinkhorn(torch.full((6, 4), 0.3, dtype=torch.float64), 0.05, iterations)
         torch.testing.assert_close(codes, torch.full_like(codes, 0.25))
@@ -90,7 +90,7 @@ def test_many_iterations_use_every_prototype_alike_and_few_only_nearly():
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 def test_codes_of_two_ranks_are_those_of_one(iterations, monkeypatch):
-    """Also of parts that differ, as a queue's shares may."""
+    """Parts may differ in size, as a queue's shares may."""
     scores = cosines(5, 13, 6)
     whole = sinkhorn(scores, 0.05, iterations)
     halves = [scores[:6], scores[6:]]
@@ -102,7 +102,7 @@ def test_codes_of_two_ranks_are_those_of_one(iterations, monkeypatch):
 
 
 def swapped(scores, codes, temperature):
-    """Python floats; crop v predicts the code of each other crop s."""
+    """Computes the loss on Python floats; crop v predicts the code of each other crop s."""
     total = 0.0
     for s, of_code in enumerate(codes):
         for v, of_crop in enumerate(scores):
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_differences_and_codes_get_none():
 
 
 def test_ties_and_collapse_cost_ln_k():
-    """README of the code: stuck at ln 3000 = 8.006."""
+    """The code's README says so: a run is stuck at ln 3000 = 8.006."""
     same = [torch.full((3, 3000), 0.2, dtype=torch.float64) for _ in range(2)]
     codes = [sinkhorn(s) for s in same]
     assert swav_loss(same, codes).item() == pytest.approx(math.log(3000), rel=1e-12)
@@ -202,7 +202,7 @@ RUNS = {
 
 
 class LARCByHand:
-    """apex LARC.py with clip off, around torch's SGD with momentum 0.9."""
+    """LARC of apex's LARC.py with clip off, around torch's SGD with momentum 0.9."""
 
     def __init__(self, parameters, decay):
         self.parameters, self.decay = parameters, decay
@@ -225,8 +225,8 @@ class LARCByHand:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_its_replay(name, tmp_path, monkeypatch):
-    """One forward for a resolution, one of the head; the queue in Sinkhorn alone, once it is full;
-    prototypes of length 1 before each forward, fixed at first; LARC on every tensor.
+    """Each resolution has one forward, and the head one. The queue is in Sinkhorn alone, once it is
+    full; prototypes have length 1 before each forward, fixed at first; LARC is on every tensor.
     """
     flags = RUNS[name].split()
     seen = watched_run(swav, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
@@ -288,7 +288,7 @@ def test_a_run_is_its_replay(name, tmp_path, monkeypatch):
             for s in (0, 1):
                 past[s].append(z[s].detach())
     assert len(seen["views"]) == STEPS
-    assert len(torch.cat([*past[0], z[0][:0]])) >= length  # the queue was full, and was used
+    assert len(torch.cat([*past[0], z[0][:0]])) >= length  # so the queue was full, and used
     assert_states_are_close([(after.encoder, encoder), (after.projector, projector)])
     torch.testing.assert_close(after.prototypes.weight, prototypes, rtol=1e-7, atol=1e-9)
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["state"]

@@ -28,7 +28,7 @@ def test_a_row_is_a_run_with_its_own_metrics(tmp_path):
 
 
 def test_gpu_use_is_the_mean_of_the_samples_of_the_counted_steps(tmp_path, monkeypatch):
-    """One sample at once, then one every tenth of a second: 40 and 80 in turn."""
+    """One sample comes at once, then one every tenth of a second: 40 and 80 in turn."""
     script = tmp_path / "nvidia-smi"
     loop = "while true; do sleep 0.1; echo 40; sleep 0.1; echo 80; done"
     script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho 0\necho "[N/A]"\n{loop}\n')

@@ -15,7 +15,7 @@ TAU = 0.2
 
 
 def snclr_inputs(n, k, d=6, dtype=torch.float64):
-    """z1, y1 (with gradient), y2 and NN(y2), of very different lengths."""
+    """Draws z1, y1 (with gradient), y2 and NN(y2), of very different lengths."""
     torch.manual_seed(n * 100 + k)
     draw = [torch.randn(n, d, dtype=torch.float64) for _ in range(3)]
     draw.append(torch.randn(n, k, d, dtype=torch.float64))
@@ -29,7 +29,7 @@ def unit(x):
 
 
 def all_at_once(z1, y1, y2, neighbours, form):
-    """Eq. 2 and 4, and the released code's cross-entropy, image by image, in the dtype given."""
+    """Computes Eq. 2 and 4, and the code's cross-entropy, image by image, in the dtype given."""
     n, k = neighbours.shape[:2]
     columns = unit(torch.cat([y2[:, None], neighbours], dim=1))  # NN(y2)_0..K
     losses = []
@@ -69,7 +69,7 @@ def test_tiles_change_neither_value_nor_gradients(form, k, tile, monkeypatch):
 
 @pytest.mark.parametrize("form", ["paper", "official"])
 def test_gradients_in_float32(form, monkeypatch):
-    """Within 1e-5 of the largest, in 33 tiles of 3 images and one of 1, D and K as in the paper."""
+    """They agree to 1e-5 of the largest, in 33 tiles of 3 images and one of 1, the paper's D, K."""
     monkeypatch.setitem(tiled.TILE, "cpu", 3 * 100 * 31 + 5)
     exact = snclr_inputs(100, 30, 256)
     _, gradients = value_and_gradients(lambda *t: all_at_once(*t, form), exact)

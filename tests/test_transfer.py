@@ -41,7 +41,7 @@ def all_twelve(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of five steps."""
+    """Trains a run of five steps."""
     folder = tmp_path_factory.mktemp("run") / "nnclr"
     flags = ["--dataset", "photos", "--max-steps", "5", "--workers", "0", "--knn-every", "0"]
     done = run_script("recipes/nnclr.py", *flags, "--batch-size", "36", "--output", str(folder))
@@ -136,7 +136,7 @@ def test_birdsnap_counts_what_flickr_no_longer_has(tmp_path):
 
 
 def whole_pool(key: str) -> readers.Pool:
-    """A pool with the sizes that the manifest says, and no images."""
+    """Returns a pool with the sizes that the manifest says, and no images."""
     about = manifest.load(key)
     if about.draw:  # Caltech-101: 31 to 800 images of a class
         counts = np.full(about.classes, 31)
@@ -448,7 +448,7 @@ def test_a_signal_stops_between_and_the_same_command_goes_on(all_twelve, trained
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server of a folder: (address, folder)."""
+    """Starts a web server of a folder: (address, folder)."""
     folder = tmp_path / "served"
     folder.mkdir()
 
@@ -466,7 +466,7 @@ def server(tmp_path):
 
 
 def tar_of(path: Path, source: Path) -> str:
-    """A tar.gz of a folder's contents; its md5."""
+    """Writes a tar.gz of a folder's contents; returns its md5."""
     with tarfile.open(path, "w:gz") as archive:
         for entry in sorted(source.iterdir()):
             archive.add(entry, entry.name)
@@ -475,7 +475,7 @@ def tar_of(path: Path, source: Path) -> str:
 
 @pytest.fixture
 def dtd_online(server, tmp_path, monkeypatch):
-    """DTD's miniature on the server as its manifest's archive: (archive file, root)."""
+    """Puts DTD's miniature on the server as its manifest's archive: (archive file, root)."""
     address, folder = server
     miniatures.dtd(tmp_path / "source")
     digest = tar_of(folder / "dtd.tar.gz", tmp_path / "source" / "dtd")
@@ -578,7 +578,7 @@ def test_a_cut_archive_without_checksum_is_said(tmp_path):
 
 
 def tar_bytes(**files: bytes) -> bytearray:
-    """An uncompressed tar of small files: a header and a block for each, then zeros."""
+    """Returns an uncompressed tar of small files: a header and a block for each, then zeros."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w") as archive:
         for name, content in files.items():
@@ -606,7 +606,7 @@ def no_end(path: Path) -> None:
 
 
 def hole_of_zeros(path: Path) -> None:
-    """As a download in pieces leaves it of which one is missing."""
+    """Writes a tar with a hole, as a download in pieces leaves it if one is missing."""
     content = tar_bytes(a=b"1", b=b"2", c=b"3" * 20_000)
     content[1024:1536] = bytes(512)
     path.write_bytes(content)
@@ -672,7 +672,7 @@ def test_an_archive_is_unpacked_whole_or_not_at_all(tmp_path, damage):
 
 
 def test_two_archives_fill_one_folder(tmp_path):
-    """As VOC2007's; what is there is replaced."""
+    """VOC2007 has two such archives; what is there already is replaced."""
     into = tmp_path / "into"
     (tmp_path / "1.tar").write_bytes(tar_bytes(a=b"1", b=b"2"))
     (tmp_path / "2.tar").write_bytes(tar_bytes(b=b"3", c=b"4"))

@@ -14,7 +14,7 @@ from eval.transfer.solver import DECAYS, TOLERANCE, Fit, fit_path, gradient_norm
 
 
 def clouds(images=240, dimensions=9, classes=4, spread=2.0, seed=0) -> Split:
-    """Classes that overlap, features that are correlated, of uneven scale and off the origin."""
+    """Draws classes that overlap, with correlated features, of uneven scale and off the origin."""
     rng = np.random.default_rng(seed)
     labels = np.arange(images) % classes
     means = rng.normal(size=(classes, dimensions))
@@ -24,7 +24,7 @@ def clouds(images=240, dimensions=9, classes=4, spread=2.0, seed=0) -> Split:
 
 
 def loops(data: Split, decay: float, weight, bias) -> tuple[float, np.ndarray]:
-    """(objective, gradient (D+1,C)) of the multinomial problem, image by image."""
+    """Returns (objective, gradient (D+1,C)) of the multinomial problem, image by image."""
     objective = decay / 2 * sum(float(w) ** 2 for w in weight.flatten())
     gradient = np.zeros((len(weight) + 1, len(bias)))
     gradient[:-1] = decay * weight.numpy()
@@ -77,7 +77,7 @@ def test_every_decay_of_the_path_is_converged_by_the_definition():
 
 
 def sklearn_to_norm(data: Split, decay: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """scikit-learn's weight and bias, its tolerance lowered until our gradient norm is reached."""
+    """Lowers scikit-learn's tolerance until our gradient norm is reached: weight and bias."""
     tolerance, x, y = 1e-4, data.features.double().numpy(), data.targets.numpy()
     while True:
         found = LogisticRegression(C=1 / decay, tol=tolerance, max_iter=100_000).fit(x, y)
@@ -139,7 +139,7 @@ def test_binary_columns_are_independent_and_scikit_learns():
 
 
 def test_half_the_decay_is_the_softmax_over_two_classes():
-    """ssl-transfer's VOC: the softmax's difference of columns is the binary weight."""
+    """In ssl-transfer's VOC, the softmax's difference of columns is the binary weight."""
     data = clouds(100, 5, 2)
     (softmax,) = fit_path(data.features, data.targets, 2, [3.0], tolerance=1e-9)
     (binary,) = fit_path(data.features, data.targets[:, None], 1, [1.5], tolerance=1e-9)
@@ -149,7 +149,7 @@ def test_half_the_decay_is_the_softmax_over_two_classes():
 
 def test_the_choice_is_the_best_on_validation_and_the_smallest_of_equals():
     data = clouds(200, 6, 3, spread=1.5)
-    decays = DECAYS[24:40]  # where the minimum is well marked
+    decays = DECAYS[24:40]  # here the minimum is well marked
     # 200 images in turn over 3 classes and 3 splits would give each split one class
     order = np.random.default_rng(0).permutation(200)
     thirds = [Split(data.features[order[i::3]], data.targets[order[i::3]]) for i in range(3)]
@@ -210,7 +210,7 @@ def test_what_cannot_be_learned_is_said():
 
 
 def devkit_ap(confidence: list[float], truth: list[int]) -> float:
-    """VOCevalcls.m of the VOC2007 devkit, line by line; the recall levels as fractions."""
+    """Follows VOCevalcls.m of the VOC2007 devkit, line by line; recall levels are fractions."""
     order = sorted(range(len(confidence)), key=lambda i: -confidence[i])
     tp = fp = 0
     recall, precision = [], []
@@ -304,7 +304,7 @@ def test_episodes_find_classes_that_are_apart_and_guess_where_they_are_not():
 
 
 def test_an_episode_against_loops(monkeypatch):
-    """Distances by loops over the very images that the episode draws."""
+    """Distances by loops over the very images that the episode draws give the same."""
     rng = np.random.default_rng(3)
     labels = np.repeat(np.arange(6), 9)
     x = rng.normal(size=(54, 4)) + labels[:, None] * 0.5

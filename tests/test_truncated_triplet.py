@@ -34,7 +34,7 @@ from recipes.truncated_triplet import draw_sides, own_block, parameter_groups, r
 
 
 def smoothed_triplet(p, z, gamma=2.0, ranks=(2, 10), margin=100.0, block=0):
-    """triplet_loss_head.py: the deputy is the mean of the sorted negatives' ranks."""
+    """Follows triplet_loss_head.py: the deputy is the mean of the sorted negatives' ranks."""
     p, z = p.tolist(), z.tolist()
     size = block or len(z)
     losses = []
@@ -142,7 +142,7 @@ def test_mistakes_are_value_errors(how, said):
 
 @pytest.mark.parametrize(("arch", "missed"), [("resnet50", 4), ("resnet_lab", 3), ("tiny", 0)])
 def test_the_codes_expression_misses_the_scales_of_shortcut_norms(arch, missed):
-    """(bn|gn)(\\d+)?.(weight|bias) and bias, searched in its names, which are torchvision's."""
+    """It searches (bn|gn)(\\d+)?.(weight|bias) and bias in its names, which are torchvision's."""
     import re
 
     with torch.device("meta"):
@@ -163,7 +163,7 @@ def test_the_codes_expression_misses_the_scales_of_shortcut_norms(arch, missed):
 
 
 def test_rates_are_those_of_mmcv():
-    """Half a cosine of the epoch from the first one on; in the warm-up times a line per step."""
+    """Half a cosine by epochs starts at the first; in the warm-up a line per step multiplies it."""
     config = truncated_triplet.parse_arguments(["--warmup-epochs", "2"])
     for step in range(40):
         expected = 4.8 * (1 + math.cos(math.pi * (step // 4) / 10)) / 2
@@ -228,7 +228,7 @@ READINGS += [pytest.param(flags, marks=pytest.mark.long, id=" ".join(flags)) for
 
 
 def plain_loss(p, z, gamma, ranks, margin, block):
-    """As tensors that autograd goes through, one image at a time."""
+    """Computes it as tensors that autograd goes through, one image at a time."""
     p, z = (torch.stack([row / row.square().sum().sqrt() for row in x]) for x in (p, z.detach()))
     losses = []
     for i in range(len(p)):
@@ -240,7 +240,7 @@ def plain_loss(p, z, gamma, ranks, margin, block):
 
 
 class LARSByHand:
-    """OpenSelfSup's, with the names that the code's regular expression does not match."""
+    """LARS of OpenSelfSup, with the names that the code's regular expression does not match."""
 
     def __init__(self, named, official, inside=True):
         self.named, self.official, self.inside = named, official, inside
@@ -261,7 +261,7 @@ class LARSByHand:
 
 @pytest.mark.parametrize("flags", READINGS, ids=" ".join)
 def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
-    """A forward for each view, the rate inside the momentum, the target moved after the step."""
+    """Each view has a forward, the rate is inside the momentum, the target moves after the step."""
     seen = watched_run(truncated_triplet, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
     config = truncated_triplet.parse_arguments(["--arch", "tiny", *FLAGS, *flags])
     ranks = tuple(map(int, config.ranks.split("-")))
@@ -320,7 +320,7 @@ def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
     "flags", [["--block", "12", "--ranks", "2-5"], ["--block", "18", "--ranks", "1"]], ids=" ".join
 )
 def test_two_ranks_train_as_one(flags, tmp_path):
-    """A block that lies across two ranks' images too."""
+    """A block may lie across two ranks' images."""
     two_ranks_are_one(tmp_path, "truncated_triplet", *flags)
 
 
@@ -357,7 +357,7 @@ distributed.stop()
 
 @pytest.mark.long
 def test_batch_norms_over_ranks_count_the_values_of_each(tmp_path):
-    """Two images of 2 x 4 pixels on one rank and of 3 x 5 on the other: as all values in one."""
+    """Two images of 2 x 4 pixels on one rank, of 3 x 5 on the other, are as all values in one."""
     (tmp_path / "sizes.py").write_text(SIZES)
     run_ranks(2, tmp_path / "sizes.py")
 

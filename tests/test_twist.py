@@ -41,7 +41,7 @@ def entropy(p, eps):
 
 
 def terms_by_hand(logits1, logits2, tau=1.0, eps=1e-5):
-    """objective.py's EntLoss on lists of rows, one process."""
+    """Computes objective.py's EntLoss on lists of rows, one process."""
     kl = eh = he = 0.0
     n = len(logits1)
     for a, b in ((logits1, logits2), (logits2, logits1)):
@@ -65,7 +65,7 @@ def by_hand(logits1, logits2, lam1=0.0, lam2=1.0, tau=1.0, eps=1e-5):
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 5), (7, 4), (16, 9)])
 def test_the_loss_is_the_codes(shape, spread, how):
-    """Also of logits of some thousands, whose softmax is one class."""
+    """The two agree on logits of some thousands, too, whose softmax is one class."""
     logits = draw(1, *shape, spread=spread), draw(2, *shape, spread=spread)
     value = twist_loss(*logits, **how)
     assert value.dtype == torch.float64 and value.shape == ()
@@ -120,7 +120,7 @@ def test_the_loss_is_never_computed_in_less_than_float32():
 
 
 def columns_by_hand(logits1, logits2, bunch):
-    """Of each bunch of images the rows of both views, column by column."""
+    """Normalises both views' rows of each bunch of images, column by column."""
     out = [[], []]
     for first in range(0, len(logits1), bunch):
         views = [f[first : first + bunch] for f in (logits1, logits2)]
@@ -173,7 +173,7 @@ def test_a_constant_answer_is_no_constant_answer_after_it():
 @pytest.mark.parametrize("bunch", [0, 8, 4, 2])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_have_the_value_and_the_gradient_of_one(ranks, bunch, monkeypatch):
-    """Bunches of several ranks, and several bunches on one."""
+    """Bunches may be of several ranks, and several bunches on one."""
     whole = [draw(seed, 8, 5, spread=0.3).requires_grad_() for seed in (14, 15)]
 
     def loss(logits):
@@ -206,7 +206,7 @@ RUNS = {
 
 
 class LARSByHand:
-    """lars.py: the ratio has the sum of norms, nothing guards it, the rate is in the buffer."""
+    """LARS of lars.py: the ratio has the norms' sum, without a guard; the rate is in the buffer."""
 
     def __init__(self, parameters, decay):
         self.parameters, self.decay = parameters, decay
@@ -231,7 +231,7 @@ class SGDByHand(LARSByHand):
 
 
 def plain_terms(p, q, tau):
-    """With torch's own functions: softmax apart, EPS inside every log."""
+    """Computes the terms with torch's own functions: softmax apart, EPS inside every log."""
     kl, eh, he = 0, 0, 0
     for a, b in ((p, q), (q, p)):
         x, y, t = a.softmax(1), b.softmax(1), (a / tau).softmax(1)
@@ -243,7 +243,7 @@ def plain_terms(p, q, tau):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_its_replay(name, tmp_path, monkeypatch):
-    """Both views in one forward of encoder and projector; the batch norm by bunches of images."""
+    """Both views share a forward of encoder and projector; the batch norm sees bunches."""
     flags = [*FLAGS, *RUNS[name].split()]
     config = twist.parse_arguments([*RUN, *flags])
     seen = watched_run(twist, flags, tmp_path / "run", monkeypatch)

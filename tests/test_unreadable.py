@@ -19,8 +19,8 @@ GREY = {"dark": 30, "light": 220}
 
 @pytest.fixture
 def two_classes(tmp_path):
-    """Two classes that pixels separate; both test images of "dark" are cut short, and one training
-    image of "light".
+    """Writes two classes that pixels separate; both test images of "dark" are cut short, and one
+    training image of "light".
     """
     rng = np.random.default_rng(0)
     root = tmp_path / "images"
@@ -38,7 +38,7 @@ def two_classes(tmp_path):
 
 
 class Mean(torch.nn.Module):
-    """Features that separate the classes: (mean, 1)."""
+    """A network whose features separate the classes: (mean, 1)."""
 
     embed_dim = 2
 

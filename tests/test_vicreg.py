@@ -30,13 +30,13 @@ FORMS = ["paper", "official"]
 
 
 def covariance_of(a, b):
-    """Of two columns, over n - 1 (Eq. 3)."""
+    """Returns the covariance of two columns, over n - 1 (Eq. 3)."""
     mean_a, mean_b = statistics.fmean(a), statistics.fmean(b)
     return sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True)) / (len(a) - 1)
 
 
 def eq_6(z1, z2, sim=25.0, std=25.0, cov=1.0, form="paper"):
-    """On lists of rows; s as in Algorithm 1 (mse_loss), the variance term as `form` has it."""
+    """Computes Eq. 6 on lists of rows; s as in Algorithm 1 (mse_loss), variance by `form`."""
     n, d = len(z1), len(z1[0])
     squares = [(a - b) ** 2 for x, y in zip(z1, z2, strict=True) for a, b in zip(x, y, strict=True)]
     s = math.fsum(squares) / (n * d)
@@ -71,7 +71,7 @@ def test_the_defaults_are_those_of_sec_4_2():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gradient_is_that_of_eq_6(form):
-    """Central differences of the loops; both embeddings get gradient."""
+    """Central differences of the loops agree; both embeddings get gradient."""
     z = [draw(5, 5, 3, spread=0.3).requires_grad_(), draw(6, 5, 3, spread=0.3).requires_grad_()]
     vicreg_loss(*z, 2.0, 3.0, 0.5, form).backward()
     h = 1e-6
@@ -135,7 +135,7 @@ FLAGS = ["--projector-hidden", "24", "--output-dim", "12", "--warmup-epochs", "0
 
 
 def plain_loss(z1, z2, form):
-    """Algorithm 1 with torch's own functions; the mean of the two hinges for "official"."""
+    """Follows Algorithm 1 with torch's own functions; the mean of two hinges for "official"."""
     loss = 25 * (z1 - z2).pow(2).mean()
     for z in (z1, z2):
         hinge = (1 - (z.var(0) + 1e-4).sqrt()).clamp(min=0).mean()
@@ -147,7 +147,7 @@ def plain_loss(z1, z2, form):
 
 
 def lars_step(weights, velocities, rate, decay):
-    """One update, written out: tensors of one dimension are neither decayed nor adapted."""
+    """Writes one update out: tensors of one dimension are neither decayed nor adapted."""
     with torch.no_grad():
         for weight, velocity in zip(weights, velocities, strict=True):
             update = weight.grad.clone()

@@ -17,7 +17,7 @@ BLOCK = 1 << 15
 
 
 def sent(folder: Path) -> list[wandb_internal_pb2.Record]:
-    """All records of a run folder's offline runs, oldest first."""
+    """Returns all records of a run folder's offline runs, oldest first."""
     found = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for data in chunks(path.read_bytes()):
@@ -28,8 +28,8 @@ def sent(folder: Path) -> list[wandb_internal_pb2.Record]:
 
 
 def chunks(content: bytes):
-    """LevelDB's log format behind a header of 7 bytes: blocks of chunks with checksum, length and
-    type (1 whole, 2 first, 3 middle, 4 last).
+    """Yields records in LevelDB's log format, which follow a header of 7 bytes: blocks of chunks
+    with checksum, length and type (1 whole, 2 first, 3 middle, 4 last).
     """
     place, whole = 7, b""
     while place + 7 <= len(content):
@@ -45,7 +45,7 @@ def chunks(content: bytes):
 
 
 def rows(folder: Path) -> list[dict]:
-    """The rows of the history that were sent, with wandb's own `_step`."""
+    """Returns the rows of the history that were sent, with wandb's own `_step`."""
     found = []
     for record in sent(folder):
         if record.WhichOneof("record_type") == "history":
@@ -74,7 +74,7 @@ def epoch(number: int, at: int) -> dict:
 
 
 def test_each_step_is_sent_once_at_its_number_with_epochs_on_their_own_axis(tmp_path, capsys):
-    """Also by a run that was killed and goes on from before its last step."""
+    """This holds for a run that was killed and goes on from before its last step, too."""
     first = start(tmp_path)
     first.log([epoch(0, 0)])
     first.log([step(1), step(2)])

@@ -11,8 +11,8 @@ import torch
 
 
 def on_ranks(monkeypatch, module: ModuleType, function: Callable, parts: list) -> list[Any]:
-    """function(part) of each rank, in rank order, with the module's `gather`, `gather_with_grad`,
-    `all_reduce_sum`, `rank` and `world_size` those of as many ranks as there are parts.
+    """Calls function(part) on each rank, in rank order; the module's `gather`, `gather_with_grad`,
+    `all_reduce_sum`, `rank` and `world_size` are those of as many ranks as there are parts.
     """
     ranks, barrier, own = len(parts), threading.Barrier(len(parts), timeout=20), threading.local()
     held, results = {}, {}

@@ -17,7 +17,7 @@ TRAIN, VAL, TEST = 8, 4, 4  # images of a class
 
 
 def picture(label: int, number: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
-    """Noise around the class's colour, so that there is something to learn."""
+    """Draws noise around the class's colour, so that there is something to learn."""
     rng = np.random.default_rng([label, number])
     colour = np.array([(label * 90) % 256, (label * 50 + 60) % 256, 200 - (label * 70) % 200])
     pixels = colour + rng.integers(-40, 40, size=(size[1], size[0], 3))
@@ -47,7 +47,7 @@ def food101(root: Path) -> None:
 
 
 def cifar(root: Path, kind: type, monkeypatch) -> None:
-    """The python batches; torchvision checks their md5, which is told those of the miniature."""
+    """Writes the python batches; torchvision's md5 sums become those of the miniature."""
     folder, ten = root / kind.base_folder, kind is datasets.CIFAR10
     folder.mkdir(parents=True)
     classes = 10 if ten else CLASSES
@@ -130,7 +130,7 @@ def aircraft(root: Path) -> None:
 
 
 def voc2007(root: Path) -> None:
-    """Image i shows class i mod 20; its neighbour is difficult in it."""
+    """Writes images: image i shows class i mod 20; its neighbour is difficult in it."""
     folder, number = root / "VOCdevkit" / "VOC2007", 0
     for part, count in (("train", 40), ("val", 20), ("test", 20)):
         names = [f"{number + i:06d}" for i in range(count)]
@@ -193,7 +193,7 @@ def flowers(root: Path, monkeypatch) -> None:
 
 
 def write_all(root: Path, monkeypatch) -> None:
-    """All 12; torchvision's checksums of CIFAR's and Flowers' lists become the miniatures'."""
+    """Writes all 12; the miniatures' checksums replace torchvision's of CIFAR and Flowers."""
     for write in (food101, birdsnap, sun397, cars, aircraft, voc2007, dtd, pets, caltech101):
         write(root)
     cifar(root, datasets.CIFAR10, monkeypatch)

@@ -15,8 +15,8 @@ FLAT, BARE = "of no width or height", "without an outline"
 
 
 def outline(one: dict[str, Any], width: int, height: int) -> list | dict | None:
-    """An object's run lengths, or its polygons of three points and more, as detectron2 takes them;
-    None where there are none, or where they are not those of an image of this size.
+    """Returns an object's run lengths, or its polygons of three points and more, as detectron2
+    takes them; None if there are none, or if they do not fit an image of this size.
     """
     shape = one.get("segmentation")
     if isinstance(shape, dict):
@@ -51,8 +51,9 @@ def leave_out_shapeless(images: Detections, masks: bool) -> None:
 
 
 def check_truth(images: Detections, masks: bool) -> None:
-    """UserError for objects to score by that have no outline, which pycocotools stumbles over, or
-    takes for boxes. Those without extent count as missed, as in COCO's own scoring: said.
+    """Raises UserError if objects to score by have no outline: pycocotools would stop at them, or
+    take them for boxes. Objects without extent count as missed, as in COCO's own scoring; this is
+    said.
     """
     flat, bare = [], []
     for image in images.images:
@@ -62,7 +63,7 @@ def check_truth(images: Detections, masks: bool) -> None:
             if not has_extent(one):
                 flat.append((one, image))
             shape = outline(one, image["width"], image["height"]) if masks else True
-            # by its first polygon pycocotools tells polygons from boxes
+            # pycocotools tells polygons from boxes by the first polygon
             if not shape or (isinstance(shape, list) and shape[0] is not one["segmentation"][0]):
                 bare.append((one, image))
     if bare:
@@ -76,13 +77,13 @@ def check_truth(images: Detections, masks: bool) -> None:
 
 
 def counted(kind: str, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """How many objects, and the first of them."""
+    """Says how many objects there are, and which is the first."""
     one, image = pairs[0]
     return f"{len(pairs):,} objects {kind} (the first {one['id']} of {image['file_name']})"
 
 
 def check_files(images: Detections) -> None:
-    """UserError for images that are missing, unreadable or of another size than their annotation
+    """Raises UserError if images are missing, unreadable or of another size than their annotation
     says.
     """
     check_each(
@@ -93,7 +94,7 @@ def check_files(images: Detections) -> None:
 
 
 def problem(image: dict[str, Any], max_pixels: int) -> str | None:
-    """What is wrong with an image's file, by its header."""
+    """Says what is wrong with an image's file, judged by its header; None if nothing is."""
     path, annotated = image["file_name"], (image["width"], image["height"])
     try:
         with open_image(path, max_pixels) as file:

@@ -33,14 +33,14 @@ IMAGES = {
     "voc_2012_trainval": 11_540,
     "voc_2007_test": 4_952,
 }
-# COCOeval ignores what is larger, as it must VOC's difficult objects; its largest area is 1e10
+# COCOeval ignores objects above its largest area, 1e10: so VOC's difficult ones get this area
 IGNORED_AREA = 1e12
 LEAST_SIDE = 1e-3  # pixels
 
 
 class Detections:
-    """Images with boxes and masks: `content` is a COCO annotation file's, whose file names are
-    whole paths here.
+    """Images with boxes and masks. `content` has the form of a COCO annotation file, but its file
+    names are whole paths.
     """
 
     def __init__(self, name: str, content: dict[str, Any]):
@@ -57,7 +57,7 @@ class Detections:
         return len(self.images)
 
     def fingerprint(self) -> str:
-        """A hash of file names and boxes: a continued training must see the same ones."""
+        """Returns a hash of file names and boxes: a continued training must see the same ones."""
         digest = hashlib.sha256()
         for image in self.images:
             boxes = [[o["category_id"], *o["bbox"]] for o in self.objects[image["id"]]]
@@ -65,22 +65,22 @@ class Detections:
         return digest.hexdigest()[:12]
 
     def with_objects(self) -> list[dict[str, Any]]:
-        """The images to train on: those with an object that is no crowd, as detectron2."""
+        """Returns the images to train on, those with an object that is no crowd, as detectron2."""
         return [i for i in self.images if any(map(is_object, self.objects[i["id"]]))]
 
 
 def is_object(one: dict[str, Any]) -> bool:
-    """No crowd, and with an area; check.py marks what lacks an outline."""
+    """Tells whether this is no crowd, has an area, and is not marked as shapeless by check.py."""
     return not one.get("iscrowd") and has_extent(one) and not one.get("shapeless")
 
 
 def has_extent(one: dict[str, Any]) -> bool:
-    """Wider and higher than what float32 rounds away; COCO's boxes are in hundredths of a pixel."""
+    """Tells whether a box is larger than what float32 rounds away; COCO's are in 0.01 pixels."""
     return min(one["bbox"][2:]) > LEAST_SIDE
 
 
 def folder_of(split: str, data: str) -> Path:
-    """The folder that holds a split's layout: --data, or coco/ or VOCdevkit/ in it."""
+    """Returns the folder that holds a split's layout: --data, or coco/ or VOCdevkit/ in it."""
     kind = split.split("_")[0]
     root = documents.expanded(data)
     inner, mark = {"coco": ("coco", "annotations"), "voc": ("VOCdevkit", "VOC2007")}[kind]
@@ -91,7 +91,7 @@ def folder_of(split: str, data: str) -> Path:
 
 
 def load(splits: list[str], data: str, name: str) -> Detections:
-    """The images of several splits, one after the other; UserError for a wrong layout."""
+    """Returns the images of several splits, one after the other; UserError for a wrong layout."""
     parts = []
     for split in splits:
         kind, year, part = split.split("_")
@@ -132,7 +132,7 @@ def read_coco(folder: Path, year: str, part: str) -> dict[str, Any]:
 
 
 def check_fields(content: dict[str, Any]) -> None:
-    """KeyError, TypeError or ValueError unless all fields are there that are used later on."""
+    """Raises KeyError, TypeError or ValueError unless all fields are there that are used later."""
     for image in content["images"]:
         if not (image["file_name"] and image["width"] > 0 and image["height"] > 0):
             raise ValueError(f"image {image['id']} has no size")
@@ -145,8 +145,8 @@ def check_fields(content: dict[str, Any]) -> None:
 
 
 def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
-    """The boxes of a VOC split; corners are pixels from 1 on, both within the box, so that
-    (xmin=1, xmax=W) is the whole width, as detectron2 reads them.
+    """Returns a VOC split's boxes in COCO's form. VOC's corners are pixels from 1 on, both within
+    the box: as in detectron2, (xmin=1, xmax=W) is the whole width.
     """
     root = folder / f"VOC{year}"
     lists = root / "ImageSets" / "Main" / f"{part}.txt"
@@ -173,7 +173,7 @@ def read_voc(folder: Path, year: str, part: str) -> dict[str, Any]:
 
 
 def voc_object(element: ElementTree.Element, part: str) -> dict[str, Any]:
-    """Box (x,y,w,h) and class; difficult objects train, and do not count in the test."""
+    """Returns box (x,y,w,h) and class; difficult objects train, and do not count in the test."""
     corners = ("xmin", "ymin", "xmax", "ymax")
     x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{n}")) for n in corners)
     x1, y1 = x1 - 1, y1 - 1
@@ -188,8 +188,8 @@ def voc_object(element: ElementTree.Element, part: str) -> dict[str, Any]:
 
 
 class Examples(torch.utils.data.Dataset):
-    """(epoch, number) -> image uint8 (3,H,W) and target, flipped by a key of (seed, epoch, image);
-    an unreadable image is an error's text.
+    """A data set that maps (epoch, number) to an image uint8 (3,H,W) and its target. A key of
+    (seed, epoch, image) decides the flip; an unreadable image gives an error's text.
     """
 
     def __init__(self, images: Detections, seed: int, masks: bool):
@@ -202,7 +202,7 @@ class Examples(torch.utils.data.Dataset):
         ]
         self.ends = np.cumsum([0, *map(len, packed)])
         self.packed = np.frombuffer(b"".join(packed), dtype=np.uint8)
-        gc.freeze()  # nor should their garbage collectors walk what the annotations left behind
+        gc.freeze()  # their garbage collectors must not walk what the annotations left behind
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -227,7 +227,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 def mask_of(one: dict[str, Any], height: int, width: int) -> Tensor:
-    """uint8 (H,W) of polygons or run lengths."""
+    """Returns the mask, uint8 (H,W), that an object's polygons or run lengths describe."""
     from pycocotools import mask
 
     shape = one["segmentation"]
@@ -241,7 +241,7 @@ def mask_of(one: dict[str, Any], height: int, width: int) -> Tensor:
 
 
 def flipped(pixels: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Image, boxes and masks from right to left."""
+    """Mirrors image, boxes and masks from right to left."""
     boxes = target["boxes"].clone()
     boxes[:, [0, 2]] = pixels.shape[2] - boxes[:, [2, 0]]
     target = target | {"boxes": boxes}

@@ -76,7 +76,7 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=folder)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Its own, with `SaveOrStop` in the place of checkpoints every so many iterations."""
+        """Returns detectron2's hooks, but `SaveOrStop` instead of its periodic checkpoints."""
         found = [h for h in super().build_hooks() if not isinstance(h, hooks.PeriodicCheckpointer)]
         place = next(i for i, h in enumerate(found) if isinstance(h, hooks.EvalHook))
         found.insert(place, SaveOrStop(self.minutes, self.requests))
@@ -84,8 +84,8 @@ class Trainer(DefaultTrainer):
 
 
 class SaveOrStop(HookBase):
-    """Saves by the clock, at the end, and where any process was asked to stop. Of all checkpoints
-    the last two stay, so that a crash while saving leaves one.
+    """Saves by the clock, at the end, and if any process was asked to stop. The last two of all
+    checkpoints stay, so that a crash while saving leaves one.
     """
 
     def __init__(self, minutes: float, requests: StopRequests):
@@ -118,7 +118,7 @@ class SaveOrStop(HookBase):
 
 
 def configuration(settings: Settings, weights: Path, output: Path, seed: int) -> CfgNode:
-    """detectron2's configuration of a task."""
+    """Returns detectron2's configuration of a task."""
     cfg = get_cfg()
     cfg.merge_from_file(str(settings.file))
     cfg.merge_from_list([part for pair in settings.overrides.items() for part in pair])
@@ -131,7 +131,7 @@ def configuration(settings: Settings, weights: Path, output: Path, seed: int) ->
 
 
 def pooled(model: nn.Module, x: Tensor) -> Tensor:
-    """(1,2048) the mean of res5 of an FPN or a C4 model, in eval mode."""
+    """Returns (1,2048), the mean of res5 of an FPN or a C4 model, in eval mode."""
     if hasattr(model.backbone, "bottom_up"):
         return model.backbone.bottom_up(x)["res5"].mean((2, 3))
     out = model.backbone(x)["res4"]
@@ -156,8 +156,8 @@ def check_file(weights: Path, task: str | Settings, encoder: nn.Module) -> None:
 
 
 def register(settings: Settings, folder: str, shapeless: set[int]) -> None:
-    """The task's splits under --data, under detectron2's names for them; COCO's training images
-    without the objects of these ids.
+    """Registers the task's splits under --data by detectron2's names for them; COCO's training
+    images come without the objects of these ids.
     """
     for split in (*settings["DATASETS.TRAIN"], *settings["DATASETS.TEST"]):
         if split in DatasetCatalog:
@@ -178,8 +178,8 @@ def register(settings: Settings, folder: str, shapeless: set[int]) -> None:
 
 
 def with_shape(file: str, images: str, split: str, shapeless: set[int]) -> list[dict[str, Any]]:
-    """detectron2's reading of an annotation file without these objects: it drops some of them by
-    itself, and stops at the others.
+    """Reads an annotation file as detectron2 does, and leaves these objects out: detectron2 drops
+    some of them by itself, and stops at the others.
     """
     found = load_coco_json(file, images, split, extra_annotation_keys=["id"])
     for image in found:
@@ -189,7 +189,7 @@ def with_shape(file: str, images: str, split: str, shapeless: set[int]) -> list[
 
 
 def run(job: Job) -> dict[str, dict[str, float]]:
-    """Converts, checks, trains, scores; {"box": {"AP": …}, "mask": …} in percent."""
+    """Converts, checks, trains, scores. Returns {"box": {"AP": …}, "mask": …} in percent."""
     gpus = processes(job)
     output = job.folder / FOLDER
     weights, results = output / "backbone.pkl", output / RESULTS
@@ -220,7 +220,7 @@ def run(job: Job) -> dict[str, dict[str, float]]:
 
 
 def processes(job: Job) -> int:
-    """How many to start, 0 or 1 for none but this one; UserError where they cannot be."""
+    """Returns how many to start, 0 or 1 for this one alone; UserError if that cannot be."""
     there, batch = torch.cuda.device_count(), job.settings["SOLVER.IMS_PER_BATCH"]
     gpus = job.config.gpus if job.config.gpus >= 0 else there
     if job.ranks > 1:
@@ -233,7 +233,7 @@ def processes(job: Job) -> int:
 
 
 def forward_to_children(requests: StopRequests) -> None:
-    """Stop signals to this process go on to those that the launcher starts."""
+    """Passes stop signals to this process on to the processes that the launcher starts."""
 
     def forward(number: int, frame: Any) -> None:
         requests.note(number, frame)
@@ -252,9 +252,9 @@ def train(
     output: Path,
     requests: StopRequests | None,
 ) -> None:
-    """One process of the training: detectron2's `launch` calls it."""
+    """Runs one process of the training; detectron2's `launch` calls it."""
     register(settings, config.data, shapeless)
-    # detectron2's sampler starts anew with every process: from another order each time, not from
+    # detectron2's sampler starts again with every process: with another order each time, not with
     # the same first images again and again
     seed = step_seed(config.seed, iterations_done(output), 0) % 2**31
     cfg = configuration(settings, weights, output, seed)
@@ -274,7 +274,7 @@ def train(
 
 
 def iterations_done(output: Path) -> int:
-    """The iteration of the checkpoint that training goes on from, 0 where there is none."""
+    """Returns how many iterations the checkpoint to go on from has done, 0 if there is none."""
     last = output / "last_checkpoint"  # detectron2's note of the newest file
     digits = re.findall(r"\d+", last.read_text()) if last.exists() else []
     return int(digits[-1]) + 1 if digits else 0
@@ -290,7 +290,7 @@ def train_with(cfg: CfgNode, requests: StopRequests, output: Path) -> None:
 
 
 def in_our_words(results: dict[str, dict[str, float]], masks: bool) -> dict[str, dict[str, float]]:
-    """detectron2's results as run.py wants them; its NaN for "no detection at all" is 0."""
+    """Returns detectron2's results as run.py wants them; its NaN, no detection at all, is 0."""
     kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
     return {
         kind: {m: finite(results.get(name, {}).get(m, 0.0)) for m in MEASURES}

@@ -15,14 +15,14 @@ from common.run.backbone import listed
 KEYS = Path(__file__).resolve().parent / "resnet50_keys.txt"
 # where the backbone sits in detectron2's models: res5 is in the head of a C4 one
 BODIES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
-# what a detector has beside the backbone: trained from random weights
+# what a detector has besides the backbone: these parts train from random weights
 NEW = ("backbone.fpn_", "proposal_generator.", "roi_heads.box_", "roi_heads.mask_")
 NEW += ("roi_heads.res5.norm.",)
 COUNTER = "num_batches_tracked"
 
 
 def detectron2_name(name: str) -> str:
-    """layer1.0.bn2.weight -> res2.0.conv2.norm.weight, conv1.weight -> stem.conv1.weight."""
+    """Maps layer1.0.bn2.weight to res2.0.conv2.norm.weight, conv1.weight to stem.conv1.weight."""
     name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
     name = re.sub(r"bn(\d)", r"conv\1.norm", name)
     name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
@@ -30,15 +30,15 @@ def detectron2_name(name: str) -> str:
 
 
 def torchvision_name(name: str) -> str:
-    """res2.0.conv2.norm.weight -> layer1.0.bn2.weight, stem.conv1.weight -> conv1.weight."""
+    """Maps res2.0.conv2.norm.weight to layer1.0.bn2.weight, stem.conv1.weight to conv1.weight."""
     name = re.sub(r"^res(\d)", lambda found: f"layer{int(found[1]) - 1}", name)
     name = re.sub(r"conv(\d)\.norm", r"bn\1", name.removeprefix("stem."))
     return name.replace("shortcut.norm", "downsample.1").replace("shortcut", "downsample.0")
 
 
 def convert(tensors: dict[str, Tensor], where: str = "the backbone") -> dict[str, Tensor]:
-    """torchvision's ResNet-50 under detectron2's names, float32 on CPU; UserError with the list of
-    names where they are not just those of detectron2's ResNet-50.
+    """Returns torchvision's ResNet-50 under detectron2's names, float32 on CPU; UserError with a
+    list of names if they or their shapes are not those of detectron2's ResNet-50.
     """
     found = {
         detectron2_name(name): t.detach().to("cpu", torch.float32)
@@ -55,7 +55,7 @@ def convert(tensors: dict[str, Tensor], where: str = "the backbone") -> dict[str
 
 
 def expected_shapes() -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of detectron2's ResNet-50."""
+    """Returns name and shape of every tensor of detectron2's ResNet-50."""
     lines = [line.split() for line in KEYS.read_text().splitlines() if not line.startswith("#")]
     return {name: tuple(map(int, shape.split("x"))) for name, shape in lines}
 
@@ -71,8 +71,8 @@ def differences(found: dict[str, tuple], expected: dict[str, tuple]) -> list[str
 
 
 def check_loaded(state: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
-    """UserError unless every converted tensor is in a detectron2 model's state, equal, and all else
-    in it is new: FPN, RPN, heads.
+    """Raises UserError unless a detectron2 model's state holds every converted tensor, equal, and
+    all else in it is new: FPN, RPN, heads.
     """
     problems, own = [], {}
     for name, tensor in state.items():

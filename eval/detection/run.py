@@ -91,7 +91,7 @@ class Detection(Job):
         return train, test
 
     def dataset_name(self) -> str:
-        """As in results/published.yaml."""
+        """Returns the data set's name in results/published.yaml."""
         return "VOC07+12" if torchvision_backend.is_voc(self.settings) else "COCO2017"
 
     def dataset_fields(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Detection(Job):
         return {"name": self.train.name, "copy": None, "incomplete": ", ".join(missing) or None}
 
     def trained(self) -> dict[str, dict[str, float]]:
-        """AP, AP50 and AP75 in percent, of boxes and, where the task has them, of masks."""
+        """Trains and scores. Returns AP, AP50, AP75 of boxes, and of masks if any, in percent."""
         self.say(f"backend: {self.config.backend} {version(self.config.backend)}")
         if self.config.backend == "torchvision":
             return torchvision_backend.run(self)
@@ -112,7 +112,7 @@ class Detection(Job):
         return detectron2_backend.run(self)
 
     def conclude(self, found: dict[str, dict[str, float]]) -> None:
-        """The record: box AP is its value, the other numbers its scores."""
+        """Writes the record: its value is the AP of boxes, and its scores are the other numbers."""
         settings, backend = self.settings, self.config.backend
         protocol = settings.protocol(backend)
         rows = [
@@ -158,7 +158,7 @@ class Detection(Job):
 
 
 def chosen_backend(wanted: str | None) -> str:
-    """`wanted`, else detectron2 where it can be imported; says aloud where it cannot."""
+    """Returns `wanted`, else detectron2, or torchvision, saying why, if that is not installed."""
     if wanted == "torchvision":
         return wanted
     try:

@@ -16,7 +16,7 @@ MASK_THRESHOLD = 0.5  # of a mask's probability: torchvision's reference, detect
 def as_results(
     image: int, out: dict[str, torch.Tensor], categories: list[int]
 ) -> list[dict[str, Any]]:
-    """torchvision's output for one image as COCO's results; label i is categories[i - 1]."""
+    """Turns torchvision's output for an image into COCO's results; label i is categories[i - 1]."""
     from pycocotools import mask
 
     boxes = out["boxes"].float().cpu().clone()
@@ -37,8 +37,8 @@ def as_results(
 def of(
     images: Detections, results: list[dict[str, Any]], masks: bool, voc: bool = False
 ) -> dict[str, dict[str, float]]:
-    """{"box": {"AP": …, "AP50": …, "AP75": …}, "mask": …} in percent, the mean over the classes
-    that occur; `voc` takes precision at 11 recalls instead of 101 (VOC2007).
+    """Returns {"box": {"AP": …, "AP50": …, "AP75": …}, "mask": …} in percent, the mean over the
+    classes that occur; `voc` takes precision at 11 recalls instead of 101 (VOC2007).
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -52,7 +52,7 @@ def of(
         truth.dataset = images.content
         truth.createIndex()
         for kind, name in kinds.items():
-            # loadRes takes a mask for what it is only where there is no box
+            # loadRes reads masks only from results that have no box
             own = [{n: v for n, v in r.items() if n != "bbox"} for r in results]
             measured = COCOeval(truth, truth.loadRes(own if kind == "mask" else results), name)
             if voc:
@@ -65,7 +65,7 @@ def of(
 
 
 def averages(precision: np.ndarray) -> dict[str, float]:
-    """AP over all overlaps, at 0.5 and at 0.75 of precisions (10,R,C); -1: no such class."""
+    """Returns AP over all overlaps, at 0.5 and 0.75, of precisions (10,R,C); -1: no such class."""
 
     def mean(part: np.ndarray) -> float:
         known = part[part > -1]

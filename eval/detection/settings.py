@@ -20,7 +20,7 @@ Task = Literal[
     "voc_faster_rcnn_R50_FPN",
     "voc0712_faster_rcnn_R50_C4",
 ]
-# names of protocols as in results/published.yaml, where it has them
+# names of protocols, those of results/published.yaml if it has them
 PROTOCOLS = {
     "coco_mask_rcnn_R50_FPN_1x": "FPN Mask R-CNN 1x",
     "coco_mask_rcnn_R50_FPN_3x": "FPN Mask R-CNN 3x",
@@ -57,8 +57,8 @@ class Settings:
         return self["SOLVER.MAX_ITER"]
 
     def learning_rate(self, step: int) -> float:
-        """Of the iteration after `step` done ones: linear warm-up from WARMUP_FACTOR of it, times
-        GAMMA at each of STEPS (detectron2's WarmupMultiStepLR).
+        """Returns the rate of the iteration after `step` done ones: BASE_LR, with a linear warm-up
+        from WARMUP_FACTOR of it, times GAMMA at each of STEPS (detectron2's WarmupMultiStepLR).
         """
         warm = self["SOLVER.WARMUP_ITERS"]
         factor = self["SOLVER.GAMMA"] ** sum(step >= s for s in self["SOLVER.STEPS"])
@@ -68,20 +68,20 @@ class Settings:
         return self["SOLVER.BASE_LR"] * factor
 
     def protocol(self, backend: str) -> str:
-        """The published name, and what differs from it."""
+        """Returns the protocol's published name, and what differs from it."""
         name = PROTOCOLS[self.task]
         name += "" if backend == "detectron2" else f", {backend}"
         return name + (", changed" if self.overrides else "")
 
 
 class Job(DenseEvaluation):
-    """What the backends are given: an evaluation with its task's settings."""
+    """An evaluation with its task's settings: this is what the backends get."""
 
     settings: Settings
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"A": {"B": 1}} -> {"A.B": 1}."""
+    """Flattens nested values to dotted names: {"A": {"B": 1}} becomes {"A.B": 1}."""
     found = {}
     for name, value in values.items():
         if isinstance(value, dict):
@@ -92,7 +92,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_overrides(text: str, task: str) -> dict[str, Any]:
-    """ "SOLVER.MAX_ITER=60 INPUT.MIN_SIZE_TRAIN=[240]" -> values, each of a name in the file."""
+    """Parses text like "SOLVER.MAX_ITER=60 INPUT.MIN_SIZE_TRAIN=[240]" to values by name; UserError
+    for a name that the task's file lacks, or a value of another type.
+    """
     known = Settings(task).values
     found = {}
     for word in text.split():

@@ -21,13 +21,13 @@ from eval.detection import data, scores
 from eval.detection.settings import Job, Settings
 
 NORMS = {"": None, "FrozenBN": FrozenBatchNorm2d, "SyncBN": nn.BatchNorm2d, "BN": nn.BatchNorm2d}
-# what of a task's file has a meaning here; --override of anything else is refused
+# torchvision follows these names of a task's file; --override of any other is refused
 TAKEN = ("SOLVER.", "INPUT.M", "TEST.PRECISE_BN.", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM")
 TAKEN += ("MODEL.RPN.BATCH", "MODEL.RPN.P", "MODEL.ROI_HEADS.BATCH")
 
 
 def check(settings: Settings) -> None:
-    """UserError for a task, or an override, that torchvision's models cannot follow."""
+    """Raises UserError for a task, or an override, that torchvision's models cannot follow."""
     if settings["MODEL.BACKBONE.NAME"] != "build_resnet_fpn_backbone":
         raise UserError(
             f"--task {settings.task}: torchvision has no C4 detector, so this task needs "
@@ -42,7 +42,7 @@ def check(settings: Settings) -> None:
 
 
 def run(job: Job) -> dict[str, dict[str, float]]:
-    """Trains, scores; {"box": {"AP": …, "AP50": …, "AP75": …}, "mask": …} in percent."""
+    """Trains and scores. Returns {"box": {"AP": …, "AP50": …, "AP75": …}, "mask": …} in percent."""
     settings = job.settings
     model = build_model(settings, job.config.arch, job.config.seed)
     body = model.backbone.body
@@ -65,7 +65,7 @@ def is_voc(settings: Settings) -> bool:
 
 
 def build_model(settings: Settings, arch: str, seed: int) -> nn.Module:
-    """The detector on CPU, its new layers drawn from `seed`; images in RGB from 0 to 1."""
+    """Returns the detector on CPU, its new layers drawn from `seed`; images are RGB from 0 to 1."""
     norm = NORMS[settings["MODEL.RESNETS.NORM"]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,13 +96,13 @@ def build_model(settings: Settings, arch: str, seed: int) -> nn.Module:
 
 
 def check_arrival(job: Job, model: nn.Module) -> None:
-    """Tensors and features of the backbone in the detector are the encoder's."""
+    """Raises unless the backbone in the detector has the encoder's tensors and features."""
     body = model.backbone.body.eval()
     job.check_body(body, lambda x: body(x)["3"].mean((2, 3)))
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """SGD with the decay of norms (none) apart, as detectron2; biases decay as weights do."""
+    """Returns SGD with a decay of its own for norms, as detectron2; biases decay as weights."""
     norms, others = [], []
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
@@ -116,7 +116,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
 
 
 def loader(job: Job, first: int, last: int) -> torch.utils.data.DataLoader:
-    """This rank's part of the batches of the iterations `first` to `last`."""
+    """Loads this rank's part of the batches of the iterations `first` to `last`."""
     settings = job.settings
     examples = data.Examples(job.train, job.config.seed, settings.mask)
     batch = settings["SOLVER.IMS_PER_BATCH"]
@@ -138,7 +138,7 @@ def loader(job: Job, first: int, last: int) -> torch.utils.data.DataLoader:
 
 
 def losses(job: Job, model: nn.Module):
-    """batch -> the detector's losses; each image takes one of the task's sizes at random."""
+    """Returns a function, batch -> losses; each image takes one of the task's sizes at random."""
     settings = job.settings
 
     def of(batch: list[Any]) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def losses(job: Job, model: nn.Module):
 
 @torch.no_grad()
 def refine_norms(job: Job, model: nn.Module) -> None:
-    """Statistics of all batch norms anew: their plain mean over NUM_ITER training batches, in
+    """Sets the statistics of all batch norms to their plain mean over NUM_ITER training batches, in
     place of the running one (detectron2's TEST.PRECISE_BN).
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -197,8 +197,8 @@ class TestImages(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def detections(job: Job, model: nn.Module) -> list[dict[str, Any]]:
-    """Every detection on the test images, as COCO's results, of all ranks. Each rank does as many
-    images as the others, so that all answer a stop request together.
+    """Returns every detection of all ranks on the test images, as COCO's results. Each rank does as
+    many images as the others, so that all answer a stop request together.
     """
     settings, images = job.settings, job.test.images
     model.eval()

@@ -22,12 +22,12 @@ from common.run.help import in_80_columns
 from results.record import PLACES
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.yaml"
-# what a published row without settings had for a flag: the paper's main setting
+# a published row without settings is of the paper's main setting
 MAIN_SETTINGS = {"SNCLR": {"neighbours": 30, "queue_size": 128000}}
 
 
 def points_of(runs: Sequence[Path], flag: str) -> tuple[dict[str, Any], dict[float, list[float]]]:
-    """(the first run's configuration, k-NN accuracies in percent by value of the flag)."""
+    """Returns (the first run's configuration, k-NN accuracies in percent by value of the flag)."""
     points: dict[float, list[float]] = {}
     first: dict[str, Any] = {}
     for run in runs:
@@ -51,7 +51,7 @@ def points_of(runs: Sequence[Path], flag: str) -> tuple[dict[str, Any], dict[flo
 
 
 def published_points(method: str, flag: str, path: Path = PUBLISHED) -> tuple[str, list]:
-    """(what they are, [(value of the flag, number)]) of a method in published.yaml."""
+    """Returns (what they are, [(value of the flag, number)]) of a method in published.yaml."""
     base = method.removesuffix(" (official)")
     main = MAIN_SETTINGS.get(base, {}).get(flag)
     rows = documents.read_yaml(path, "published")

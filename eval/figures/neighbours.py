@@ -32,7 +32,7 @@ from common.support_set import SupportSet
 
 
 def restore(run: Path, path: Path) -> Lookup:
-    """The look-up of a run at one of its checkpoints, as its recipe's `look_up` builds it."""
+    """Returns the look-up of a run at one of its checkpoints, built by its recipe's `look_up`."""
     where = run / "config.yaml"
     saved = documents.read_yaml(where, "config", ("recipe",))
     name = saved.pop("recipe")
@@ -55,7 +55,7 @@ def restore(run: Path, path: Path) -> Lookup:
 
 
 def choose_queries(images: Images, count: int, seed: int) -> np.ndarray:
-    """One image of each of `count` classes, drawn from the seed; without labels, any images."""
+    """Draws one image of each of `count` classes from the seed; without labels, any images."""
     rng = np.random.default_rng(seed)
     if images.labels is None:
         return np.sort(rng.choice(len(images), min(count, len(images)), replace=False))
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     limit = config.get("max_pixels", MAX_PIXELS)
     images = load_dataset(config["dataset"], data, max_pixels=limit)
     chosen = config.get("train_images", 0), config.get("validation_share", 0.0)
-    images, _ = parts(*images, *chosen)  # the queue's ids are numbers of these
+    images, _ = parts(*images, *chosen)  # the queue's ids count these
     size = config["image_size"]
     queries = choose_queries(images, arguments.queries, arguments.seed)
     paths = [last]
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def by_weight(found: Found, shown: int) -> Found:
-    """The neighbours of the largest positiveness, in its order."""
+    """Returns the neighbours of the largest positiveness, in its order."""
     order = np.argsort(-found.weights, axis=1, kind="stable")[:, :shown]
     return Found(
         found.epoch,

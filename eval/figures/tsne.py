@@ -28,7 +28,7 @@ from common.run.help import in_80_columns
 
 
 def shown_images(images: Images, count: int, seed: int) -> np.ndarray:
-    """The same number of images of each class, drawn from the seed; all where `count` is 0."""
+    """Draws the same number of images of each class from the seed; takes all if `count` is 0."""
     if count == 0 or count >= len(images):
         return np.arange(len(images))
     rng = np.random.default_rng(seed)
@@ -42,28 +42,28 @@ def shown_images(images: Images, count: int, seed: int) -> np.ndarray:
 
 
 def features_of(run: Path, images: Images, samples: np.ndarray) -> np.ndarray:
-    """(N,D) l2-normalised features of a run's backbone."""
+    """Returns (N,D) l2-normalised features of a run's backbone."""
     encoder, metadata = load_backbone(run)
     features = extract_features(encoder, images, samples, int(metadata["image_size"]))
     return F.normalize(features.double(), dim=1).numpy()
 
 
 def embed(features: np.ndarray, seed: int, perplexity: float) -> np.ndarray:
-    """(N,D) -> (N,2). scikit-learn's t-SNE from the first two principal components."""
+    """Maps (N,D) to (N,2) by scikit-learn's t-SNE, from the first two principal components on."""
     from sklearn.manifold import TSNE
 
     return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
 
 
 def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
-    """Mean silhouette by label, cosine distance, in [-1, 1]."""
+    """Returns the mean silhouette by label, with the cosine distance, in [-1, 1]."""
     from sklearn.metrics import silhouette_score
 
     return float(silhouette_score(features, labels, metric="cosine"))
 
 
 def draw(path: Path, panels: list[tuple[str, np.ndarray]], labels: np.ndarray, names, title: str):
-    """Panels side by side, a colour for each class."""
+    """Draws panels side by side, with a colour for each class."""
     plt = pictures.headless_pyplot()
     figure, axes = pictures.grid(plt, pictures.even_rows(len(panels), 4), (3.6, 3.9))
     width, height = figure.get_size_inches()

@@ -21,16 +21,16 @@ class Heads(nn.Module):
         self.bias = nn.Parameter(weight.new_zeros(heads, weight.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,D) -> (N,H,C)."""
+        """Maps features (N,D) to scores (N,H,C)."""
         scores = torch.addmm(self.bias.view(-1, 1), self.weight.flatten(0, 1), x.T)
         return scores.view(*self.bias.shape, -1).permute(2, 0, 1)
 
 
 def losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """(H,) mean cross-entropy of each head; scores (N,H,C), labels (N,).
+    """Returns (H,), the mean cross-entropy of each head; scores (N,H,C), labels (N,).
 
-    In memory the images are innermost, here and in `forward`: sums over few classes are then
-    long rows of additions, and ten heads take two thirds of the time (benchmarks/probe_heads.py).
+    In memory the images are innermost, here and in `forward`: sums over few classes are then long
+    rows of additions, and ten heads take two thirds of the time (benchmarks/probe_heads.py).
     """
     rows = scores.permute(1, 2, 0)
     each = F.cross_entropy(rows, labels.expand(len(rows), -1), reduction="none")
@@ -38,12 +38,12 @@ def losses(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class HeadsSGD:
-    """SGD with momentum, head by head each with its own rate, as torch.optim.SGD does it:
-    v = momentum * v + g, then w -= lr * v, or with `nesterov` w -= lr * (g + momentum * v).
+    """SGD with momentum for several heads, each with its own rate, computed as torch.optim.SGD
+    does: v = momentum * v + g, then w -= lr * v, or with `nesterov` w -= lr * (g + momentum * v).
 
-    `larc` scales each gradient before that by trust * |w| / (|g| + weight_decay * |w| + eps), for
+    Before that, `larc` scales each gradient by trust * |w| / (|g| + weight_decay * |w| + eps), for
     each head's weight and each head's bias (apex's LARC without clipping: simsiam and gsg
-    main_lincls.py); where either norm is 0 the gradient stays as it is, without weight decay.
+    main_lincls.py). If either norm is 0 the gradient stays as it is, without weight decay.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HeadsSGD:
 
     @torch.no_grad()
     def step(self, lrs: Tensor) -> None:
-        """One update from the tensors' gradients; `lrs` (H,) are this step's rates."""
+        """Makes one update from the tensors' gradients; `lrs` (H,) are this step's rates."""
         for tensor, velocity in zip(self.tensors, self.velocity, strict=True):
             g = self.adapted(tensor) if self.larc else tensor.grad
             if self.weight_decay and not self.larc:
@@ -72,7 +72,7 @@ class HeadsSGD:
             tensor.addcmul_(lrs.view(-1, *[1] * (tensor.ndim - 1)), update, value=-1)
 
     def adapted(self, tensor: Tensor) -> Tensor:
-        """LARC's gradient of every head of a tensor (H,…)."""
+        """Returns LARC's gradient of every head of a tensor (H,…)."""
         axes = tuple(range(1, tensor.ndim))
         g = tensor.grad
         size = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True)

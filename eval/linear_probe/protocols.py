@@ -11,10 +11,10 @@ class Protocol:
     """One paper's or code's linear evaluation. Rates are per 256 images of the batch."""
 
     optimizer: str  # sgd, nesterov (both momentum 0.9) or larc (SGD momentum 0.9 inside)
-    lrs: tuple[float, ...]  # of ResNets; the first is the one to build a grid around
+    lrs: tuple[float, ...]  # of ResNets; --lrs grid is built around the first
     batch: int
     epochs: int
-    vit_lrs: tuple[float, ...] = ()  # where ViTs differ
+    vit_lrs: tuple[float, ...] = ()  # of ViTs, if they differ
     schedule: str = "epoch"  # cosine to 0, one rate per epoch or per step
     weight_decay: float = 0.0
     interpolation: str = "bilinear"  # torchvision's default, which the PyTorch codes leave
@@ -24,7 +24,7 @@ class Protocol:
     assumed: bool = False  # taken from another paper because no source states it
 
     def view(self, size: int) -> View:
-        """The training images: a crop of `size` pixels and a flip."""
+        """Returns the view of the training images: a crop of `size` pixels and a flip."""
         return two_views("crop-flip", size, self.crop_min, self.interpolation)[0]
 
     def rates(self, arch: str) -> tuple[float, ...]:
@@ -61,8 +61,8 @@ MOCOV3 = Protocol("sgd", (0.1,), batch=1024, epochs=90, vit_lrs=(3.0,))
 # vicreg README.md (--lr-head 0.02) and evaluate.py; its App. C.2 states the same but for the crops
 VICREG = Protocol("sgd", (0.02,), batch=256, epochs=100, weight_decay=1e-6)
 PROTOCOLS = {
-    # SNCLR Sec. 4.2: SGD, batch 4096, 90 epochs, 0.1 and 3; what it leaves open as MoCo-v3, to
-    # whose code its README refers
+    # SNCLR Sec. 4.2: SGD, batch 4096, 90 epochs, 0.1 and 3; the rest, which it does not state, is
+    # MoCo-v3's, to whose code its README refers
     "snclr": Protocol("sgd", (0.1,), batch=4096, epochs=90, vit_lrs=(3.0,)),
     "simsiam": Protocol("larc", (0.02,), batch=4096, epochs=90),  # SimSiam App. A
     "simsiam-code": Protocol("larc", (0.1,), batch=4096, epochs=90),  # main_lincls.py's default
@@ -94,15 +94,15 @@ PROTOCOLS["fnc"] = replace(PROTOCOLS["simclr"], assumed=True)
 PROTOCOLS["fnc-code"] = replace(PROTOCOLS["simclr"], lrs=(0.04,), batch=1024, crop_min=0.2)
 # --lrs grid: the protocol's (first) rate times these
 GRID = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
-# 4 400 patches would be one batch of the papers': ours for `photos`, and no paper's
+# for `photos`, ours and no paper's: its 4 400 patches would be one batch of the papers' size
 PHOTOS_BATCH = 256
 
 
 def schedule(
     kind: str, step: int, steps_per_epoch: int, epochs: int, warmup_epochs: int = 0
 ) -> float:
-    """The factor of the learning rate at a step: half a cosine from 1 to 0, in a warm-up times a
-    line from 1e-4 to 1 (mmcv's lr_updater.py, with the triplet's warmup_ratio).
+    """Returns the factor of the learning rate at a step: half a cosine from 1 to 0, in a warm-up
+    times a line from 1e-4 to 1 (mmcv's lr_updater.py, with the triplet's warmup_ratio).
     """
     warmup = warmup_epochs * steps_per_epoch
     line = 1e-4 + (1 - 1e-4) * step / warmup if step < warmup else 1.0

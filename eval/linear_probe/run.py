@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class FirstFeatures(nn.Module):
-    """An encoder of which the first `number` features alone are read; UserError if it has fewer."""
+    """An encoder cut to its first `number` features; UserError if it has fewer."""
 
     def __init__(self, encoder: nn.Module, number: int):
         super().__init__()
@@ -129,7 +129,7 @@ class Probe:
         self.stored: dict[tuple, Tensor] = {}
 
     def resolved(self) -> ProbeConfig:
-        """The configuration with what protocol, recipe and data set leave open filled in."""
+        """Returns the configuration, completed from the protocol, the recipe and the data set."""
         config = self.job.config
         name = config.protocol or cards.protocol(self.job.facts["recipe"], "linear", PROTOCOLS)
         if name is None:
@@ -148,7 +148,7 @@ class Probe:
         )
 
     def rates(self) -> list[float]:
-        """The base rates to train with, ascending."""
+        """Returns the base rates to train with, ascending."""
         own = self.protocol.rates(self.config.arch)
         if self.config.lrs == "grid":
             return sorted({float(f"{own[0] * factor:.6g}") for factor in GRID})
@@ -157,13 +157,13 @@ class Probe:
     # -- features -------------------------------------------------------------------------------
 
     def share(self, split: str, samples: np.ndarray, **view: Any) -> Tensor:
-        """(m,D) features of this rank's padded share of samples of `train` or `test`."""
+        """Returns (m,D) features of this rank's padded share of samples of `train` or `test`."""
         images = getattr(self.job, split)
         if isinstance(images, ArrayImages) and images.pixels.shape[1:3] == (
             self.config.image_size,
             self.config.image_size,
         ):
-            view = {}  # taken as they are, whatever the transform
+            view = {}  # images of this size are taken as they are, whatever the transform
         everything = len(samples) == len(images)
         if split == "train" and self.config.cache_features and not view.get("square"):
             return self.whole_train(**view)[samples[rank_share(len(samples), padded=True)]]
@@ -174,7 +174,7 @@ class Probe:
         return self.stored[key]
 
     def whole_train(self, **view: Any) -> Tensor:
-        """(M,D) features of all training images, on every rank, stored beside the record."""
+        """Returns (M,D) features of all training images, on every rank, and saves them to disk."""
         if ("train",) not in self.stored:
             path = self.job.folder / "features.safetensors"
             if distributed.from_rank_zero(path.exists()):
@@ -223,7 +223,7 @@ class Probe:
     def train_heads(
         self, samples: np.ndarray, lrs: list[float], state: dict[str, Any]
     ) -> tuple[Heads, list[float]]:
-        """The heads after the last epoch of one seed, and their mean loss in that epoch."""
+        """Trains one seed: the heads after its last epoch, and their mean loss in that epoch."""
         job, config, protocol = self.job, self.config, self.protocol
         batch, number = config.batch_size, len(state["seeds"])
         seed = config.seed + number
@@ -289,7 +289,7 @@ class Probe:
     def batches(
         self, samples: np.ndarray, seed: int, start: int, total: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (n,D) and labels (n,) of this rank's part of each batch."""
+        """Yields features (n,D) and labels (n,) of this rank's part of each batch."""
         job, config, protocol = self.job, self.config, self.protocol
         if config.cache_features:
             features = self.whole_train(interpolation=protocol.interpolation)
@@ -317,8 +317,8 @@ class Probe:
     def log_epoch(
         self, seed: int, epoch: int, step: int, loss: Tensor, started: float, first: int
     ) -> None:
-        """One line of metrics.jsonl, and at most ten of a seed's on the screen. `first` epochs were
-        done when this start began at the time `started`.
+        """Writes one line of metrics.jsonl, and says at most ten of a seed's on the screen. `first`
+        epochs were done when this start began at the time `started`.
         """
         job, epochs = self.job, self.config.epochs
         values = [v if math.isfinite(v) else None for v in loss.tolist()]
@@ -358,14 +358,14 @@ class Probe:
         values = [r["top1"] for r in results]
         note = "stored features, no augmentation: a quick look" if config.cache_features else ""
         name = "linear (stored features)" if config.cache_features else "linear"
-        # the papers state their protocols for ImageNet; elsewhere that one stands in for none
+        # the papers state their protocols for ImageNet alone
         assumed = protocol.assumed or config.dataset != "imagenet"
         self.job.write_record(name, values, hyperparameters, others, assumed, note)
 
     # -- k-NN -----------------------------------------------------------------------------------
 
     def knn(self) -> None:
-        """Weighted k-NN for every k, on all training images, and its record."""
+        """Scores weighted k-NN for every k, on all training images, and writes its record."""
         job, config = self.job, self.config
         view = {"square": True} if KNN[config.knn_transform][0] else {}
         train, test = job.train, job.test
@@ -421,7 +421,7 @@ def stored_batches(
     total: int,
     batch: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of stored features, in the order in which RankBatches would read the images."""
+    """Yields batches of stored features, in the order in which RankBatches reads the images."""
     steps_per_epoch = len(samples) // batch
     local = batch // distributed.world_size()
     rows, of = torch.empty(0), -1
@@ -440,7 +440,7 @@ def percent(fractions: Tensor) -> list[float]:
 
 
 def best(accuracies: list[float], last_losses: list[float]) -> int:
-    """The place of the best head that did not diverge; of equal ones the smallest rate."""
+    """Returns the place of the best head that did not diverge; of equals the smallest rate's."""
     finite = [i for i, loss in enumerate(last_losses) if math.isfinite(loss)]
     if not finite:
         raise UserError("every head diverged: try smaller --lrs")
@@ -448,7 +448,7 @@ def best(accuracies: list[float], last_losses: list[float]) -> int:
 
 
 def assert_unchanged(encoder: torch.nn.Module, before: dict[str, Tensor]) -> None:
-    """Every tensor of the frozen encoder must be what it was, bit for bit."""
+    """Raises AssertionError if any tensor of the frozen encoder has changed, by a single bit."""
     for name, tensor in encoder.state_dict().items():
         if not torch.equal(tensor.cpu(), before[name]):
             raise AssertionError(f"{name} of the frozen encoder changed during the linear probe")

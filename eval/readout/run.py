@@ -46,7 +46,7 @@ TEMPERATURE = 0.1
 DECAYS = tuple(np.logspace(-2, 4, 13))
 UNTRAINED = f"{PROTOCOL}, untrained"
 BEGINNING = "snapshots/epoch-0000.pt"  # of a run with --snapshot-epochs 0
-PART = ("train_images", "subset_seed", "validation_share")  # of the data set, as the run's flags
+PART = ("train_images", "subset_seed", "validation_share")  # flags that say which part is used
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ReadoutConfig(EvaluationConfig):
 
 
 class Readout(Evaluation):
-    """The read-out of one encoder; the test images are scored once, by the penalty chosen."""
+    """The read-out of one encoder. The chosen penalty scores the test images once."""
 
     def with_defaults(self, config: ReadoutConfig) -> ReadoutConfig:
         config, ours = super().with_defaults(config), {}
@@ -90,7 +90,7 @@ class Readout(Evaluation):
         return Split(rows, torch.from_numpy(images.labels))
 
     def read(self, encoder: nn.Module | None = None) -> tuple[float, dict[str, float], dict]:
-        """Linear accuracy, k-NN by k, and hyperparameters, of this encoder or another."""
+        """Returns linear accuracy, k-NN by k, and hyperparameters, of this encoder or another."""
         train = self.split(self.train, "training", encoder)
         held = self.split(self.held, "held out", encoder)
         test = self.split(self.test, "test", encoder)
@@ -109,7 +109,7 @@ class Readout(Evaluation):
         return score(fit, scaled[2], top1), votes, hyperparameters
 
     def measure(self) -> None:
-        """All numbers, and their record."""
+        """Measures all numbers, and writes their record."""
         value, votes, hyperparameters = self.read()
         others = {f"k-NN {name}": [found] for name, found in votes.items()}
         scores = [{"protocol": KNN, "metric": "top1", "values": [votes["k200"]]}]
@@ -139,7 +139,7 @@ class Readout(Evaluation):
         self.write_record(UNTRAINED, [value], hyperparameters, others, False, scores=scores)
 
     def said(self) -> dict[str, Any]:
-        """The k-NN of the run's own random encoder, if the run scored it on the test images."""
+        """Returns the k-NN of the run's random encoder, if the run scored it on the test images."""
         if self.facts["run"] is None:
             return {}
         before = results.read(self.facts["run"], ("knn_before",))["knn_before"]
@@ -149,27 +149,27 @@ class Readout(Evaluation):
 
 
 def views_of(config: dict[str, Any]) -> list[View]:
-    """The two views of a run, by its config.yaml."""
+    """Returns the two views of a run, by its config.yaml."""
     how = (config[n] for n in ("crop_min", "crop_interpolation", "jitter_strength"))
     return [*two_views(config["views"], config["image_size"], *how)]
 
 
 def knn(train: Split, test: Split, k: int) -> float:
-    """k-NN in percent."""
+    """Returns the k-NN accuracy in percent."""
     labels = train.targets, test.targets
     found = knn_accuracy(train.features, labels[0], test.features, labels[1], k, TEMPERATURE)
     return round(100 * found, 3)
 
 
 def standardised(part: Split, by: Tensor) -> Split:
-    """Each feature minus its mean over `by`, over its standard deviation there (1 if it is 0)."""
+    """Scales each feature by its mean and standard deviation over `by` (1 if that is 0)."""
     mean, std = by.double().mean(0), by.double().std(0, correction=0)
     std = torch.where(std > 0, std, torch.ones_like(std))
     return Split((part.features.double() - mean) / std, part.targets)
 
 
 def choose(train: Split, held: Split, classes: int) -> tuple[Fit, list[dict[str, float]]]:
-    """The fit on `train` whose penalty is best on `held`, the largest of equals; and all tried."""
+    """Returns the fit of the best penalty on `held`, the largest of equals, and all tried ones."""
     best, tried = (-1.0, None), []
     for fit in fit_path(train.features, train.targets, classes, DECAYS):
         value = score(fit, held, top1)
@@ -180,7 +180,7 @@ def choose(train: Split, held: Split, classes: int) -> tuple[Fit, list[dict[str,
 
 
 def history_of(run) -> dict[str, Any]:
-    """What the run's monitors said, and how its features lay, for a record."""
+    """Returns, for a record, what the run's monitors said, and how its features lay."""
     logged, lay = metrics.read(run / metrics.NAME), metrics.read(run / geometry.NAME, "geometry")
     points = [{name: line[name] for name in line if name not in ("kind", "step")} for line in lay]
     found = {"history": [record.history(logged)]}

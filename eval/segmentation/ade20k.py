@@ -39,13 +39,13 @@ class Scenes:
         return len(self.images)
 
     def fingerprint(self) -> str:
-        """A hash of file names and sizes of the label maps."""
+        """Returns a hash of file names and sizes of the label maps."""
         text = "\n".join(f"{path.name} {path.stat().st_size}" for path in self.labels)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def load(self, number: int) -> tuple[Image.Image, Image.Image]:
-        """(RGB image, its labels 0 to 150 as an L image); UserError that names a bad file."""
-        # label maps lie as the pixels do
+        """Returns (RGB image, its labels 0 to 150 as an L image); UserError names a bad file."""
+        # not upright: label maps lie as the pixels in the file do
         image = load_image(self.images[number], upright=False, max_pixels=self.max_pixels)
         path = self.labels[number]
         try:
@@ -60,7 +60,7 @@ class Scenes:
         return image, labels
 
     def check(self) -> None:
-        """UserError for pairs of an image and its labels that do not fit, by their headers."""
+        """Raises UserError if an image and its labels do not fit, judged by their headers."""
         what = f"pairs of {self.name} are not image and labels"
         check_each([*zip(self.images, self.labels, strict=True)], self.problem, what)
 
@@ -85,7 +85,7 @@ def disagreement(path: Path, labels: Image.Image, image: Image.Image) -> str | N
 
 
 def load(data: str, part: str, max_pixels: int = MAX_PIXELS) -> Scenes:
-    """One part below --data, the folder itself or the one that holds it; names in order."""
+    """Returns one part below --data, the folder itself or the one that holds it; sorted by name."""
     root = documents.expanded(data)
     folders = [f for f in (root, root / FOLDER) if data and (f / "images" / part).is_dir()]
     if not folders:
@@ -109,8 +109,8 @@ def load(data: str, part: str, max_pixels: int = MAX_PIXELS) -> Scenes:
 
 
 def resized(width: int, height: int, side: int, longest: int) -> tuple[int, int]:
-    """(width, height) with the shorter side `side`, or less where the longer would pass `longest`;
-    cut to whole pixels, as ssl-transfer's dataset.py.
+    """Returns (width, height) with the shorter side `side`, or less if the longer would pass
+    `longest`; cut to whole pixels, as ssl-transfer's dataset.py.
     """
     scale = min(side / min(width, height), longest / max(width, height))
     return max(1, int(width * scale)), max(1, int(height * scale))
@@ -121,18 +121,19 @@ def up_to_multiple(size: int, of: int) -> int:
 
 
 def normalised(image: Image.Image) -> Tensor:
-    """(3,H,W) float32 with ImageNet's mean and std."""
+    """Returns (3,H,W) float32 with ImageNet's mean and std."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (to_tensor(image).float() / 255 - mean) / std
 
 
 class TrainingBatches(torch.utils.data.Dataset):
-    """Iteration -> (images (N,3,H,W), labels (N,H/4,W/4) int64) of this rank, or an error's text.
+    """Maps an iteration to (images (N,3,H,W), labels (N,H/4,W/4) int64) of this rank, or to an
+    error's text.
 
-    As ssl-transfer's mit_semseg/dataset.py: one short side for the batch, drawn from `sides`;
-    flips; bilinear images and nearest labels; zero padding to a multiple of 32. Its batches hold
-    images of one orientation, ours any (unstated in the paper): the smaller ones are padded. All
-    draws are keyed by seed, epoch and image or batch.
+    It does as ssl-transfer's mit_semseg/dataset.py: one short side for the batch, drawn from
+    `sides`; flips; bilinear images and nearest labels; zero padding to a multiple of 32. There a
+    batch holds images of one orientation, here of any (the paper does not say): the smaller ones
+    are padded. All draws are keyed by seed, epoch and image or batch.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class TrainingBatches(torch.utils.data.Dataset):
 
 
 def padded(pairs: list[tuple[Image.Image, Image.Image]]) -> tuple[Tensor, Tensor]:
-    """Images of one batch on a common canvas, and every fourth of their labels."""
+    """Puts the images of one batch on a common canvas, and takes every fourth of their labels."""
     width = up_to_multiple(max(image.width for image, _ in pairs), PADDING)
     height = up_to_multiple(max(image.height for image, _ in pairs), PADDING)
     x = torch.zeros(len(pairs), 3, height, width)
@@ -178,7 +179,7 @@ def padded(pairs: list[tuple[Image.Image, Image.Image]]) -> tuple[Tensor, Tensor
 
 
 class TestScenes(torch.utils.data.Dataset):
-    """Number -> (images (1,3,H,W) of each test size, labels (H,W) int64), or an error's text."""
+    """Maps a number to (images (1,3,H,W) per test size, labels (H,W) int64), or an error's text."""
 
     def __init__(self, scenes: Scenes, numbers: list[int], sides: list[int], longest: int):
         self.scenes, self.numbers, self.sides, self.longest = scenes, numbers, sides, longest
@@ -199,21 +200,21 @@ class TestScenes(torch.utils.data.Dataset):
 
 
 class Confusion:
-    """Counts of (truth, prediction) over pixels with a label, and the three scores of them."""
+    """Counts of (truth, prediction) over pixels with a label, and the three scores they give."""
 
     def __init__(self, classes: int, device: torch.device):
         self.classes = classes
         self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
     def add(self, truth: Tensor, prediction: Tensor) -> None:
-        """Label maps of one shape; what is below 0 in `truth` does not count."""
+        """Counts two label maps of one shape; a pixel below 0 in `truth` does not count."""
         counted = truth >= 0
         flat = truth[counted] * self.classes + prediction[counted]
         self.counts += torch.bincount(flat, minlength=self.classes**2).view_as(self.counts)
 
     def scores(self) -> dict[str, float]:
-        """mIoU, mean accuracy and pixel accuracy in percent. Classes that are in neither truth nor
-        prediction have no IoU, and those not in the truth no accuracy.
+        """Returns mIoU, mean accuracy and pixel accuracy in percent. Classes that are in neither
+        truth nor prediction have no IoU, and those not in the truth no accuracy.
         """
         counts = self.counts.double()
         right, truth, said = counts.diag(), counts.sum(1), counts.sum(0)
@@ -226,5 +227,5 @@ class Confusion:
 
 
 def upsampled(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1,C,h,w) scores -> (1,C,H,W) class probabilities at the labels' size."""
+    """Turns scores (1,C,h,w) into class probabilities (1,C,H,W) at the labels' size."""
     return F.interpolate(scores, size=size, mode="bilinear", align_corners=False).softmax(1)

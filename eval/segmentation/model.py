@@ -7,7 +7,8 @@ DECODER_CHANNELS = 512  # ssl-transfer: arch_decoder "upernet" has fpn_dim 512
 
 
 class Segmenter(nn.Module):
-    """(N,3,H,W) -> scores (N,C,H/4,W/4), in training also those of the head on layer3.
+    """A network that maps (N,3,H,W) to scores (N,C,H/4,W/4), in training also to those of the head
+    on layer3.
 
     The library's head would enlarge to the image; the loss is taken at a quarter of it, as in
     ssl-transfer.
@@ -46,7 +47,7 @@ class Segmenter(nn.Module):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights of convolutions decay; norms and biases do not (ssl-transfer train.py)."""
+    """Decays the weights of convolutions, but no norms and biases (ssl-transfer train.py)."""
     decayed, others = [], []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -56,12 +57,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def features_of(model: Segmenter, x: Tensor) -> Tensor:
-    """(N,D) the pooled last feature map: what the encoder itself gives."""
+    """Returns (N,D), the pooled last feature map, which is what the encoder itself gives."""
     return model.net.encoder(x)[-1].mean((2, 3))
 
 
 def build(arch: str, classes: int, deep_supervision: bool, seed: int) -> Segmenter:
-    """On CPU, its new layers drawn from `seed`."""
+    """Builds the model on CPU, its new layers drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Segmenter(arch, classes, deep_supervision)

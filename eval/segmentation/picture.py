@@ -12,7 +12,7 @@ HEADS = ("image", "truth", "prediction")
 
 
 def palette(classes: int) -> np.ndarray:
-    """(classes + 1, 3) uint8: black for no label, then one colour per class, the same always."""
+    """Returns (classes + 1, 3) uint8: black for no label, then one fixed colour per class."""
     rng = np.random.default_rng(150)
     return np.concatenate([np.zeros((1, 3)), rng.integers(40, 256, (classes, 3))]).astype(np.uint8)
 
@@ -23,7 +23,7 @@ def draw(
     classes: int,
     title: str,
 ) -> None:
-    """A row for each (image, truth (H,W), prediction (H,W)); labels from 0, -1 for none."""
+    """Draws a row for each (image, truth (H,W), prediction (H,W)); labels from 0, -1 for none."""
     plt, colours = headless_pyplot(), palette(classes)
     figure, axes = plt.subplots(len(rows), 3, figsize=(8, 2.1 * len(rows)), squeeze=False)
     for axis_row, (image, truth, prediction) in zip(axes, rows, strict=True):

@@ -94,7 +94,7 @@ class Segmentation(DenseEvaluation):
         return {"name": "ADE20K", "copy": None, "incomplete": ", ".join(missing) or None}
 
     def learning_rate(self, step: int) -> float:
-        """Of the iteration after `step` done ones."""
+        """Returns the rate of the iteration after `step` done ones."""
         config = self.config
         step -= step % config.decay_every
         return config.lr * (1 - step / config.iterations) ** config.power
@@ -102,7 +102,7 @@ class Segmentation(DenseEvaluation):
     # -- training -------------------------------------------------------------------------------
 
     def trained(self) -> model.Segmenter:
-        """The model after the last iteration."""
+        """Returns the model after the last iteration."""
         config = self.config
         net = model.build(config.arch, ade20k.CLASSES, config.deep_supervision > 0, config.seed)
         body = net.net.encoder
@@ -139,7 +139,7 @@ class Segmentation(DenseEvaluation):
         )
 
     def losses(self, net: model.Segmenter, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy over labelled pixels, and that of the head on layer3 by its weight."""
+        """Returns the cross-entropy over labelled pixels, and the weighted one of layer3's head."""
         scores, side = net(x.to(self.device, non_blocking=True))
         y = y.to(self.device, non_blocking=True)
         found = {"loss_pixels": cross_entropy(scores, y)}
@@ -151,7 +151,7 @@ class Segmentation(DenseEvaluation):
 
     @torch.no_grad()
     def conclude(self, net: model.Segmenter) -> None:
-        """mIoU over the validation images; writes picture and, last, the record."""
+        """Scores the validation images; writes picture and, last, the record."""
         net.eval()
         own = per_rank(len(self.test))
         rounds = -(-len(self.test) // self.ranks)
@@ -178,7 +178,7 @@ class Segmentation(DenseEvaluation):
         self.write(confusion.scores())
 
     def predict(self, net: model.Segmenter, views: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """(H,W) classes: the best of the probabilities averaged over all test sizes."""
+        """Returns (H,W), the classes of the largest probability, averaged over all test sizes."""
         total = 0
         for x in views:
             with self.autocast():
@@ -188,7 +188,7 @@ class Segmentation(DenseEvaluation):
 
     @torch.no_grad()
     def draw(self, net: model.Segmenter) -> None:
-        """predictions.png, by rank 0."""
+        """Draws predictions.png, by rank 0."""
         if self.rank:
             return
         numbers = range(min(picture.SHOWN, len(self.test)))
@@ -224,19 +224,19 @@ class Segmentation(DenseEvaluation):
         self.finish(text, [path])
 
 
-# what a number stands beside the paper's by
+# with these settings unchanged, a number can be compared with the paper's
 FIXED = ("iterations", "batch_size", "lr", "momentum", "weight_decay", "power", "decay_every")
 FIXED += ("deep_supervision", "sizes", "test_sizes", "longest")
 
 
 def kept(name: str) -> tuple[Any, ...]:
-    """A setting's values that are the paper's or its code's: they are not called "changed"."""
+    """Returns a setting's values in the paper and its code: these are not called "changed"."""
     default = getattr(SegmentationConfig, name)
     return (default, 1) if name == "decay_every" else (default,)
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean over labelled pixels; 0 where a batch has none."""
+    """Returns the mean over labelled pixels; 0 if a batch has none."""
     total = F.cross_entropy(scores.float(), labels, ignore_index=ade20k.IGNORED, reduction="sum")
     return total / (labels != ade20k.IGNORED).sum().clamp(min=1)
 

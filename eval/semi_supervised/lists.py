@@ -24,7 +24,7 @@ SHA256 = {
 
 
 def simclr_list(percent: int) -> Path:
-    """SimCLR's list of this percentage: downloaded once, checked every time."""
+    """Returns SimCLR's list of this percentage: downloaded once, checked every time."""
     name = f"{percent}percent.txt"
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(caches) / "selfsup-recipes" / name
@@ -55,8 +55,8 @@ def check(content: bytes, name: str, where: str) -> None:
 
 
 def read_list(path: Path, images: Images, unreadable: Iterable[str] = ()) -> np.ndarray:
-    """Numbers of the images that a list names, in its order, but for those that `unreadable` names,
-    which --on-bad-image skip has taken out of the images: said with their count.
+    """Returns the numbers of the images that a list names, in its order. It leaves out those that
+    `unreadable` names, which --on-bad-image skip has taken out of the images, and says how many.
 
     One image per line: `n01440764_10026.JPEG`, whose class folder is what stands before the
     underscore, or `folder/file`. Raises UserError for a line that names no image on disk.
@@ -93,6 +93,6 @@ def read_list(path: Path, images: Images, unreadable: Iterable[str] = ()) -> np.
 
 
 def balanced_subset(labels: np.ndarray, percent: int, seed: int) -> np.ndarray:
-    """Numbers of `percent` % of the images of each class, at least one, drawn from `seed`."""
+    """Draws the numbers of `percent` % of each class's images, at least one, from `seed`."""
     _, drawn = split_classes(labels, lambda count: count * percent / 100, seed)
     return drawn

@@ -10,11 +10,11 @@ from common.augment import View, two_views
 
 @dataclass(frozen=True)
 class Protocol:
-    """One paper's or code's fine-tuning. Rates are per 256 images of the batch; of several, and of
-    several numbers of epochs, one combination is chosen on held-out images.
+    """One paper's or code's fine-tuning. Rates are per 256 images of the batch. If there are
+    several rates or numbers of epochs, held-out images choose one combination.
     """
 
-    head_lrs: dict[int, tuple[float, ...]]  # by percent; one that is missing has no source
+    head_lrs: dict[int, tuple[float, ...]]  # by percent; if one is missing, no source states it
     encoder_lrs: dict[int, tuple[float, ...]]
     epochs: dict[int, tuple[int, ...]]
     batch: dict[int, int]
@@ -25,17 +25,17 @@ class Protocol:
     init: str = "normal 0.01"
     crop_min: float = 0.08  # smallest share of the area of a training crop; torchvision's default
     assumed: bool = False
-    lars: bool = False  # SimCLR's instead of SGD; of the head its momentum alone
+    lars: bool = False  # SimCLR's instead of SGD; it gives the head momentum alone
     projector_layers: int = 0  # first layers of the projector that stay under the head
     others: Mapping[int, "Protocol"] = field(default_factory=dict)  # of percents without a source
 
     def view(self, size: int) -> View:
-        """The training images: a crop of `size` pixels and a flip."""
+        """Returns the view of the training images: a crop of `size` pixels and a flip."""
         return two_views("crop-flip", size, self.crop_min, self.interpolation)[0]
 
 
 def both(value: Any) -> dict[int, Any]:
-    """The same for 1 % and 10 %."""
+    """Returns the same value for 1 % and 10 %."""
     return {1: value, 10: value}
 
 
@@ -123,7 +123,7 @@ SWAV_EPOCHS, SWAV_FACTOR = (12, 16), 0.2  # eval_semisup.py --decay_epochs, --ga
 
 
 def schedule(kind: str, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The factor of both rates at a step."""
+    """Returns the factor of both rates at a step."""
     epoch = step // steps_per_epoch
     if kind == "steps":
         return SWAV_FACTOR ** sum(epoch >= after for after in SWAV_EPOCHS)

@@ -104,14 +104,14 @@ class Classifier(nn.Module):
             self.head.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,3,S,S) -> (N,C)."""
+        """Maps images (N,3,S,S) to scores (N,C)."""
         return self.head(self.encoder(x))
 
 
 def with_projector(encoder: nn.Module, source: str, layers: int) -> nn.Module:
-    """The encoder, and behind it the first layers of the projector (linear, batch norm, ReLU each)
-    that its run trained with it. UserError if `source` is no run's folder or file of it that has a
-    checkpoint with such a projector.
+    """Returns the encoder, and behind it the first layers of the projector (linear, batch norm,
+    ReLU each) that its run trained with it. UserError if `source` is no run's folder or file of it
+    that has a checkpoint with such a projector.
     """
     path = documents.expanded(source)
     folder = path if path.is_dir() else path.parent
@@ -143,7 +143,7 @@ def with_projector(encoder: nn.Module, source: str, layers: int) -> nn.Module:
 
 
 class FineTuning:
-    """Every setting on the first seed, the chosen one on the others."""
+    """Fine-tunes with every setting on the first seed, and with the chosen one on the others."""
 
     def __init__(self, config: SemiConfig):
         self.job = Evaluation(config)
@@ -173,7 +173,7 @@ class FineTuning:
         self.candidates = self.settings()
 
     def settings(self) -> list[Candidate]:
-        """All settings to try, in one fixed order."""
+        """Returns all settings to try, in one fixed order."""
         config, protocol, percent = self.config, self.protocol, self.config.percent
         epochs = protocol.epochs[percent]
         if config.epochs:
@@ -193,7 +193,7 @@ class FineTuning:
     # -- images ---------------------------------------------------------------------------------
 
     def labelled(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """(numbers of the labelled training images, what the record says about them)."""
+        """Returns (numbers of the labelled training images, what the record says about them)."""
         job, config = self.job, self.config
         if not config.list and config.dataset != "imagenet":
             samples = balanced_subset(job.train.labels, config.percent, seed)
@@ -209,7 +209,7 @@ class FineTuning:
         }
 
     def downloaded(self) -> Path:
-        """SimCLR's list; rank 0 of the group fetches it, errors come to all."""
+        """Returns SimCLR's list; rank 0 of the group fetches it, and all ranks raise its errors."""
         path, error = None, None
         if self.job.rank == 0:
             try:
@@ -267,7 +267,7 @@ class FineTuning:
         self.write(state, chosen, about, words)
 
     def after_training(self, state: dict[str, Any], **new: Any) -> dict[str, Any]:
-        """The state with one more result and without the training that gave it, saved if asked."""
+        """Adds a result to the state, drops the training that gave it, and saves it if due."""
         ((name, value),) = new.items()
         done = {n: state[n] for n in ("tried", "results", "best")}
         steps = state["steps"] + state.get("step", 0)
@@ -284,8 +284,8 @@ class FineTuning:
     def train(
         self, samples: np.ndarray, candidate: Candidate, seed: int, state: dict[str, Any]
     ) -> Classifier:
-        """The model after the last epoch. `state` gets the steps done, and may hold the middle of
-        this very training.
+        """Returns the model after the last epoch. `state` gets the steps done, and may hold the
+        middle of this very training.
         """
         job, config, protocol = self.job, self.config, self.protocol
         images, batch = subset(job.train, samples), config.batch_size
@@ -350,7 +350,7 @@ class FineTuning:
         return model.eval()
 
     def batches(self, images: Images, seed: int, first: int, total: int):
-        """(N,3,S,S) inputs and (N,) numbers of this rank's part of each batch."""
+        """Yields (N,3,S,S) inputs and (N,) numbers of this rank's part of each batch."""
         job, config, protocol = self.job, self.config, self.protocol
         loader = view_loader(
             images,
@@ -374,8 +374,8 @@ class FineTuning:
         started: float,
         first: float,
     ) -> None:
-        """One line of metrics.jsonl; on the screen where nothing else is said. `first` epochs were
-        done when this start began at the time `started`.
+        """Writes one line of metrics.jsonl; says it on the screen if there is one candidate alone.
+        `first` epochs were done when this start began at the time `started`.
         """
         values = {"kind": "epoch", "seed": seed, "epoch": epoch, "step": step}
         values |= {"loss": loss if math.isfinite(loss) else None}
@@ -389,7 +389,7 @@ class FineTuning:
             )
 
     def accuracy(self, model: Classifier, images: Images, what: str) -> list[float]:
-        """Top-1 and top-5 in percent on the evaluation views."""
+        """Returns top-1 and top-5 in percent on the evaluation views."""
         view = {"interpolation": self.protocol.interpolation}
         features = self.job.features(images, what, model.encoder, **view)
         right = self.job.correct(model.head, features, images)
@@ -442,7 +442,7 @@ class FineTuning:
 
 
 def best_of(accuracies: list[float | None]) -> tuple[int, float]:
-    """(place, value) of the largest, the first of equal ones; None never wins; (0, -1) of none."""
+    """Returns (place, value) of the largest, the first of equals; None never wins: (0, -1)."""
     values = [-1.0 if a is None else a for a in accuracies]
     place = max(range(len(values)), key=lambda i: (values[i], -i), default=0)
     return place, max(values, default=-1.0)

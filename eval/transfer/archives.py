@@ -24,10 +24,11 @@ ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
 
 
 def fetch(url: str, folder: Path, md5: str | None) -> Path:
-    """The file of `url` in `folder`, downloaded unless it is there whole; UserError otherwise.
+    """Returns the file of `url` in `folder`, downloaded unless it is there whole; UserError
+    otherwise.
 
-    A download gets its name only when it has ended and its checksum is right: a file of that name
-    with another checksum was cut short (or is a web page) and is downloaded again.
+    A download gets its name only when it has ended and its checksum is right. So a file of that
+    name with another checksum was cut short (or is a web page), and is downloaded again.
     """
     path = folder / Path(urlparse(url).path).name
     if path.exists() and check_integrity(path, md5):
@@ -46,9 +47,9 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpacks a tar or zip archive into `folder`, whole or not at all: beside it first, and in its
-    place once all of it was read. UserError for one that is damaged, encrypted, or that holds a
-    path leaving the folder.
+    """Unpacks a tar or zip archive into `folder`, whole or not at all: it unpacks next to the
+    folder, and moves all of it there at the end. UserError for one that is damaged, encrypted, or
+    that holds a path leaving the folder.
     """
     beside = folder / f"{path.name}.{os.getpid()}.partial"
     try:
@@ -76,8 +77,9 @@ def unpack_zip(path: Path, folder: Path) -> None:
 
 
 class Member(tarfile.TarInfo):
-    """A header of a tar file. tarfile takes anything that is none for the archive's end; here only
-    the block of zeros is that ends every tar file, if nothing comes behind it (`unpack_tar`).
+    """A header of a tar file. tarfile takes anything that is no header for the archive's end; here
+    only the block of zeros that ends every tar file is one, if nothing comes behind it
+    (`unpack_tar`).
     """
 
     @classmethod
@@ -116,14 +118,14 @@ def move_into(source: Path, folder: Path) -> None:
 
 
 def only_plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """Stands in for the standard library's filter: files and folders only."""
+    """Lets only files and folders pass, in place of the standard library's filter."""
     if not (member.isfile() or member.isdir()):
         raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
     return member
 
 
 def check_inside(name: str, archive: Path) -> None:
-    """UserError for a member whose path leaves the folder that it is unpacked in."""
+    """Raises UserError for a member whose path leaves the folder that it is unpacked in."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{archive} is refused: its member {name!r} leaves the folder")

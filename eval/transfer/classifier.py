@@ -31,7 +31,7 @@ class Split:
 
 @dataclass
 class Chosen:
-    """What came out, with everything that was tried."""
+    """The chosen weight decay and its result, with everything that was tried."""
 
     decay: float
     validation: float  # percent
@@ -43,9 +43,9 @@ class Chosen:
 class Sklearn:
     """ssl-transfer's setting: LogisticRegression(solver="lbfgs", warm_start=True) and nothing else.
 
-    One classifier goes through all decays (and through VOC's classes in turn), each fit starting
-    from the last one's weights, stopping after 100 iterations or where the largest component of
-    the mean gradient is below 1e-4; it does not say which. Features stay float32, as there.
+    One classifier goes through all decays (and through VOC's classes in turn). Each fit starts from
+    the last one's weights, and stops after 100 iterations or if the largest component of the mean
+    gradient is below 1e-4; it does not say which. Features stay float32, as there.
     """
 
     def __init__(self, classes: int):
@@ -58,13 +58,13 @@ class Sklearn:
         self.regression, self.known = self.make(), None
 
     def fit(self, train: Split, decay: float) -> Fit:
-        """The fit for one decay, with the gradient norm that it reached."""
+        """Returns the fit for one decay, with the gradient norm that it reached."""
         x, y = train.features.cpu().numpy(), train.targets.cpu().numpy()
         known = np.unique(y)
         if y.ndim == 1 and len(known) < 3:
             raise UserError("--solver sklearn: the training images are of fewer than 3 classes")
         if self.known is not None and not np.array_equal(known, self.known):
-            self.regression = self.make()  # a class more: there is nothing to start it from
+            self.regression = self.make()  # a new class has no weights to start from
         self.known = known
         self.regression.set_params(C=1 / decay)
         weight = torch.zeros(x.shape[1], self.classes, dtype=torch.float64)
@@ -72,7 +72,7 @@ class Sklearn:
         bias = torch.full((self.classes,), -torch.inf, dtype=torch.float64)
         iterations = 0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the gradient norm says it, for every decay
+            warnings.simplefilter("ignore")  # no warnings: every decay's gradient norm says it
             for column in range(self.classes) if y.ndim == 2 else [None]:
                 self.regression.fit(x, y if column is None else y[:, column])
                 iterations = max(iterations, int(self.regression.n_iter_.max()))
@@ -101,8 +101,8 @@ def choose(
     between: Callable[[], None] = lambda: None,
     progress: Callable[[], Any] = lambda: None,
 ) -> Chosen:
-    """The weight decay that is best on `validation` (the smallest of equals: ssl-transfer goes up
-    and wants strictly more), refitted on both sets, scored on `test` once.
+    """Chooses the weight decay that is best on `validation` (the smallest of equals: ssl-transfer
+    goes up and wants strictly more), refits it on both sets, and scores it on `test` once.
 
     `halved`: binary classifiers with ssl-transfer's decay, that of a softmax over two classes,
     whose minimiser is the binary regression's at half of it.
@@ -126,7 +126,7 @@ def choose(
             {
                 "decay": float(f"{decay:.6g}"),
                 "validation": round(value, 3),
-                "gradient_norm": float(f"{fit.gradient_norm:.6e}"),  # beside the tolerance
+                "gradient_norm": float(f"{fit.gradient_norm:.6e}"),  # to compare with the tolerance
                 "iterations": fit.iterations,
                 "converged": fit.converged,
             }
@@ -144,7 +144,7 @@ def choose(
         # solution has no curvature left to start from
         way = [d * share for d in approach(decay, max(decays))]
         *_, fit = fit_path(both.features, both.targets, classes, way, device, between=between)
-        # asked of the features as they are, not of the solver's own coordinates
+        # of the features as they are, not in the solver's own coordinates
         fit.gradient_norm = gradient_norm(
             both.features.to(device), both.targets.to(device), fit.decay, fit.weight, fit.bias
         )
@@ -152,7 +152,7 @@ def choose(
 
 
 def approach(decay: float, largest: float) -> list[float]:
-    """`decay`, and ten times, a hundred times … as much, up to `largest`."""
+    """Returns `decay`, and ten times, a hundred times … as much, up to `largest`."""
     found = [decay]
     while found[-1] * 10 <= largest:
         found.append(found[-1] * 10)
@@ -160,8 +160,8 @@ def approach(decay: float, largest: float) -> list[float]:
 
 
 def check_classes(train: Split) -> None:
-    """UserError where there is nothing to learn: a binary class that is always or never there, or
-    one class only.
+    """Raises UserError if there is nothing to learn: one class only, or a binary class that is
+    always or never there.
     """
     targets = train.targets
     if targets.ndim == 2:
@@ -177,5 +177,5 @@ def check_classes(train: Split) -> None:
 
 
 def score(fit: Fit, split: Split, metric: Metric) -> float:
-    """Percent on a split."""
+    """Returns the score on a split, in percent."""
     return metric(fit.scores(split.features).cpu().numpy(), split.targets.cpu().numpy())

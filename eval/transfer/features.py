@@ -22,7 +22,7 @@ IMAGE_SIZE = 224  # GSG App. D.1
 
 
 def view(image: Image.Image, size: int) -> Tensor:
-    """Shorter side to `size` by bicubic, the central square, uint8 (3,size,size)."""
+    """Scales the shorter side to `size`, bicubic, and takes the centre: uint8 (3,size,size)."""
     return central_square(image, size, size, "bicubic")
 
 
@@ -36,12 +36,12 @@ def cached(
     workers: int = 0,
     between: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, float | None]:
-    """((N,D) float32 features on the CPU, in order; seconds that extracting took, or None if they
-    were there already). `between` is told the images of each batch. UserError for an image that
-    cannot be read.
+    """Returns ((N,D) float32 features on the CPU, in order; seconds that extracting took, or None
+    if they were there already). `between` is told how many images each batch has. UserError for an
+    image that cannot be read.
 
     The file is named after the backbone's hash, its arch and the image size, and after the names
-    and sizes of the image files (the pixels, where they are in memory).
+    and sizes of the image files (after the pixels, if they are in memory).
     """
     backbone = hashlib.sha256(f"{facts['sha256']} {facts['arch']}".encode()).hexdigest()[:12]
     path = folder / f"{key}-{size}-{backbone}-{fingerprint(images)}.npy"
@@ -64,7 +64,7 @@ def cached(
 
 
 def fingerprint(images: Images) -> str:
-    """A hash of names and sizes of the files, or of the pixels."""
+    """Returns a hash of names and sizes of the files, or of the pixels."""
     if isinstance(images, ArrayImages):
         return images.fingerprint()
     sizes = (os.path.getsize(images.path(i)) for i in range(len(images)))

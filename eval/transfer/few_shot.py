@@ -22,8 +22,8 @@ def episodes(
     count: int = EPISODES,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, int] | None:
-    """(accuracy of each episode in percent (count,), classes drawn from); None where fewer than
-    `ways` classes have `shots + queries` images.
+    """Returns (accuracy of each episode in percent (count,), number of classes drawn from); None if
+    fewer than `ways` classes have `shots + queries` images.
 
     features (N,D), labels (N,). Classes with too few images take no part.
     """
@@ -47,7 +47,7 @@ def episodes(
 
 
 def interval(accuracies: np.ndarray) -> float:
-    """Half the 95 % interval of the mean, in points: 1.96 standard deviations (of the population,
-    np.std, as ssl-transfer) over the root of the number of episodes.
+    """Returns half the 95 % interval of the mean, in points: 1.96 standard deviations (of the
+    population, np.std, as ssl-transfer) over the root of the number of episodes.
     """
     return float(1.96 * accuracies.std() / np.sqrt(len(accuracies)))

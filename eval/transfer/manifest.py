@@ -15,8 +15,8 @@ DATASETS = (*DATASETS, "dtd", "pets", "caltech101", "flowers")
 
 @dataclass(frozen=True)
 class Manifest:
-    """One dataset. `images` counts by official part; `splits` by protocol: how validation is made
-    and the sizes of train, val and test.
+    """One dataset. `images` are counts by official part; `splits` says for each protocol how
+    validation is made, and the sizes of train, val and test.
     """
 
     key: str
@@ -38,7 +38,7 @@ class Manifest:
     lists: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def split(self, protocol: str) -> dict[str, Any]:
-        """The split of a protocol; ssl-transfer's differs from GSG's in Caltech-101 only."""
+        """Returns a protocol's split; ssl-transfer's differs from GSG's in Caltech-101 only."""
         return self.splits.get(protocol, self.splits["gsg"])
 
 
@@ -48,8 +48,8 @@ def load(key: str) -> Manifest:
 
 
 def chosen(names: str) -> list[str]:
-    """Keys of a comma-separated list, in the tables' order; all for an empty one. UserError for a
-    name that is none.
+    """Returns the keys of a comma-separated list, in the tables' order; all for an empty list.
+    UserError for a name that is no data set's.
     """
     given = [name.strip().lower() for name in names.split(",") if name.strip()]
     for name in given:

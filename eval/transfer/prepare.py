@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class State:
-    """ready, incomplete or missing, and why."""
+    """Says whether a data set is ready, incomplete or missing, and why."""
 
     word: str
     detail: str
 
 
 def state_of(manifest: Manifest, root: Path) -> State:
-    """What there is of a dataset below `root`."""
+    """Returns what there is of a dataset below `root`."""
     from eval.transfer.readers import read  # imports torch, which the list need not wait for
     from eval.transfer.splits import uneven
 
@@ -80,7 +80,7 @@ def download(manifest: Manifest, root: Path) -> None:
 
 
 def prepare(manifest: Manifest, root: Path, check_only: bool) -> State:
-    """A dataset's state, after downloading what is not there."""
+    """Returns a dataset's state, after downloading what is not there."""
     state = state_of(manifest, root)
     if state.word == "ready" or check_only or not manifest.archives:
         return state
@@ -107,7 +107,7 @@ def print_table(states: dict[str, State], root: Path) -> None:
 
 
 def print_downloads(root: Path | None) -> float:
-    """A table of what would be downloaded, but for what is ready in `root`; its size in GB."""
+    """Prints a table of what would be downloaded, without what is ready in `root`; returns GB."""
     total = 0.0
     print(f"{'dataset':12} {'download':>10}  from, and what it takes")
     for key in DATASETS:

@@ -32,7 +32,7 @@ BIRDSNAP_IMAGES = "download/images"  # where get_birdsnap.py puts what it fetche
 @dataclass
 class Pool:
     """All images of a dataset: labels (N,), or (N,20) zeros and ones for VOC2007; `parts` are
-    indices by official part (train, val, test, or all); `copy` as in a record.
+    indices by official part (train, val, test, or all); `copy` is a record's field of that name.
     """
 
     images: Images
@@ -44,14 +44,14 @@ class Pool:
 
 @dataclass
 class Part:
-    """What a reader found of one official part."""
+    """The files and labels that a reader found of one official part."""
 
     paths: list[str]
     labels: np.ndarray
 
 
 def read(manifest: Manifest, root: Path) -> Pool:
-    """The dataset below `root`; UserError where it is not there or cannot be understood."""
+    """Returns the dataset below `root`; UserError if it is not there or cannot be understood."""
     try:
         return READERS[manifest.key](root)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, AssertionError) as error:
@@ -66,14 +66,14 @@ def read(manifest: Manifest, root: Path) -> Pool:
 
 
 def text_of(path: Path) -> str:
-    """A list's text; FileNotFoundError if there is none, or a folder or a pipe in its place."""
+    """Returns a list's text; FileNotFoundError if it is none, or a folder or a pipe instead."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     return documents.read_text(path)
 
 
 def pool_of(root: Path, parts: dict[str, Part]) -> Pool:
-    """A pool of image files; those that are not on disk are left out and counted."""
+    """Returns a pool of image files; those that are not on disk are left out and counted."""
     paths, labels, places, missing = [], [], {}, 0
     for name, part in parts.items():
         there = np.array([os.path.isfile(path) for path in part.paths], dtype=bool)
@@ -88,7 +88,7 @@ def pool_of(root: Path, parts: dict[str, Part]) -> Pool:
 
 
 def files_of(dataset: Any) -> Part:
-    """The files and labels of torchvision's Food101, DTD, FGVCAircraft or Flowers102."""
+    """Returns files and labels of torchvision's Food101, DTD, FGVCAircraft or Flowers102."""
     return Part([str(path) for path in dataset._image_files], np.array(dataset._labels))
 
 
@@ -141,7 +141,7 @@ def array_pool(images: ArrayImages, labels: np.ndarray, train: int) -> Pool:
 
 
 def cifar10(root: Path) -> Pool:
-    """torchvision's batches, or class folders of images: the copy is named."""
+    """Reads torchvision's batches, or class folders of images: then `copy` names the copy."""
     if (root / "cifar-10-batches-py").is_dir():
         return cifar(datasets.CIFAR10, root)
     for folder in (root / "cifar10", root):
@@ -154,7 +154,7 @@ def cifar10(root: Path) -> Pool:
             # "CIFAR-10 (JPEG copy, 90 of 50000 train images)": the counts are the splits' to say
             pool.copy = train.name.split("(")[1].rstrip(")").split(",")[0]
             return pool
-    return cifar(datasets.CIFAR10, root)  # for its error
+    return cifar(datasets.CIFAR10, root)  # it says what is missing
 
 
 def cifar100(root: Path) -> Pool:
@@ -162,7 +162,7 @@ def cifar100(root: Path) -> Pool:
 
 
 def sun397(root: Path) -> Pool:
-    """torchvision's classes, the authors' first split: lists of lines as /a/abbey/sun_….jpg."""
+    """Reads torchvision's classes, the authors' first split: lines like /a/abbey/sun_….jpg."""
     folder = root / "SUN397"
     # "/a/abbey": the letter's folder is not of the name, as in torchvision's reader
     named = text_of(folder / "ClassName.txt").splitlines()
@@ -176,7 +176,7 @@ def sun397(root: Path) -> Pool:
 
 
 def caltech101(root: Path) -> Pool:
-    """All class folders, the background among them; torchvision's own reader leaves that out."""
+    """Reads all class folders, also the background's, which torchvision's own reader leaves out."""
     folder = root / "caltech101"
     if not (folder / "101_ObjectCategories").is_dir():
         raise FileNotFoundError(f"no folder {folder / '101_ObjectCategories'}")
@@ -188,8 +188,8 @@ def caltech101(root: Path) -> Pool:
 
 
 def birdsnap(root: Path) -> Pool:
-    """images.txt (url, md5, path, species_id, … by tabs, with a header) and test_images.txt (a
-    header, then a path per line); the format is told in readme.txt of the archive.
+    """Reads images.txt (url, md5, path, species_id, … by tabs, with a header) and test_images.txt
+    (a header, then a path per line); the archive's readme.txt explains the format.
     """
     folder = root / "birdsnap"
     tests = set(text_of(folder / "test_images.txt").splitlines()[1:])
@@ -203,7 +203,8 @@ def birdsnap(root: Path) -> Pool:
 
 
 def voc2007(root: Path) -> Pool:
-    """torchvision's images, the devkit's image-level labels: 1 there, 0 difficult, -1 not there.
+    """Reads torchvision's images, the devkit's image-level labels: 1 there, 0 difficult, -1 not
+    there.
 
     Difficult counts as not there, as in ssl-transfer (target == 1).
     """
@@ -217,7 +218,7 @@ def voc2007(root: Path) -> Pool:
 
 
 def voc_labels(path: Path, images: Sequence[str]) -> np.ndarray:
-    """One class's column for the images, from lines as "000005 -1"."""
+    """Returns one class's column for the images, from lines like "000005 -1"."""
     said = dict(line.split() for line in text_of(path).splitlines() if line.strip())
     return np.array([int(said[Path(image).stem]) == 1 for image in images], dtype=np.int64)
 

@@ -108,7 +108,7 @@ class Transfer:
             print(f"warning: {why}", flush=True)
 
     def load(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The encoder on its device; UserError for a size that it cannot take."""
+        """Returns the encoder on its device; UserError for a size that it cannot take."""
         config = self.config
         encoder, facts = load_encoder(config.backbone, config.arch or None, config.image_size)
         if "vit" in facts["arch"] and facts["image_size"] != self.size:
@@ -131,7 +131,7 @@ class Transfer:
             raise Stopped
 
     def run(self) -> None:
-        """All datasets, the averages and the table; UserError at the end for those left out."""
+        """Evaluates all datasets, prints the table; UserError at the end for those left out."""
         done: dict[str, dict[str, Any]] = {}
         failed: dict[str, str] = {}
         written: list[Path] = []
@@ -162,7 +162,7 @@ class Transfer:
     # -- one dataset ------------------------------------------------------------------------------
 
     def dataset(self, about: Manifest) -> tuple[dict[str, Any], list[Path]]:
-        """(the record, the files written): of before where it is finished."""
+        """Returns (the record, the files written); takes a finished record from before."""
         config = self.config
         path = self.output / f"{about.key}-{self.variant()}.json"
         before = self.finished(path, about)
@@ -192,7 +192,7 @@ class Transfer:
         return found, paths
 
     def encoder_for(self, pool: readers.Pool, parts: splits.Splits) -> nn.Module:
-        """The encoder; the random one calibrated on the dataset's training images."""
+        """Returns the encoder; a random one is calibrated on the dataset's training images."""
         if not is_random(self.facts):
             return self.encoder
         views = two_views("crop-flip", self.size)
@@ -222,7 +222,7 @@ class Transfer:
     def classify(
         self, about: Manifest, pool: readers.Pool, parts: splits.Splits, features: torch.Tensor
     ) -> dict[str, Any]:
-        """The record of the linear evaluation."""
+        """Returns the record of the linear evaluation."""
         config = self.config
         labels = torch.from_numpy(pool.labels)
         train, val, test = (
@@ -270,7 +270,7 @@ class Transfer:
     def few_shots(
         self, about: Manifest, pool: readers.Pool, parts: splits.Splits, features: torch.Tensor
     ) -> list[Path]:
-        """Records of the few-shot episodes on all images of the dataset, where it has them."""
+        """Writes records of few-shot episodes on all images, if possible; returns their paths."""
         if pool.labels.ndim == 2:
             print("  few-shot: an image of VOC2007 has several classes, there are no episodes")
             return []
@@ -305,7 +305,7 @@ class Transfer:
     # -- records ----------------------------------------------------------------------------------
 
     def variant(self) -> str:
-        """What sets this run's files apart from those of other flags."""
+        """Names what sets this run's files apart from those of other flags."""
         config = self.config
         name = f"{config.splits}-{config.solver}-{self.size}-{self.facts['sha256'][:8]}"
         return name + (f"-seed{config.seed}" if config.seed else "")
@@ -317,7 +317,7 @@ class Transfer:
         return "" if self.size == IMAGE_SIZE else f", {self.size} pixels"
 
     def protocol(self) -> str:
-        """The published name, and what differs from it."""
+        """Returns the protocol's published name, and what differs from it."""
         config = self.config
         solver = "" if config.solver == "torch" else f", {config.solver}"
         return (
@@ -328,7 +328,7 @@ class Transfer:
         )
 
     def identity(self, about: Manifest) -> dict[str, Any]:
-        """The flags that the numbers follow from."""
+        """Returns the flags that the numbers follow from."""
         config = self.config
         found = {"splits": config.splits, "solver": SOLVERS[config.solver], "seed": config.seed}
         found["image_size"] = self.size
@@ -341,7 +341,7 @@ class Transfer:
         return {"images": sizes}
 
     def finished(self, path: Path, about: Manifest) -> dict[str, Any] | None:
-        """The record of this very evaluation, where it is on disk and whole."""
+        """Returns the record of this very evaluation, if it is on disk and whole."""
         if self.config.resume == "never":
             return None
         found = finished_record(path, self.facts["sha256"])
@@ -356,7 +356,7 @@ class Transfer:
             print(f"  {path.name} cannot be stored as it is: {problem}")
 
     def encoder_fields(self) -> dict[str, Any]:
-        """The record's fields about the encoder, and how it was evaluated."""
+        """Returns the record's fields about the encoder, and how it was evaluated."""
         found = record_fields(self.facts, self.config, self.environment)
         found["dirty"] = found["dirty"] or self.environment["dirty"] is not False
         line = "eval/transfer/" + self.environment["command"]
@@ -369,7 +369,7 @@ class Transfer:
         return {"dataset": on}
 
     def write_averages(self, done: dict[str, dict[str, Any]]) -> list[Path]:
-        """Records of the averages over those groups that are whole."""
+        """Writes records of the averages over those groups that are whole."""
         paths = []
         values = {key: found["value"] for key, found in done.items()}
         for name, value in scores.averages(values, DATASETS).items():
@@ -394,7 +394,7 @@ class Transfer:
         return paths
 
     def table(self, done: dict[str, dict[str, Any]], failed: dict[str, str]) -> str:
-        """Markdown: a row per dataset, then the averages."""
+        """Returns a Markdown table: a row per dataset, then the averages."""
         lines = [
             f"{self.facts['arch']}, {self.protocol()}, splits {self.config.splits}\n",
             "| dataset | metric | % | validation | weight decay | gradient norm | images |",
@@ -419,7 +419,7 @@ class Transfer:
 
 
 def in_group(name: str, key: str) -> bool:
-    """Whether a dataset counts in an average."""
+    """Tells whether a dataset counts in an average."""
     if name == "average of 11":
         return key != "birdsnap"
     return name == "average of 12" or key in scores.GSG_TEN
@@ -432,7 +432,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def checked(config: TransferConfig) -> TransferConfig:
-    """The configuration itself; UserError for what can be refused without encoder and images."""
+    """Returns the configuration itself; UserError for what shows without encoder and images."""
     if not config.backbone:
         raise UserError("--backbone RUN_OR_FILE is missing")
     if not config.root:

@@ -11,22 +11,23 @@ GSG_TEN = (*GSG_TEN, "sun397", "voc2007")  # the transfer table of GSG's main pa
 
 
 def top1(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Percent of rows whose largest score is their label's; scores (N,C), labels (N,)."""
+    """Returns percent of rows whose largest score is their label's; scores (N,C), labels (N,)."""
     return 100 * float(np.mean(scores.argmax(1) == labels))
 
 
 def mean_per_class(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Percent right of each class, averaged over the classes that occur in `labels`."""
+    """Returns percent right of each class, averaged over the classes that occur in `labels`."""
     with warnings.catch_warnings():
-        # of predictions of a class that has no image here: it counts as wrong, and is not averaged
+        # a class may be predicted that has no image here: it counts as wrong, and is not averaged
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
         return 100 * float(balanced_accuracy_score(labels, scores.argmax(1)))
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """11-point interpolated average precision of one class, in [0,1]: VOC2007 devkit, VOCevalcls.
+    """Returns the 11-point interpolated average precision of one class, in [0,1]: VOC2007 devkit,
+    VOCevalcls.
 
-    The mean over recalls 0, 0.1, …, 1 of the best precision at that recall or above (0 where it
+    It is the mean over recalls 0, 0.1, …, 1 of the best precision at that recall or above (0 if it
     is not reached). scores (N,), positive (N,) of zeros and ones; equal scores stay in the order of
     the list, as in the devkit. Without any positive there is no precision: nan.
     """
@@ -44,7 +45,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Percent: the mean over classes of `average_precision`; scores, labels (N,C).
+    """Returns the mean over classes of `average_precision`, in percent; scores, labels (N,C).
 
     labels are 1 for a class that is there and 0 otherwise. "Difficult" objects count as not there,
     as in ssl-transfer (target == 1); the devkit leaves such images out of that class.
@@ -57,8 +58,8 @@ METRICS = {"top1": top1, "mean per-class": mean_per_class, "11pt mAP": mean_aver
 
 
 def averages(values: dict[str, float], every: tuple[str, ...]) -> dict[str, float]:
-    """Means over the 12 datasets, over 11 (without Birdsnap) and over GSG's 10, of those groups
-    that are whole; `values` by dataset, in percent.
+    """Returns means over the 12 datasets, over 11 (without Birdsnap) and over GSG's 10, of those
+    groups that are whole; `values` by dataset, in percent.
     """
     groups = {
         "average of 12": every,

@@ -34,12 +34,12 @@ DECAYS = tuple(np.logspace(-6, 5, 45))  # GSG App. D.1; ssl-transfer linear.py: 
 OBJECTIVE_TOLERANCE, OBJECTIVE_FROM = 1e-5, 1e-2  # of the objective, for decays from 1e-2 on
 PAIRS = 30  # curvature pairs kept; of 30 and 100 tried, 100 saves 15 % of steps and costs as much
 MOST_ITERATIONS = 2000  # for one decay; a solution that needs more is returned as not converged
-MOST_DIMENSIONS = 8192  # of features: their covariance is decomposed
+MOST_DIMENSIONS = 8192  # of features, because their covariance is decomposed
 ARMIJO, WOLFE, LINE_TRIES = 1e-4, 0.9, 50  # Nocedal and Wright, Sec. 3.1, for quasi-Newton steps
 # of the objective: near the minimum its decrease drowns in rounding, and the derivative decides
 # (the approximate Wolfe conditions of Hager and Zhang 2005)
 ROUNDING = 1e-10
-BLOCK = 8192  # rows turned to float64 at a time where the whole matrix is not needed
+BLOCK = 8192  # rows turned to float64 at a time if the whole matrix is not needed
 
 
 @dataclass
@@ -55,13 +55,13 @@ class Fit:
     converged: bool
 
     def scores(self, features: Tensor) -> Tensor:
-        """(N,D) features of any precision -> (N,C) float64."""
+        """Maps features (N,D) of any precision to scores (N,C) float64."""
         blocks = features.split(BLOCK)
         return torch.cat([b.to(self.weight) @ self.weight + self.bias for b in blocks])
 
 
 def one_hot(targets: Tensor, classes: int) -> Tensor:
-    """(N,) labels or (N,C) zeros and ones -> (N,C) float64."""
+    """Turns (N,) labels or (N,C) zeros and ones into (N,C) float64."""
     if targets.ndim == 2:
         return targets.double()
     return F.one_hot(targets.long(), classes).double()
@@ -70,7 +70,8 @@ def one_hot(targets: Tensor, classes: int) -> Tensor:
 def gradient_norm(
     features: Tensor, targets: Tensor, decay: float, weight: Tensor, bias: Tensor
 ) -> float:
-    """Norm of the gradient over its norm at W = 0, b = 0, from the features as they are, float64.
+    """Returns the norm of the gradient over its norm at W = 0, b = 0, from the features as they
+    are, float64.
 
     targets (N,) labels: one multinomial problem; (N,C) zeros and ones: C binary problems, of which
     the worst counts. Used on every solver's result, ours and others'.
@@ -86,7 +87,7 @@ def gradient_norm(
 def raw_gradient(
     features: Tensor, targets: Tensor, decay: float, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """(D+1,C) gradient of the objective at (weight, bias); the bias is the last row."""
+    """Returns the (D+1,C) gradient of the objective at (weight, bias); the bias is the last row."""
     gradient = torch.zeros(len(weight) + 1, weight.shape[1], dtype=torch.float64)
     gradient = gradient.to(weight.device)
     for x, t in zip(features.split(BLOCK), targets.split(BLOCK), strict=True):
@@ -101,7 +102,7 @@ def raw_gradient(
 
 
 def problem_norms(gradient: Tensor, binary: bool) -> Tensor:
-    """Norm for each independent problem: (C,) of binary columns, (1,) of a multinomial one."""
+    """Returns the norm of each problem: (C,) of binary columns, (1,) of a multinomial problem."""
     return gradient.norm(dim=0) if binary else gradient.norm().reshape(1)
 
 
@@ -142,16 +143,16 @@ class Problem:
             raise UserError("the gradient at W = 0 is zero: are all images of one class?")
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum of (…,C) for each problem."""
+        """Sums (…,C) for each problem."""
         columns = values.sum(0)
         return columns if self.binary else columns.sum().reshape(1)
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        """Inner product of each problem."""
+        """Returns the inner product of each problem."""
         return (a * b).sum(0) if self.binary else torch.dot(a.flatten(), b.flatten()).reshape(1)
 
     def value(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each problem, and the residual p - y (N,C)."""
+        """Returns the cross-entropy of each problem, and the residual p - y (N,C)."""
         if self.binary:
             loss = self.total(F.softplus(logits) - self.targets * logits)
             return loss, logits.sigmoid() - self.targets
@@ -166,7 +167,7 @@ class Problem:
         return loss, p
 
     def curvature(self, residual: Tensor) -> Tensor:
-        """Mean over images of p·(1 - p), (C,)."""
+        """Returns the mean over images of p·(1 - p), (C,)."""
         p = residual.clone()
         if self.binary:
             p += self.targets
@@ -178,20 +179,20 @@ class Problem:
         return self.x.T @ residual + decay * self.penalised * w
 
     def raw_norm(self, gradient: Tensor) -> Tensor:
-        """Norms of the gradient for features as they were, before centring and rotation."""
+        """Returns norms of the gradient for features as they were, before centring and rotation."""
         raw = gradient.clone()
         raw[:-1] += self.mean_rotated * gradient[-1]
         return problem_norms(raw, self.binary)
 
     def unrotated(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight (D,C), bias (C,)) for features as they were."""
+        """Returns (weight (D,C), bias (C,)) for features as they were."""
         weight = self.rotation @ w[:-1]
         return weight, w[-1] - self.mean @ weight
 
 
 @dataclass
 class Pair:
-    """Curvature pair: step s, change of gradient y, 1/(s·y) of each problem (0: not usable)."""
+    """A curvature pair: step s, change of gradient y, 1/(s·y) of each problem (0: not usable)."""
 
     s: Tensor
     y: Tensor
@@ -206,7 +207,7 @@ class Pair:
 
 @dataclass
 class Point:
-    """Where the iteration stands: parameters, their logits, objective and gradient."""
+    """A point that the iteration has reached: parameters, their logits, objective and gradient."""
 
     w: Tensor
     logits: Tensor
@@ -224,11 +225,11 @@ def fit_path(
     tolerance: float = TOLERANCE,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[Fit]:
-    """Solutions for `decays`, from the largest to the smallest.
+    """Yields solutions for `decays`, from the largest to the smallest.
 
     features (N,D) of any precision; targets (N,) labels for a multinomial problem, (N,C) zeros and
-    ones for C binary ones. `between` is called in every iteration and may raise to stop.
-    UserError for features that are not finite.
+    ones for C binary ones. `between` is called in every iteration and may raise to stop. UserError
+    for features that are not finite.
     """
     if not bool(torch.isfinite(features).all()):
         raise UserError("the features hold values that are not finite: is the backbone whole?")
@@ -258,8 +259,8 @@ def extrapolated(
     w: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Where the path through the last solutions, a polynomial in log decay, goes on; for each
-    problem only where that is better than the last solution.
+    """Returns the next start on a path through the last solutions, a polynomial in log decay; for
+    each problem only if that is better than the last solution.
     """
     if len(solved) < 2:
         return w, logits
@@ -278,7 +279,7 @@ def extrapolated(
 def penalised_value(
     problem: Problem, w: Tensor, logits: Tensor, decay: float
 ) -> tuple[Tensor, Tensor]:
-    """Objective of each problem, and the residual."""
+    """Returns the objective of each problem, and the residual."""
     loss, residual = problem.value(logits)
     return loss + decay / 2 * problem.total(problem.penalised * w * w), residual
 
@@ -292,7 +293,7 @@ def minimise(
     tolerance: float,
     between: Callable[[], None],
 ) -> tuple[Point, int, list[Pair]]:
-    """The minimum for one decay: (point, iterations, curvature pairs)."""
+    """Finds the minimum for one decay: (point, iterations, curvature pairs)."""
     objective, residual = penalised_value(problem, w, logits, decay)
     point = Point(w, logits, objective, residual, problem.gradient(residual, w, decay))
     curvature = problem.curvature(residual)
@@ -323,8 +324,8 @@ def minimise(
 def inverse_hessian(
     problem: Problem, gradient: Tensor, diagonal: Tensor, pairs: list[Pair]
 ) -> Tensor:
-    """L-BFGS's product of the inverse Hessian with the gradient (Nocedal and Wright, Alg. 7.4),
-    begun from the diagonal, scaled by the newest pair as their Eq. 7.20 in its metric.
+    """Returns L-BFGS's product of the inverse Hessian with the gradient (Nocedal and Wright, Alg.
+    7.4). It begins from the diagonal, scaled by the newest pair as their Eq. 7.20 in its metric.
     """
     q, alphas = gradient.clone(), []
     for pair in reversed(pairs):
@@ -343,7 +344,8 @@ def inverse_hessian(
 def line_search(
     problem: Problem, decay: float, at: Point, direction: Tensor, open_: Tensor
 ) -> tuple[Point, Tensor]:
-    """A step of each problem that meets the strong Wolfe conditions: (point, which ones moved).
+    """Finds a step of each problem that meets the strong Wolfe conditions: (point, which ones
+    moved).
 
     The derivative along the direction rises with the step (the objective is convex): a secant on
     it, kept within the bracket, gives the next try.

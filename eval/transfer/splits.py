@@ -33,7 +33,7 @@ def make(
     lists: Path | None = None,
     allow_incomplete: bool = False,
 ) -> Splits:
-    """The splits of a protocol; UserError where their sizes are not the protocol's, unless
+    """Returns the splits of a protocol; UserError if their sizes are not the protocol's, unless
     `allow_incomplete`, which says the counts instead.
     """
     rule = manifest.split(protocol)
@@ -68,8 +68,8 @@ def make(
 def validation(
     rule: dict, labels: np.ndarray, parts: dict[str, np.ndarray], rng: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(train, val) by a manifest's rule: given, random, or so many of each class. Of an incomplete
-    dataset the validation set keeps its share.
+    """Returns (train, val) by a manifest's rule: given, random, or so many of each class. If a
+    dataset is incomplete, its validation set keeps its share.
     """
     train = parts["train"]
     if rule["validation"] == "given":
@@ -91,8 +91,8 @@ def validation(
 
 
 def drawn(pool: Pool, each: int, rng: np.random.RandomState) -> dict[str, np.ndarray]:
-    """So many distinct images of each class to train on, the rest to test (GSG App. D.1); of a
-    class with too few, all but one.
+    """Draws so many distinct images of each class to train on, the rest is to test (GSG App. D.1);
+    of a class with too few it takes all but one.
     """
     train = []
     for label in np.unique(pool.labels):
@@ -105,7 +105,8 @@ def drawn(pool: Pool, each: int, rng: np.random.RandomState) -> dict[str, np.nda
 def listed(
     manifest: Manifest, pool: Pool, folder: Path | None, allow_incomplete: bool
 ) -> dict[str, np.ndarray]:
-    """Caltech-101 by ssl-transfer's train.txt and test.txt: lines as "accordion/image_0001.jpg 1".
+    """Returns Caltech-101 by ssl-transfer's train.txt and test.txt: lines like
+    "accordion/image_0001.jpg 1".
 
     They were drawn with replacement and written without repeats: 17 to 30 images per class.
     """
@@ -137,7 +138,7 @@ def listed(
 
 
 def uneven(manifest: Manifest, pool: Pool) -> list[str]:
-    """What is wrong with the number of classes, or with counts of classes that are to be equal."""
+    """Says what is wrong with the number of classes, or with counts that must be equal."""
     if pool.labels.ndim == 2:
         return []
     wrong = []
