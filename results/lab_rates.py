@@ -33,7 +33,8 @@ GRID_SAYS = (
 )
 PILOT_SAYS = (
     "The pilot: whole methods at the rates chosen and at full length, seeds 0 to 2, on the same "
-    "held-out images."
+    "held-out images. A run that is here at another rate too (`-x1`: its family's own) has in "
+    "the claims the rate that is better here, on the seeds that have both."
 )
 
 
@@ -50,6 +51,22 @@ def rates_of(joined: Joined) -> dict[str, dict[float, float | None]]:
             found.setdefault(arm, {})[float(factor)] = number_of(joined.runs, name)
     planned = [name.removeprefix(GRID).rpartition("-x")[0] for name in joined.plan]
     return {arm: by for arm, by in found.items() if len(by) == planned.count(arm)}
+
+
+def chosen(joined: Joined) -> dict[str, float]:
+    """Returns the factor of each run's rate in the claims: the grid's best, unless the pilot, at
+    full length, has the run at another factor that gains more on the seeds that have both.
+    """
+    found = {arm: best(by_factor) for arm, by_factor in rates_of(joined).items()}
+    pilot = {
+        arm: {one["seeds"][0]: gain(one) for one in ones} for arm, ones in pilot_of(joined).items()
+    }
+    for name, other in pilot.items():
+        arm, _, factor = name.rpartition("-x")
+        both = other.keys() & pilot.get(arm, {}).keys()
+        if both and sum(other[seed] - pilot[arm][seed] for seed in both) > 0:
+            found[arm] = float(factor)
+    return found
 
 
 def number_of(runs: Runs, name: str) -> float | None:

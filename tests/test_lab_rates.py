@@ -40,11 +40,31 @@ def test_a_grid_counts_when_whole_and_failed_runs_are_said():
     assert last == "| `a` | 3 | 31.0 | +11.0 | 1.0 | 6.0 |"
 
 
-def test_the_plans_rates_are_those_that_the_grid_has_chosen():
+def test_the_pilot_at_full_length_may_choose_another_rate():
+    def knn(by_seed):
+        return {
+            PROTOCOLS["knn"]: {s: ("n", near(v, 20.0) | {"seeds": [s]}) for s, v in by_seed.items()}
+        }
+
+    names = [f"rate-a-x{f}" for f in ("0.25", "1", "4")]
+    runs = {name: knn({0: v}) for name, v in zip(names, (25.0, 26.0, 27.0), strict=True)}
+    runs["pilot-a"] = knn({0: 28.0, 1: 40.0})
+    found = joined.Joined(
+        [], [], [], dict.fromkeys([*names, "pilot-a", "pilot-a-x1"]), {}, runs, []
+    )
+    assert lab_rates.chosen(found) == {"a": 4}
+    runs["pilot-a-x1"] = knn({0: 28.1})  # seed 1 has no twin
+    assert lab_rates.chosen(found) == {"a": 1}
+    runs["pilot-a-x1"] = knn({0: 28.0, 2: 50.0})
+    assert lab_rates.chosen(found) == {"a": 4}
+
+
+def test_the_plans_rates_are_those_that_the_grid_and_the_pilot_have_chosen():
     found = joined.load()
     rates = {name: run.config["lr"] for name, run in found.plan.items()}
+    for arm, factor in lab_rates.chosen(found).items():
+        assert rates[f"lab-{arm}"] == pytest.approx(rates[f"rate-{arm}-x1"] * factor), arm
     for arm, by_factor in lab_rates.rates_of(found).items():
-        own = rates[f"rate-{arm}-x1"] * lab_rates.best(by_factor)
-        for tier in ("lab", "pilot"):
-            if (name := f"{tier}-{arm}") in rates:
-                assert rates[name] == pytest.approx(own), name
+        if (name := f"pilot-{arm}") in rates:
+            own = rates[f"rate-{arm}-x1"] * lab_rates.best(by_factor)
+            assert rates[name] == pytest.approx(own), name
