@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.fast.small_maps import SmallMapConv2d
+from common.small_maps import SmallMapConv2d
 
 EMBED_DIMS = {
     "resnet50": 2048,

@@ -23,6 +23,7 @@ FLOORS = [
         "common.optim",
         "common.pairs",
         "common.progress",
+        "common.small_maps",
         "common.support_set",
     },
     {"common.fast"},

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.fast.small_maps import SmallMapConv2d
 from common.models import build_encoder
+from common.small_maps import SmallMapConv2d
 
 
 def plain_and_ours(channels: int, width: int) -> tuple[nn.Conv2d, SmallMapConv2d]:

@@ -124,6 +124,7 @@ class _BatchNorm(torch.autograd.Function):
     """Batch norm in training with the statistics of all ranks, of each view of `norm` apart."""
 
     @staticmethod
+    @np.errstate(all="ignore")  # a run that diverges is stopped by its loss
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: RankBatchNorm):
         x = channels_last(x)
         y, views = torch.empty_like(x), norm.views
@@ -146,6 +147,7 @@ class _BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @np.errstate(all="ignore")
     def backward(ctx, grad: Tensor):
         (x,), (mean, inverse_std, scale) = ctx.saved_tensors, ctx.channels
         grad, views = channels_last(grad), len(mean)
