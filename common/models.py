@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.small_maps import SmallMapConv2d
-
 EMBED_DIMS = {
     "resnet50": 2048,
     "resnet101": 2048,
@@ -123,11 +121,7 @@ def build_resnet_lab(zero_init_residual: bool) -> nn.Module:
             if stride > 1:
                 shortcut = nn.Conv2d(channels, width, 1, stride, bias=False)
                 shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(width))
-            block = BasicBlock(channels, width, stride, shortcut)
-            if number == len(LAB_STAGES):  # whose maps are 2x2
-                block.conv2 = SmallMapConv2d.of(block.conv2)
-                block.conv1 = block.conv1 if stride > 1 else SmallMapConv2d.of(block.conv1)
-            blocks.append(block)
+            blocks.append(BasicBlock(channels, width, stride, shortcut))
             channels = width
         encoder.add_module(f"layer{number}", nn.Sequential(*blocks))
     encoder.add_module("avgpool", nn.AdaptiveAvgPool2d(1))

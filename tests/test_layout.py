@@ -23,7 +23,6 @@ FLOORS = [
         "common.optim",
         "common.pairs",
         "common.progress",
-        "common.small_maps",
         "common.support_set",
     },
     {"common.fast"},

@@ -1,11 +1,13 @@
 """The 3x3 convolution over 2x2 maps as one product, against PyTorch's."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from common.fast.small_maps import SmallMapConv2d, small_map_convolutions
 from common.models import build_encoder
-from common.small_maps import SmallMapConv2d
 
 
 def plain_and_ours(channels: int, width: int) -> tuple[nn.Conv2d, SmallMapConv2d]:
@@ -36,21 +38,41 @@ def test_its_output_goes_on_with_channels_last():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_labs_encoder_computes_what_pytorchs_convolutions_do_and_starts_from_the_same_weights():
-    def plain_of(module: SmallMapConv2d) -> nn.Conv2d:
-        plain = nn.Conv2d(module.in_channels, module.out_channels, 3, padding=1, bias=False)
-        plain.weight = module.weight
-        return plain
-
+def test_the_labs_encoder_computes_what_it_does_with_pytorchs_convolutions():
     torch.manual_seed(0)
-    encoder = build_encoder("resnet_lab").double()
-    after = torch.rand(1)
+    plain = build_encoder("resnet_lab").double()
+    ours = small_map_convolutions(copy.deepcopy(plain), torch.device("cpu"))
+    met = []
+    for name, module in ours.named_modules():
+        if isinstance(module, SmallMapConv2d):
+            module.register_forward_hook(lambda m, x, y, name=name: met.append((name, y.shape[2])))
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    expected = encoder(x)
-    small = [(n, m) for n, m in encoder.named_modules() if isinstance(m, SmallMapConv2d)]
-    assert [name for name, _ in small] == ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]
-    for name, module in small:
-        encoder.set_submodule(name, plain_of(module).double())
-    torch.testing.assert_close(encoder(x), expected, rtol=1e-12, atol=1e-12)
-    # as torchvision's blocks alone leave the generator: seeds keep their meaning
-    assert float(after) == pytest.approx(0.25207966566085815)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-12, atol=1e-12)
+    small = [name for name, size in met if size == 2]
+    assert small == ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]
+    ours(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_only_what_it_can_be_is_replaced():
+    def conv(*kernel, **options):
+        return nn.Conv2d(4, 4, *(kernel or (3,)), **{"padding": 1, "bias": False} | options)
+
+    others = [conv(bias=True), conv(stride=2), conv(padding=0), conv(1, padding=0)]
+    others += [conv(dilation=2), conv(groups=2), conv(padding_mode="circular")]
+    net = nn.Sequential(conv(), *others)
+    weight = net[0].weight
+    assert small_map_convolutions(net, torch.device("cuda")) is net
+    assert type(net[0]) is nn.Conv2d
+    small_map_convolutions(net, torch.device("cpu"))
+    assert type(net[0]) is SmallMapConv2d and net[0].weight is weight
+    assert {type(other) for other in net[1:]} == {nn.Conv2d}
+
+
+def test_no_random_number_is_drawn():
+    plain = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    before = torch.get_rng_state()
+    SmallMapConv2d.of(plain)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -36,6 +36,7 @@ from common.errors import PeerFailed, Stopped, UserError, say_error
 from common.fast.batch_norm import rank_batch_norm
 from common.fast.device_views import DeviceViews
 from common.fast.pixels import to_input
+from common.fast.small_maps import small_map_convolutions
 from common.knn import knn_of_encoder
 from common.optim import grad_norm
 from common.progress import Progress, duration, on_terminal
@@ -185,7 +186,7 @@ class Run:
     def place(self, module: nn.Module) -> nn.Module:
         """Puts a module on this run's device, in its precision, with batch norms over all ranks."""
         module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
-        module = rank_batch_norm(module, self.device)
+        module = small_map_convolutions(rank_batch_norm(module, self.device), self.device)
         distributed.same_on_all_ranks(module)
         return module
 

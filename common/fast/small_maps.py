@@ -11,10 +11,28 @@ import torch
 from torch import Tensor, nn
 
 
+def small_map_convolutions(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replaces, on a CPU, the convolutions of a module that could meet maps of 2x2 by ours."""
+    if device.type == "cuda":
+        return module
+    for name, child in module.named_children():
+        if type(child) is nn.Conv2d and fits(child):
+            setattr(module, name, SmallMapConv2d.of(child))
+        else:
+            small_map_convolutions(child, device)
+    return module
+
+
+def fits(conv: nn.Conv2d) -> bool:
+    """Tells whether a convolution is 3x3 with stride 1, padding 1 and nothing else."""
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    plain = conv.groups == 1 and conv.bias is None and conv.padding_mode == "zeros"
+    return plain and shape == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
 class SmallMapConv2d(nn.Conv2d):
     """nn.Conv2d with 3x3 weights, stride 1, padding 1 and no bias: (N,C,H,W) -> (N,D,H,W), with the
-    same parameter, values and gradients up to rounding. It is PyTorch's where maps are not 2x2, and
-    on a GPU.
+    same parameter, values and gradients up to rounding. It is PyTorch's if maps are not 2x2.
     """
 
     @classmethod
@@ -25,7 +43,7 @@ class SmallMapConv2d(nn.Conv2d):
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or x.shape[2:] != (2, 2):
+        if x.shape[2:] != (2, 2):
             return super().forward(x)
         taps = self.weight.flatten(2).permute(2, 1, 0)  # (9,C,D)
         # (input 4, output 4, C, D); indexing by [...] has a gradient four times as slow
