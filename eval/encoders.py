@@ -380,3 +380,16 @@ def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, di
         "metadata": {},
         "record": {},
     }
+
+
+class FirstFeatures(nn.Module):
+    """An encoder cut to its first `number` features; UserError if it has fewer."""
+
+    def __init__(self, encoder: nn.Module, number: int):
+        super().__init__()
+        if number > encoder.embed_dim:
+            raise UserError(f"--first-features {number}: the encoder has {encoder.embed_dim}")
+        self.encoder, self.embed_dim = encoder, number
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images)[:, : self.embed_dim]

@@ -128,9 +128,8 @@ def differs(flag: str, own: dict[str, dict], planned: dict[str, plan.Planned]) -
 def of_folder(folder: Path) -> lab.Measured:
     """Reads what a finished run's own files say of it; it has no linear read-out."""
     found = results.read(folder, ("knn", "knn_before"))
-    last = [*metrics.read(folder / geometry.NAME, "geometry")][-1]["embedding"]
-    knn, random = 100 * found["knn"], 100 * found["knn_before"]
-    return lab.Measured(knn, math.nan, random, last["std"], last["effective_rank"], {})
+    last = [*metrics.read(folder / geometry.NAME, "geometry")][-1]
+    return lab.from_geometry(100 * found["knn"], math.nan, 100 * found["knn_before"], last, {})
 
 
 # -- what is printed ------------------------------------------------------------------------------

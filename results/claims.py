@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,11 @@ def check_lab(where: str, lab: dict[str, Any], planned: dict[str, Planned]) -> N
     known = {*planned, *(run.tier for run in planned.values())}
     if taken := [name for name in names if names.count(name) > 1 or name in known]:
         raise UserError(f"{where}: lab: {taken[0]} is the name of another claim or of a run too")
-    if (primary := sum(claim["primary"] for claim in lab["claims"])) > MOST_PRIMARY:
+    sizes = Counter(claim.get("family", "") for claim in lab["claims"] if claim["primary"])
+    if (primary := max(sizes.values(), default=0)) > MOST_PRIMARY:
         raise UserError(f"{where}: lab: {primary} primary claims, at most {MOST_PRIMARY}")
+    if strange := {*sizes} - {"", *lab.get("amendments", {})}:
+        raise UserError(f"{where}: lab: no amendment is named {min(strange)}, as a claim's family")
     for name, arm in lab_arms(lab):
         if arm not in planned:
             raise UserError(f"{where}: lab: {name} names {arm}, which is no run of plan.yaml")

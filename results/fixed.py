@@ -14,7 +14,7 @@ from results.claims import Runs, arms_of
 
 # what must not change after a run
 FIELDS = ("effect", "measure", "seeds", "smallest", "primary", "healthy", "collapse", "unlearned")
-FIELDS += ("intact", "purity", "views")
+FIELDS += ("intact", "purity", "views", "family")
 
 
 @functools.cache

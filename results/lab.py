@@ -40,6 +40,7 @@ class Measured:
     random: float  # k-NN of the same seed's random encoder, calibrated
     std: float  # of the embedding, at the end, like `rank`
     rank: float
+    feature_rank: float  # of the representation
     record: dict[str, Any]
 
     @property
@@ -53,16 +54,18 @@ class Measured:
 
 
 def measured(record: dict[str, Any]) -> Measured:
-    """Reads from a record of the read-out what it says of its run."""
-    last = record["geometry"][0][-1]["embedding"]
-    return Measured(
-        record["scores"][0]["value"],
-        record["value"],
-        record["others"]["random encoder"][0],
-        last["std"],
-        last["effective_rank"],
-        record,
-    )
+    """Reads what a record of the read-out says of its run."""
+    numbers = record["scores"][0]["value"], record["value"], record["others"]["random encoder"][0]
+    return from_geometry(*numbers, record["geometry"][0][-1], record)
+
+
+def from_geometry(
+    knn: float, linear: float, random: float, last: dict[str, Any], record: dict[str, Any]
+) -> Measured:
+    """Puts a run's numbers together with the last point of its geometry."""
+    lay = last["embedding"]
+    ranks = lay["effective_rank"], last["representation"]["effective_rank"]
+    return Measured(knn, linear, random, lay["std"], *ranks, record)
 
 
 def of_arm(runs: Runs, arm: str) -> dict[int, Measured]:
@@ -99,17 +102,25 @@ def effects(claim: dict[str, Any], runs: Runs) -> dict[int, float]:
     return found
 
 
-MEASURES = ("knn", "linear", "gain", "rank", "std")
+MEASURES = ("knn", "linear", "gain", "rank", "std", "feature_rank")
 UNITS = {"knn": "points of k-NN", "linear": "points of the linear read-out"}
 UNITS |= {"gain": "points of k-NN over random", "top1": "points of top-1"}
+UNITS |= {"beyond_first": "points of the linear read-out"}
+UNITS |= {"feature_rank": "of the representation's effective rank"}
 UNITS |= {"rank": "of effective rank", "std": "of std·√D", "views": "views of an image"}
 
 
 def values_of(claim: dict[str, Any], arm: str, runs: Runs) -> dict[int, float]:
-    """Returns the claim's measure of an arm by seed; top1 is that of a classifier's own record."""
+    """Returns the claim's measure of an arm by seed: top1 is that of a classifier's own record,
+    beyond_first what the linear read-out loses if it sees only the first 22 features.
+    """
     if claim["measure"] == "top1":
         by_seed = runs.get(arm, {}).get(PROTOCOLS["classifier"], {})
         return {seed: one["value"] for seed, (_, one) in by_seed.items()}
+    if claim["measure"] == "beyond_first":
+        first = runs.get(arm, {}).get(PROTOCOLS["readout first 22"], {})
+        whole = of_arm(runs, arm)
+        return {s: whole[s].linear - one["value"] for s, (_, one) in first.items() if s in whole}
     return {seed: value(claim, arm, one) for seed, one in of_arm(runs, arm).items()}
 
 
@@ -185,17 +196,28 @@ class Judged:
 
 
 def judge_all(claims: Sequence[dict[str, Any]], runs: Runs) -> dict[str, Judged]:
-    """Judges every claim; returns verdicts by name. Holm is over all primary claims: those that are
-    not run count as p = 1, so that nothing gains by leaving some out.
+    """Judges every claim; returns verdicts by name. Holm is over all primary claims of a family:
+    those that are not run count as p = 1, so that nothing gains by leaving some out.
     """
     found = {claim["name"]: effects(claim, runs) for claim in claims}
-    primary = [claim["name"] for claim in claims if claim["primary"]]
-    ps = {n: interval([*found[n].values()]).p if len(found[n]) > 1 else 1.0 for n in primary}
-    adjusted = holm(ps)
+    adjusted = {}
+    for primary in families(claims).values():
+        names = [claim["name"] for claim in primary]
+        ps = {n: interval([*found[n].values()]).p if len(found[n]) > 1 else 1.0 for n in names}
+        adjusted |= holm(ps)
     return {
         claim["name"]: judge(claim, runs, found[claim["name"]], adjusted.get(claim["name"]))
         for claim in claims
     }
+
+
+def families(claims: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the primary claims by family; those that were fixed first have no name for theirs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for claim in claims:
+        if claim["primary"]:
+            found.setdefault(claim.get("family", ""), []).append(claim)
+    return found
 
 
 def judge(

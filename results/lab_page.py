@@ -32,10 +32,12 @@ def markdown(joined: Joined) -> str:
     if not what:
         return ""
     judged = lab.judge_all(what["claims"], joined.runs)
-    secondary = [cells[:3] + cells[4:] for cells in rows(joined, judged, primary=False)]
+    secondary = [c for c in what["claims"] if not c["primary"]]
+    secondary = [cells[:3] + cells[4:] for cells in rows(secondary, joined, judged)]
+    first = lab.families(what["claims"]).get("", [])
     return fill(
         "lab.md",
-        primary=table(HEAD, rows(joined, judged, primary=True)),
+        primary=table(HEAD, rows(first, joined, judged)),
         figures=tables.pictures(shown) if (shown := lab_figures.shown(joined)) else "",
         **CONSTANTS,
         fixed=when_fixed(what, joined.runs),
@@ -46,6 +48,7 @@ def markdown(joined: Joined) -> str:
         each="\n".join(
             f"- {each(claim, judged[claim['name']], joined)}" for claim in what["claims"]
         ),
+        added=added(joined, judged),
         secondary=table(HEAD[:3] + HEAD[4:], secondary) if secondary else "None.",
     )
 
@@ -62,7 +65,19 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 # -- the table ------------------------------------------------------------------------------------
 
 
-def rows(joined: Joined, judged: dict[str, lab.Judged], primary: bool) -> list[list[str]]:
+def added(joined: Joined, judged: dict[str, lab.Judged]) -> str:
+    """Writes a table for each family of claims that was fixed after the first ones."""
+    what, said = joined.claims["lab"], []
+    found = lab.families(what["claims"])
+    for family, amendment in what.get("amendments", {}).items():
+        said += [f"{amendment['date']}: {amendment['text'].strip()}"]
+        said += [table(HEAD, rows(found.get(family, []), joined, judged))]
+    return "\n\n".join(said) or "None."
+
+
+def rows(
+    claims: Iterable[dict[str, Any]], joined: Joined, judged: dict[str, lab.Judged]
+) -> list[list[str]]:
     """Returns the cells of each claim, as text with **bold** words and `code`."""
     return [
         [
@@ -72,8 +87,7 @@ def rows(joined: Joined, judged: dict[str, lab.Judged], primary: bool) -> list[l
             verdict(judged[claim["name"]]),
             commands(claim, joined),
         ]
-        for claim in joined.claims["lab"]["claims"]
-        if claim["primary"] == primary
+        for claim in claims
     ]
 
 

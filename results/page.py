@@ -127,7 +127,8 @@ def lab_table(joined: Joined) -> str:
     judged = lab.judge_all(what["claims"], joined.runs)
     heads = "".join(f'<th scope="col">{head}</th>' for head in lab_page.HEAD)
     body = ""
-    for first, *cells in lab_page.rows(joined, judged, primary=True):
+    primary = [claim for claim in what["claims"] if claim["primary"]]
+    for first, *cells in lab_page.rows(primary, joined, judged):
         body += f'<tr><th scope="row">{inline(first)}</th>'
         for head, cell in zip(lab_page.HEAD[1:], cells, strict=True):
             body += f'<td data-label="{head}">{inline(cell)}</td>'

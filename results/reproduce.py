@@ -52,6 +52,7 @@ EVALUATIONS = {
     "semi 1%": ["eval/semi_supervised/run.py", "--percent", "1"],
     "semi 10%": ["eval/semi_supervised/run.py", "--percent", "10"],
     "readout": ["eval/readout/run.py"],
+    "readout first 22": ["eval/readout/run.py", "--first-features", "22"],
     "untrained": ["eval/readout/run.py", "--untrained"],
 }
 

@@ -31,6 +31,7 @@ PROTOCOLS = {
     "semi 1%": "semi-sup 1%",
     "semi 10%": "semi-sup 10%",
     "readout": "linear (L-BFGS), standardised",
+    "readout first 22": "linear (L-BFGS), standardised, first 22 features",
     "untrained": "linear (L-BFGS), standardised, untrained",
     "classifier": "classifier",  # for SCRIPTS alone, which write its record when they end
 }

@@ -127,6 +127,23 @@ def test_primary_claims_pay_for_each_other_also_for_those_not_run():
     assert secondary.word == "" and secondary.adjusted is None and secondary.interval.n == 5
 
 
+def test_a_family_that_came_later_pays_by_itself():
+    a, b = [record(knn=k) for k in (60, 62, 61, 60.5, 63)], around(59, 0.3)
+    others = [claim(name=f"c{n}", effect={"x": 1, "y": -1}) for n in range(11)]
+    later = claim(name="later", family="projector")
+    found = lab.judge_all([claim(), *others, later], runs(a=a, b=b))
+    assert found["c"].word == lab.OPEN and found["later"].word == lab.SEEN
+    assert found["later"].adjusted == pytest.approx(found["later"].interval.p)
+
+
+def test_what_the_read_out_loses_by_the_first_features_alone():
+    found = runs(a=[record(knn=40, linear=v) for v in (50, 51, 52, 53, 54)])
+    first = {10 + n: ("f.json", {"value": v}) for n, v in enumerate((45, 44, 46, 45))}
+    found["a"][lab.PROTOCOLS["readout first 22"]] = first
+    one = claim(measure="beyond_first", effect={"a": 1})
+    assert lab.effects(one, found) == {10: 5, 11: 7, 12: 6, 13: 8}
+
+
 def test_collapse_is_a_flat_embedding_that_has_learned_nothing():
     assert lab.measured(record(knn=31, std=0.05)).collapsed
     assert lab.measured(record(knn=31, rank=1.5)).collapsed

@@ -100,6 +100,18 @@ def row_of(text, start):
     return next(line for line in text.splitlines() if line.startswith(f"| {start}"))
 
 
+def test_claims_added_later_have_a_table_of_their_own(tmp_path):
+    of = with_claim(family="later")
+    with pytest.raises(UserError, match="no amendment is named later"):
+        load(tmp_path, of)
+    of |= {"amendments": {"later": {"date": "2026-11-22", "text": "What a newer paper says."}}}
+    assert load(tmp_path, of)["lab"]["amendments"]
+    text = lab_page.markdown(join(invented_records(), of))
+    first, later = text.split("### Claims added later")
+    assert row_of(later, "The claim is-seen") and "2026-11-22: What a newer paper says." in later
+    assert "| The claim is-seen" not in first and "| The claim is-open" not in later
+
+
 # -- what claims.yaml may say ---------------------------------------------------------------------
 
 
@@ -336,7 +348,7 @@ def test_a_record_whose_commit_has_another_claim_is_refused(history):
 def test_none_of_what_decides_a_verdict_may_change(field, history):
     values = {"effect": {"a": 1, "c": -1}, "measure": "gain", "seeds": SEEDS[:4], "smallest": 5}
     values |= {"primary": False, "healthy": "b", "collapse": ["d"], "unlearned": ["d"]}
-    values |= {"intact": ["b"], "purity": {"a": 0.5}, "views": {"a": 2, "b": 2}}
+    values |= {"family": "later", "intact": ["b"], "purity": {"a": 0.5}, "views": {"a": 2, "b": 2}}
     commit = history(with_claim(**{field: values[field]}))
     with pytest.raises(UserError, match="does not hold the claim is-seen"):
         fixed.check(LAB["claims"], join(invented_records(commit=commit)).runs)

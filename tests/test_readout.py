@@ -88,6 +88,20 @@ def test_a_run_is_read_on_its_own_images_and_scored_on_every_test_image(run):
     assert again.returncode == 0 and f"linear {found['value']:.2f} %" in again.stdout
 
 
+@pytest.mark.long
+def test_the_first_features_alone_are_read(run):
+    flags = ["--backbone", run, "--workers", "0", "--first-features"]
+    done = run_script("eval/readout/run.py", *flags, "5")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "eval" / "readout-first5-photos" / "record.json").read_text())
+    assert record.problems(found) == [] or found["commit"] == "unknown"
+    assert found["protocol"] == "linear (L-BFGS), standardised, first 5 features"
+    assert found["settings"]["first_features"] == 5
+    assert "--first-features 999" in only_error(run_script("eval/readout/run.py", *flags, "999"))
+    done = run_script("eval/readout/run.py", *flags, "5", "--untrained")
+    assert "leave --first-features out" in only_error(done)
+
+
 def test_what_is_read_and_what_is_held_out_are_the_runs_own(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     job = readout.Readout(readout.parse_arguments(["--backbone", str(run), "--workers", "0"]))

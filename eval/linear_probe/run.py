@@ -23,7 +23,7 @@ import common.run.early  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import cards, distributed
 from common.config import Count, Positive, PositiveInt, free, later
@@ -38,6 +38,7 @@ from common.progress import duration
 from common.run import documents
 from common.run.flags import parse
 from common.run.run import check_batch, report_problems
+from eval.encoders import FirstFeatures
 from eval.evaluation import (
     RECORD,
     Evaluation,
@@ -97,19 +98,6 @@ def main(argv: list[str] | None = None) -> None:
     for file in wanted[config.measure]:
         probe.say_result(job.folder / file)
     distributed.stop()
-
-
-class FirstFeatures(nn.Module):
-    """An encoder cut to its first `number` features; UserError if it has fewer."""
-
-    def __init__(self, encoder: nn.Module, number: int):
-        super().__init__()
-        if number > encoder.embed_dim:
-            raise UserError(f"--first-features {number}: the encoder has {encoder.embed_dim}")
-        self.encoder, self.embed_dim = encoder, number
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.encoder(images)[:, : self.embed_dim]
 
 
 class Probe:

@@ -31,7 +31,7 @@ from common.knn import gather_shares, knn_accuracy
 from common.run import documents, geometry, metrics, results
 from common.run.calibrate import calibrated
 from common.run.flags import parse
-from eval.encoders import Pixels, load_encoder
+from eval.encoders import FirstFeatures, Pixels, load_encoder
 from eval.evaluation import RECORD, Evaluation, EvaluationConfig
 from eval.transfer.classifier import Split, score
 from eval.transfer.scores import top1
@@ -57,6 +57,8 @@ class ReadoutConfig(EvaluationConfig):
     subset_seed: Count | None = None  # which ones; default: the run's own
     # the share held out, for the penalty; default: the run's own
     validation_share: PartialShare | None = None
+    # read the first so many features of the representation alone, as DirectCLR's App. F; 0: all
+    first_features: Count = 0
     # read what a run with --snapshot-epochs 0 began from instead: its random encoder, calibrated
     # and as initialised, and pixels
     untrained: bool = False
@@ -110,11 +112,16 @@ class Readout(Evaluation):
 
     def measure(self) -> None:
         """Measures all numbers, and writes their record."""
+        number, protocol = self.config.first_features, PROTOCOL
+        if number:
+            self.encoder = FirstFeatures(self.encoder, number)
+            self.own_settings = {"first_features": number}
+            protocol += f", first {number} features"
         value, votes, hyperparameters = self.read()
         others = {f"k-NN {name}": [found] for name, found in votes.items()}
         scores = [{"protocol": KNN, "metric": "top1", "values": [votes["k200"]]}]
         path = self.write_record(
-            PROTOCOL, [value], hyperparameters, others | self.said(), False, scores=scores
+            protocol, [value], hyperparameters, others | self.said(), False, scores=scores
         )
         if self.rank == 0 and self.facts["run"] is not None:
             found = record.read(path) | history_of(self.facts["run"])
@@ -199,7 +206,10 @@ def main(argv: list[str] | None = None) -> None:
             f"--untrained: {job.config.backbone} is no run that keeps what it began from: train "
             "with --snapshot-epochs 0"
         )
-    job.begin("readout-untrained" if untrained else "readout")
+    first = f"-first{job.config.first_features}" if job.config.first_features else ""
+    if untrained and first:
+        raise UserError("--untrained reads whole encoders: leave --first-features out")
+    job.begin("readout-untrained" if untrained else f"readout{first}")
     with job.working():
         if not job.is_written():
             job.measure_untrained() if untrained else job.measure()
