@@ -19,7 +19,7 @@ def markdown(joined: Joined) -> str:
     grid, pilot = rates_of(joined), pilot_of(joined)
     if not grid:
         return "Nothing has run yet."
-    said = [GRID_SAYS, grid_table(grid)]
+    said = [GRID_SAYS, grid_table(grid, chosen(joined))]
     if pilot:
         said += [PILOT_SAYS, pilot_table(pilot)]
     return "\n\n".join(said)
@@ -29,10 +29,10 @@ GRID_SAYS = (
     "Every run of a claim, those with a part taken away too, had the same budget: a quarter of its "
     "family's rate, that rate and four times it, half the length, one seed. Points of k-NN on "
     "2 000 held-out images above the calibrated random encoder (classifiers: percent right); "
-    "**bold** is the rate that the claims use, the best of the three."
+    "**bold** is the rate that the claims use, the best of the three unless the pilot says another."
 )
 PILOT_SAYS = (
-    "The pilot: whole methods at the rates chosen and at full length, seeds 0 to 2, on the same "
+    "The pilot: methods at the rates chosen and at full length, seeds from 0 on, on the same "
     "held-out images. A run that is here at another rate too (`-x1`: its family's own) has in "
     "the claims the rate that is better here, on the seeds that have both."
 )
@@ -89,12 +89,12 @@ def best(by_factor: dict[float, float | None]) -> float:
     return max(known, key=lambda f: (known[f], -abs(math.log(f))))
 
 
-def grid_table(found: dict[str, dict[float, float | None]]) -> str:
+def grid_table(found: dict[str, dict[float, float | None]], used: dict[str, float]) -> str:
     factors = sorted({f for by in found.values() for f in by})
     head = ("run", *(f"rate x {f:g}" for f in factors))
     lines = []
     for arm, by in found.items():
-        cells = [cell(by[f], by, f == best(by)) for f in factors]
+        cells = [cell(by[f], by, f == used[arm]) for f in factors]
         lines.append([tables.Markup(f"`{arm}`"), *map(tables.Markup, cells)])
     return tables.table(head, lines)
 
