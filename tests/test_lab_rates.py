@@ -34,7 +34,8 @@ def test_a_grid_counts_when_whole_and_failed_runs_are_said():
     assert grid == {"a": {0.25: 8.5, 1: 8.5, 4: None}, "scratch": {0.25: 20.0, 1: 20.0, 4: 20.0}}
     line = lab_rates.grid_table(grid, lab_rates.chosen(found)).splitlines()[2]
     assert line == "| `a` | +8.5 | **+8.5** | failed |"
-    assert "Nothing" not in lab_rates.markdown(found) and "pilot" not in lab_rates.markdown(found)
+    assert "Nothing" not in lab_rates.markdown(found)
+    assert "The pilot:" not in lab_rates.markdown(found)
     runs["pilot-a"] = {PROTOCOLS["knn"]: {s: ("n", near(30.0 + s, 20.0)) for s in (0, 1, 2)}}
     last = lab_rates.markdown(found).splitlines()[-1]
     assert last == "| `a` | 3 | 31.0 | +11.0 | 1.0 | 6.0 |"
