@@ -36,7 +36,8 @@ def test_a_grid_counts_when_whole_and_failed_runs_are_said():
     assert line == "| `a` | +8.5 | **+8.5** | failed |"
     assert "Nothing" not in lab_rates.markdown(found)
     assert "The pilot:" not in lab_rates.markdown(found)
-    runs["pilot-a"] = {PROTOCOLS["knn"]: {s: ("n", near(30.0 + s, 20.0)) for s in (0, 1, 2)}}
+    pilot = {s: ("n", near(30.0 + s, 20.0) | {"seeds": [s]}) for s in (0, 1, 2)}
+    runs["pilot-a"] = {PROTOCOLS["knn"]: pilot}
     last = lab_rates.markdown(found).splitlines()[-1]
     assert last == "| `a` | 3 | 31.0 | +11.0 | 1.0 | 6.0 |"
 
