@@ -138,7 +138,7 @@ VIEWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "simsiam": ({"jitter": (0.4, 0.4, 0.4, 0.1), "blur_p": 0.5}, {}, {}),
     # SimCLR App. A at strength 1, and its code (data_util.py)
     "simclr": ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur_p": 0.5}, {}, {}),
-    # GSG App. B.2: no blur; SimCLR App. B.9 has the same, its simclr at strength 0.5 without blur
+    # GSG App. B.2: no blur; SimCLR App. B.9 states the same: "simclr" at strength 0.5, no blur
     "cifar": ({"jitter": (0.4, 0.4, 0.4, 0.1)}, {}, {}),
     # what classifiers on top train on: torchvision's RandomResizedCrop and RandomHorizontalFlip
     "crop-flip": (PLAIN, {}, {}),
@@ -174,7 +174,7 @@ def check_jitter_strength(name: ViewName, strength: float) -> None:
         raise UserError(f"--jitter-strength {strength:g}: --views {name} changes no colours")
     if strength * hue > 0.5:
         most = f"at most {0.5 / hue:g} for --views {name}"
-        raise UserError(f"--jitter-strength {strength:g}: {most}, where the hue is any")
+        raise UserError(f"--jitter-strength {strength:g}: {most}, which gives any hue")
 
 
 def small_crops(

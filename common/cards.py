@@ -29,7 +29,7 @@ class Card:
 
 @functools.cache
 def load(path: Path = CARDS) -> dict[str, Card]:
-    """Returns every recipe's card by the name of its script, in the order of the tables.
+    """Returns every recipe's card by the name of its script, in the order of recipes.yaml.
 
     Raises UserError for a card that does not fit schemas/cards.yaml, or names another's method.
     """
@@ -44,7 +44,7 @@ def load(path: Path = CARDS) -> dict[str, Card]:
 
 
 def methods(path: Path = CARDS) -> list[str]:
-    """Returns the names of all methods, in the order of the tables."""
+    """Returns the names of all methods, in the order of recipes.yaml."""
     return [name for card in load(path).values() for name in card.methods]
 
 

@@ -66,7 +66,7 @@ def free(default: Any) -> Any:
 
 
 def later(default: Any, before: Any = None) -> Any:
-    """Returns a field that enters the numbers but came when runs existed already. These did what
+    """Returns a field that enters the numbers but was added after the first runs. Those did what
     `before` says, or else `default`, so that they can be continued and keep their hash.
     """
     return field(default=default, metadata={"before": default if before is None else before})
@@ -102,13 +102,13 @@ class RunConfig:
     # default: bf16 autocast on a GPU, fp32 on CPU
     precision: Literal["bf16", "fp32", "fp64"] | None = None
     compile: bool = later(False)  # torch.compile the encoder; needs a C++ compiler
-    # where colours, blur and flips are done; default: on the GPU where there is one
+    # where colours, blur and flips are done; default: on the GPU if there is one
     augment_device: Literal["cpu", "cuda"] | None = later(None, before="cpu")
     # stop and export after this many steps; schedules stay those of the whole run; 0: to the end
     max_steps: Count = free(0)
     # auto: continue what the folder holds; never: take a new folder with -2, -3, …
     resume: Literal["auto", "never"] = free("auto")
-    # steps between lines of progress; 0: none; default: a line a minute where there is no terminal
+    # steps between lines of progress; 0: none; default: a line a minute if there is no terminal
     log_every: Count | None = free(None)
     knn_every: Count = free(10)  # epochs between k-NN evaluations (and one before); 0: none
     checkpoint_minutes: NotNegative = free(15.0)  # minutes between checkpoints within an epoch

@@ -45,7 +45,7 @@ class DenseEvaluation(Evaluation):
     `load_images`, `dataset_fields`, `trained` and `conclude`.
     """
 
-    calibrates = False  # it is trained from scratch, or its norms' statistics are a setting
+    calibrates = False  # a random encoder is trained here, or its norms' statistics are a setting
     tf32 = True  # PyTorch's default for convolutions, which detectron2 leaves as it is
 
     def __init__(self, config: Any):

@@ -63,7 +63,7 @@ class EncoderConfig:
     # run folder, its backbone.safetensors or a checkpoint of it, a checkpoint of another project
     # (linear_probe/README.md lists which), or a control: `random` (needs --arch) or `pixels`
     backbone: str = free("")
-    arch: str = ""  # encoder, where the file does not say it; never guessed
+    arch: str = ""  # encoder, if the file does not say it; never guessed
     seed: Seed = 0  # decides the heads' initialisation, data order, crops, held-out images
     output: str = free("")  # folder of the evaluation; default: eval/<name> in the run folder
     workers: Workers = free(-1)  # loader processes per rank; -1: one per CPU core, at most 16

@@ -80,7 +80,7 @@ class Config(RunConfig):
     output_dim: PositiveInt = 8192  # Sec. 2.2
     views: ViewName = "byol"  # Sec. 2.2; cifar: GSG App. B.2
     crop_min: Share = 0.08  # smallest share of the area; Sec. 2.2: BYOL's; code
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; SimCLR App. A: s
+    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of SimCLR's App. A
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated, as BYOL; code
 
 

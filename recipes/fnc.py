@@ -66,10 +66,10 @@ class Config(RunConfig):
     memory: Count = 0
     momentum: Share = 0.999  # of the momentum encoder, with --memory; fixed; code
     support_views: Count = 8  # paper; code; 0: main views look for false negatives themselves
-    # what becomes of false negatives; paper: both; code: attract. With none none are looked for
+    # what becomes of false negatives; with none they are not looked for; paper: both; code: attract
     cancel: Literal["attract", "eliminate", "none"] = "attract"
     top_k: PositiveInt = 10  # false negatives of an image at most; paper; code
-    threshold: Cosine = 0.7  # … and their scores are above; paper; code
+    threshold: Cosine = 0.7  # scores of false negatives are above it; paper; code
     aggregate: Literal["max", "mean"] = "max"  # of a view's cosines with the support set; paper
 
     epochs: PositiveInt = 1000  # paper; 100 in its ablations and the code
@@ -244,7 +244,7 @@ def views_of(config: Config) -> list[View]:
 
 
 def resolve(config: Config) -> Config:
-    """Checks the configuration; raises UserError for flags that cannot be meant together."""
+    """Checks the configuration; raises UserError for flags that do not fit together."""
     preset = PRESETS.get(config.dataset, {})
     if config.lr_scaling == "sqrt" and config.lr_batch != preset.get("lr_batch", Config.lr_batch):
         raise UserError(

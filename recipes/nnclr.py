@@ -73,7 +73,7 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # secondary (quote)
     output_dim: PositiveInt = 256  # secondary (quote)
     views: ViewName = "byol"  # secondary: "BYOL scheme"; cifar: GSG App. B.2
-    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; s of SimCLR's App. A
     crop_min: Share = 0.08  # smallest share of the area; BYOL App. B
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # BYOL App. B
     multi_crop: bool = False  # add small crops; no source at hand states how, see SwAV's values

@@ -58,7 +58,7 @@ class Config(RunConfig):
     output_affine: bool = False  # affine batch norm at the projector's output; SimSiam's code: no
     predictor_hidden: PositiveInt = 512  # SimSiam Sec. 3
     views: ViewName = "simsiam"  # unstated; SimSiam's code; cifar: GSG App. B.2
-    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; s of SimCLR's App. A
     crop_min: Share = 0.2  # smallest share of the area; SimSiam's code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # SimSiam's code
 

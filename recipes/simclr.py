@@ -79,7 +79,7 @@ class Config(RunConfig):
     output_dim: PositiveInt = 128  # Sec. 2.3; not with --projector none
     zero_init_residual: bool = True  # last batch norm of each block; unstated; code
     views: ViewName = "simclr"  # App. A; cifar: App. B.9, half the strength and no blur
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; App. A: s
+    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of App. A
     crop_min: Share = 0.08  # smallest share of the area; App. A; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
 

@@ -93,7 +93,7 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
     output_dim: PositiveInt = 256  # Table 6 (128 000 x 256); BYOL Sec. 3.3; code
     views: ViewName = "byol"  # App. A "follow BYOL"; cifar: GSG App. B.2
-    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; SimCLR App. A: s
+    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; s of SimCLR's App. A
     crop_min: Share = 0.08  # smallest share of the area; BYOL App. B; code
 
 

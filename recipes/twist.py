@@ -75,7 +75,7 @@ class Config(RunConfig):
     # from 0; default: 10, 5 for 50 epochs or fewer, 3 for 20 or fewer; code
     warmup_epochs: NotNegative | None = None
     views: ViewName = "byol"  # code: --aug barlow; cifar: GSG App. B.2
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; SimCLR App. A: s
+    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of SimCLR's App. A
     crop_min: Share = 0.08  # smallest share of the area; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops; code
 

@@ -77,7 +77,7 @@ class Config(RunConfig):
     projector_hidden: PositiveInt = 8192  # Sec. 4.2
     output_dim: PositiveInt = 8192  # Sec. 4.2
     crop_min: Share = 0.08  # smallest share of the area; App. C.1
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; SimCLR App. A: s
+    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of SimCLR's App. A
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
 
 

@@ -105,7 +105,7 @@ def on_photos(
     same = len({json.dumps(line) for line in lines.values()}) < len(lines)
     if same or any(FOREIGN & {*flags} for flags in own.values()):
         raise UserError(
-            f"{claim['name']} has no version on photos: its runs differ in what is the lab's own"
+            f"{claim['name']} has no version on photos: its runs differ in flags of the lab alone"
         )
     return lines
 

@@ -37,8 +37,8 @@ def is_known(commit: str) -> bool:
 
 
 def check(claims: list[dict[str, Any]], runs: Runs) -> bool:
-    """Tells whether each record's commit could be looked at; UserError for a record of a claim's
-    run whose commit does not hold that claim as it is now.
+    """Tells whether the git history has the commit of every record of these claims' runs. Raises
+    UserError for a record whose commit does not hold its claim as it is now.
     """
     every = True
     for claim in claims:

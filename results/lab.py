@@ -19,7 +19,7 @@ from results.record import FAILED
 from slurm.plan import PROTOCOLS
 
 LEVEL = 0.05
-# of a collapsed run: bounds of std, of rank, and of the points of k-NN gained over no training
+# a collapsed run has less std, or less rank, and gains fewer points of k-NN over random
 CONSTANT, LOW_RANK, NOTHING = 0.1, 2.0, 3.0
 LEARNED = 5.0  # points of k-NN above random, of "learns faster"
 TESTABLE = 10.0  # points of k-NN that the healthy arm must lie above its random encoder

@@ -100,7 +100,7 @@ def line_of(name: str, by_protocol: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def untrained(by_protocol: dict[str, Any]) -> list[tuple[str, float]]:
-    """Returns k-NN of what a control began from, but the calibrated encoder: each row has it."""
+    """Returns k-NN of the encoder as initialised and of pixels, if a control recorded them."""
     found = ones(by_protocol, "untrained")
     names = (
         {"random encoder, as initialised": "as initialised", "pixels": "pixels"} if found else {}

@@ -11,11 +11,11 @@ from results.record import FAILED
 from slurm.plan import PROTOCOLS
 
 GRID, PILOT = "rate-", "pilot-"  # how their names begin in the plan
-MEASURES = ("knn", "classifier")  # the first that a run of the grid has chooses its rate
+MEASURES = ("knn", "classifier")  # a rate is chosen by the first of these that the run has
 
 
 def markdown(joined: Joined) -> str:
-    """Returns what the page says of both; a sentence if nothing has run."""
+    """Returns the page's text on the rates and the pilot; one sentence if nothing has run."""
     grid, pilot = rates_of(joined), pilot_of(joined)
     if not grid:
         return "Nothing has run yet."
@@ -39,8 +39,8 @@ PILOT_SAYS = (
 
 
 def rates_of(joined: Joined) -> dict[str, dict[float, float | None]]:
-    """Returns each run's number at each factor of its rate, None if it failed there; of runs whose
-    factors are all recorded.
+    """Returns each run's number at each factor of its rate, None if it failed there. A run is
+    left out unless all its factors are recorded.
     """
     found: dict[str, dict[float, float | None]] = {}
     for name in joined.plan:

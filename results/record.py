@@ -282,7 +282,7 @@ def is_of(record: dict[str, Any], run: Any, seed: int) -> bool:
     (slurm/plan.py): its name, its seed, and all that its configuration decides agree.
     """
     seeds = record["seeds"]
-    if record.get("seeds_of") == "evaluation":  # several of the probe, of one encoder
+    if record.get("seeds_of") == "evaluation":  # several seeds of the probe of one encoder
         seeds = record["hyperparameters"]["evaluation"].get("pretraining_seeds", seeds)
     if record.get("plan") != run.name or seeds != [seed]:
         return False

@@ -94,7 +94,7 @@ def span(numbers: Sequence[float], form: str = "g") -> str:
 
 
 def devices(records: Iterable[tables.Record]) -> str:
-    """Names the hardware, CPU if every record is of one: only a CPU's name counts its cores."""
+    """Names the hardware; all CPUs are "CPU", known by the number of cores in their names."""
     kinds = {"CPU" if " cores x " in r["hardware"] else r["hardware"] for r in records}
     return ", ".join(sorted(kinds))
 

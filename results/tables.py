@@ -149,8 +149,9 @@ def difference(record: Record, row: dict[str, Any]) -> float | None:
 
 
 def why_apart(record: Record, published: list[dict[str, Any]], settings: bool = True) -> str:
-    """Says in a few words why a record cannot stand next to a published number; `settings` is False
-    if other columns say them, and which images there were.
+    """Says in a few words why a record cannot stand next to a published number. `settings` is False
+    for a table whose other columns show the settings, and which part of the images was used: they
+    are then left out here.
     """
     what, on = record["pretraining"], record["dataset"]
     reasons = [text for data in (what, on) for text in (data["copy"], data["incomplete"]) if text]
@@ -204,7 +205,7 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def group_order(pair: tuple[str, str]) -> tuple:
-    """Returns a sort key of (protocol, data set): ImageNet first, then protocols in their order."""
+    """Returns a sort key of (protocol, data set): ImageNet first, then by place in PROTOCOLS."""
     return pair[1] != "ImageNet-1k", *protocol_order(pair[0]), pair[1]
 
 

@@ -51,8 +51,9 @@ def facts_of(
     ranks: int | None,
     optional: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """Returns what a run will do: `checked`, flags with a folder that is `absent` here, and of a
-    run its name, folder, flags with those of `optional` that it has, and what its config.yaml will
+    """Returns what a script will do. `checked` says whether it has a parser that could be asked,
+    `absent` which flags name images that are not here. Of a recipe's run there are also its name,
+    its folder, its flags (with those of `optional` that it has), and what its `config`.yaml will
     hold.
     """
     facts: dict[str, Any] = {"checked": False, "folder": None, "absent": []}

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     own, dashes, script = split(argv)
     arguments = parser.parse_args(own)
     if not dashes or not script:
-        raise UserError("after the flags of the job: -- script.py and its flags")
+        raise UserError("no script: after the job's flags give -- script.py and its own flags")
     path = script_path(script[0])
     if {"--help", "-h"} & {*script[1:]}:
         return subprocess.run([sys.executable, str(REPOSITORY / path), *script[1:]]).returncode

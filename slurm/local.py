@@ -67,7 +67,7 @@ def run(
             if len(asked) > told:
                 told = len(asked)
                 for _, job, _ in running.values():
-                    job._process.send_signal(signal.SIGTERM)  # its controller passes it on
+                    job._process.send_signal(signal.SIGTERM)  # submitit's controller passes it on
             time.sleep(0.2)
             for name, (task, job, shown) in [*running.items()]:
                 ended = job._process.poll() is not None

@@ -116,7 +116,7 @@ def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
 
 
 def load(path: Path) -> dict[str, Planned]:
-    """Returns a plan's runs by name; UserError if one lacks a field or asks for the unknown."""
+    """Returns a plan's runs by name; UserError if one lacks a field or names what is unknown."""
     found: dict[str, dict[str, Any]] = {}
     tiers = documents.read_yaml(path, "plan")["tiers"]
     for tier, of_tier in tiers.items():
@@ -136,7 +136,7 @@ def expanded(path: Path, of_tier: dict[str, Any]) -> Iterator[tuple[str, dict[st
     prefix, rates = of_tier.get("prefix", ""), of_tier.get("rates")
     factors = of_tier.get("factors") or {}
     if unknown := set(factors) - set(of_tier["runs"]):
-        raise UserError(f"{path}: factors of {', '.join(sorted(unknown))}, no run of its tier")
+        raise UserError(f"{path}: factors: {', '.join(sorted(unknown))} is no run of its tier")
     for name, run in of_tier["runs"].items():
         for rate in rates or [None]:
             factor = factors.get(name, 1) * (rate or 1)
@@ -172,7 +172,7 @@ def merged(
     if factor != 1:
         whole = values | own
         if "lr" not in whole:
-            raise UserError(f"{where}: a factor of its rate, and it has no lr")
+            raise UserError(f"{where}: there is a factor for its rate, but it has no lr")
         own = own | {n: float(f"{factor * whole[n]:.6g}") for n in RATES if n in whole}
     spare = [f for f in of_tier.get("optional") or [] if f in values and f not in own]
     optional = {flag: flags_of({flag: values.pop(flag)}, name) for flag in spare}

@@ -118,7 +118,7 @@ class Task:
         self.reader.start()
 
     def environment(self) -> dict[str, str]:
-        """Returns the child's variables: the snapshot's packages come first; and its ranks."""
+        """Returns the child's environment: the snapshot first in PYTHONPATH, the rank's number."""
         env = dict(os.environ)
         env.pop("PYTHONSAFEPATH", None)  # ours, so that this process does not import the tree
         env["PYTHONPATH"] = python_path(self.code)
@@ -187,8 +187,9 @@ class Task:
         self.failed(code)
 
     def has_stopped(self, code: int) -> bool:
-        """Tells whether the script stopped because it was asked to: with 75; or, while it starts or
-        ends and answers no signals, by the signal, or by the loss of a rank that died so.
+        """Tells whether the script stopped because it was asked to. It then exits with 75. While
+        it starts or ends it answers no signals: then the signal kills it, or it fails since the
+        signal has killed another rank.
         """
         self.reader.join(timeout=5)  # a loader's worker may hold the pipe a little longer
         if code == EXIT_STOPPED:

@@ -265,7 +265,7 @@ def test_a_picture_knows_whether_the_records_have_other_numbers_by_now(tmp_path)
     assert stale(tmp_path, figures, first, second) == {}
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.mode == "P"  # in 256 colours all the same
-        picture.save(tmp_path / "a.png")  # another program wrote it: it does not say its numbers
+        picture.save(tmp_path / "a.png")  # as another program would, without the digest
     assert [*stale(tmp_path, figures, first, second)] == [tmp_path / "a.png"]
 
 

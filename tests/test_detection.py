@@ -395,7 +395,7 @@ def test_files_that_are_not_as_annotated_are_named_with_their_count(tmp_path):
         check.check_files(images)
     scored = torchvision_backend.TestImages(images.images, images.max_pixels)
     for text in (data.Examples(images, 0, masks=False)[0, 0], scored[0]):
-        assert "more than --max-pixels 9999" in text  # what is read has the flag's limit too
+        assert "more than --max-pixels 9999" in text  # training and scoring obey the flag too
     images.max_pixels = 10**6
     with Image.open(files[2]) as image:
         image.resize((WIDTH, HEIGHT + 1)).save(files[2])

@@ -149,8 +149,8 @@ CONTENTS = {
     "21 deep": b'{"a": ' * 21 + b"1" + b"}" * 21,
     "an integer of 5000 digits": b'{"a": ' + b"9" * 5000 + b"}",
     "an integer of 65 bits": b'{"a": 36893488147419103232}',
-    "half a character": b'{"a": "\\ud800"}',
-    "half a character in a key": b'{"\\ud800": 1}',
+    "half of a surrogate pair": b'{"a": "\\ud800"}',
+    "half of a surrogate pair in a key": b'{"\\ud800": 1}',
     "a key twice": b'{"a": 1, "a": 1}',
 }
 

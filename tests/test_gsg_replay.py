@@ -54,7 +54,7 @@ def test_a_run_is_its_replay(name, flags, tmp_path, monkeypatch):
     flags = flags.split()
     batch = int(flags[1]) if "--batch-size" in flags else BATCH
     steps_per_epoch = IMAGES // batch
-    # a batch norm over two values gives about their sign, whose gradient is mostly rounding
+    # a batch norm makes two values about 1 and -1, so that its gradient is mostly rounding
     close = 1e-5 if batch == 2 else 1e-9
     recipe = importlib.import_module(f"recipes.{name}")
     seen = watched_run(recipe, [*FLAGS, *flags], tmp_path / "run", monkeypatch)

@@ -1,4 +1,4 @@
-"""Packed folders: the same images, order and labels; what is said where one is broken."""
+"""Packed folders: the same images, order and labels; what is said if one is broken."""
 
 import hashlib
 import json

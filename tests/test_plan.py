@@ -71,9 +71,9 @@ def test_a_tier_may_run_each_of_its_runs_at_several_rates():
     merged = plan.merged("here", "a", "t", tier, *found["rate-b-x4"])
     words = "--dataset photos --epochs 3 --lr 0.16 --lr-biases 0.08"
     assert merged["asked"][1] == words.split() and merged["hours"] == 1
-    with pytest.raises(UserError, match="here: a factor of its rate, and it has no lr"):
+    with pytest.raises(UserError, match="here: there is a factor for its rate, but it has no lr"):
         plan.merged("here", "a", "t", tier, {"recipe": "nnclr", "hours": 1}, 4)
-    with pytest.raises(UserError, match="factors of c, no run of its tier"):
+    with pytest.raises(UserError, match="factors: c is no run of its tier"):
         [*plan.expanded(REAL, tier | {"factors": {"c": 2}})]
 
 

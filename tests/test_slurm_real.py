@@ -1,6 +1,6 @@
 """Jobs on a real Slurm: the one-node one that tests/slurm_node.sh boots, never another.
 
-Skipped, with the reason, where it does not run; with REQUIRE_SLURM=1, as .ci/run sets, a failure.
+Skipped, with the reason, if it does not run; with REQUIRE_SLURM=1, as .ci/run sets, a failure.
 """
 
 import json

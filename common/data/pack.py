@@ -71,7 +71,7 @@ def content(images: FolderImages, number: int, resize: int) -> bytes:
         return data
     try:
         image = images.load(number)
-    except UserError as error:  # its hint is no flag here
+    except UserError as error:  # the hint names a recipe's flag
         raise UserError(str(error).removesuffix(SKIP_HINT)) from None
     if min(image.size) <= resize:
         return data
@@ -115,13 +115,13 @@ def is_done(path: Path, images: FolderImages, numbers: range) -> bool:
         with np.load(part) as places:
             paths, end = places["paths"], int(places["offset"][-1] + places["length"][-1])
     except shards.DAMAGED:
-        return False  # written anew
+        return False  # so the shard is written anew
     if not np.array_equal(paths, images.paths[numbers.start : numbers.stop]):
         raise UserError(
             f"{path} holds other images than --data now has there: remove it, or use another "
             "--output"
         )
-    return path.stat().st_size >= end + BLOCK  # cut shorter than its last image: written anew
+    return path.stat().st_size >= end + BLOCK  # if its end is missing, it is written anew
 
 
 def pack_split(

@@ -51,7 +51,7 @@ def parts(
     if train_images:
         train = subset(train, balanced(train, train_images, subset_seed))
     elif subset_seed:
-        raise UserError("--subset-seed says which of --train-images: give their number")
+        raise UserError("--subset-seed chooses the images of --train-images: give that too")
     return train, test
 
 

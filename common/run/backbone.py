@@ -113,7 +113,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     except (LookupError, ValueError, TypeError) as error:
         raise UserError(f"{path}: its image_size or feature_check is damaged ({error})") from None
     if not 0 < image_size <= LARGEST_IMAGE or len(stored) != CHECK_FEATURES:
-        raise UserError(f"{path}: its image_size or feature_check is none that a run writes")
+        raise UserError(f"{path}: no run writes such an image_size or feature_check")
     try:
         encoder = build_encoder(metadata["arch"], image_size)
     except ValueError as error:

@@ -70,7 +70,7 @@ def read_text(path: str | Path, most: int = MOST_JSON) -> str:
     with opened(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise UserError(f"{brief(path)} has more than {most >> 20} MiB: it is no such file")
+        raise UserError(f"{brief(path)} has more than {most >> 20} MiB: too large for such a file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +88,7 @@ def read_yaml(path: str | Path, schema: str = "block", needs: Sequence[str] = ()
 
 
 def read_json(path: str | Path, schema: str, needs: Sequence[str] = ()) -> Any:
-    """Reads a JSON file and checks it likewise."""
+    """Reads a JSON file and checks it as `read_yaml` does."""
     try:
         value = parsed_json(read_text(path))
     except ValueError as error:
@@ -103,7 +103,7 @@ def read_lines(path: str | Path, schema: str) -> Iterator[Any]:
     key.
     """
     damaged = None
-    seen: set[Any] = set()  # of lines with the same keys and types one is checked
+    seen: set[Any] = set()  # what check_shape has checked
     with opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), b""), 1):
             try:
@@ -118,8 +118,9 @@ def read_lines(path: str | Path, schema: str) -> Iterator[Any]:
 
 
 def check_shape(line: Any, schema: str, where: str, seen: set[Any]) -> None:
-    """Does `check` for many lines of few kinds: of those with the same keys, types and words, which
-    is all that their schema may ask for, it looks at one; `seen` remembers which.
+    """Checks a line as `check` does, unless a line with the same keys, types and texts was checked
+    before. So the schema may restrict nothing but these. `seen` holds what was checked. A line with
+    lists or blocks in it is checked always.
     """
     flat = isinstance(line, dict) and not any(isinstance(v, dict | list) for v in line.values())
     shape = flat and tuple((n, v if isinstance(v, str) else type(v)) for n, v in line.items())
@@ -156,7 +157,7 @@ Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_
 
 
 def parsed_yaml(text: str) -> Any:
-    """Parses a YAML text; raises ValueError, in a few words, for what is none or beyond bounds."""
+    """Parses a YAML text; raises a short ValueError if it is not YAML or fails `check_bounds`."""
     try:
         value = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
@@ -174,7 +175,7 @@ def parsed_yaml(text: str) -> Any:
 
 
 def parsed_json(text: str, strict: bool = True) -> Any:
-    """Parses a JSON text likewise; NaN and infinities pass only if not `strict`."""
+    """Parses a JSON text; raises ValueError if it is none or, if `strict`, fails `check_bounds`."""
     try:
         value = json.loads(text, object_pairs_hook=once, parse_int=whole)
     except RecursionError:
@@ -200,8 +201,9 @@ def whole(digits: str) -> int:
 
 
 def check_bounds(value: Any) -> None:
-    """Raises ValueError for what no file of ours holds: depth without end, giant or infinite
-    numbers, half characters, sets and bytes.
+    """Raises ValueError for a value that none of our files holds: it is nested too deep or too
+    long, or has a number that is too large or not finite, half of a surrogate pair in a text, or a
+    type that JSON lacks (YAML's sets and bytes).
     """
     parts, left = 0, [((), value)]
     while left:
@@ -214,7 +216,7 @@ def check_bounds(value: Any) -> None:
             left += [((*place, KEY), name) for name in part]
         elif isinstance(part, str):
             if not part.isascii() and any("\ud800" <= letter <= "\udfff" for letter in part):
-                raise ValueError(f"{named(place, value)}: half a character")
+                raise ValueError(f"{named(place, value)}: half of a surrogate pair is no text")
         elif isinstance(part, list):
             left += [((*place, number), inner) for number, inner in enumerate(part)]
         elif isinstance(part, int) and abs(part) >= LARGEST:

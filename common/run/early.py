@@ -47,9 +47,7 @@ def names_bound(statement: ast.stmt) -> set[str]:
 
 
 def names_used(statement: ast.stmt) -> set[str]:
-    """Returns the names that a statement needs: of a class all but those in its methods, which are
-    not called here.
-    """
+    """Returns the names that a statement reads. It skips the methods of a class: none is called."""
     parts: list[ast.AST] = [statement]
     if isinstance(statement, ast.ClassDef):
         body = [node for node in statement.body if not isinstance(node, ast.FunctionDef)]

@@ -45,7 +45,7 @@ def parse(
     `presets` maps a condition to values. A condition is one or more words, all of which must be
     among: the value of `--follow`, the dataset, the arch and its family (`vit`, `resnet`). Later
     entries win over earlier ones. `resolve` fills in what depends on other fields. Raises UserError
-    with one line for anything that cannot be meant.
+    with one line for flags that are not valid.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
     check_flag_names(config_class, argv)
@@ -71,16 +71,16 @@ def parse(
     given = {name: getattr(config, name) for name in NO_SETTING if hasattr(config, name)}
     config = choose_by_device(resolve(config))
     check_values(config)
-    if presets:  # what they alone give for these data, encoder, length and reading of the paper
+    if presets:  # what the presets alone give for the values in `given`
         plain = resolve(dataclasses.replace(config_class(), **preset | given))
         object.__setattr__(config, "settings", settings_of(config, plain))
     return config
 
 
 def settings_of(config: Any, plain: Any) -> dict[str, Any]:
-    """Returns the values that enter the numbers of a run and are not those of `plain`, which has no
-    flags. It leaves out what changes nothing but speed: pieces of a batch if no batch norm is in
-    the encoder, and the other way to the same views, bit for bit.
+    """Returns the values that enter the numbers of a run and differ from those of `plain`, the same
+    run without further flags. It leaves out what changes the speed alone: the pieces of a batch if
+    the encoder has no batch norm, and --input, since both ways give the same views bit for bit.
     """
     encoders = {config.arch, getattr(config, "second_arch", "shared")} - {"shared", "same"}
     exact = all(arch.startswith("vit") for arch in encoders)
@@ -114,7 +114,7 @@ def require_size(
     file_values: dict[str, Any],
     argv: Sequence[str],
 ) -> None:
-    """Raises UserError unless a training on a folder of unknown size is told length and batch."""
+    """Raises UserError if a training on a folder of unknown size lacks --epochs or --batch-size."""
     if dataset != "imagefolder" or not issubclass(config_class, RunConfig):
         return
     given = {*matching(presets, {dataset}), *file_values}

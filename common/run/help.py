@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 WIDTH = 80
 LEFT = 28  # column of the explanations
-# of the flags that all recipes, or all evaluations, share; any other of them is of the run
+# groups of the flags that all recipes, or all evaluations, share; one not named here is in `run`
 DATA = ("dataset", "data", "download", "root", "datasets", "image_size", "train_images")
 DATA += ("subset_seed", "validation_share", "scored_on", "on_bad_image", "max_pixels")
 SPEED = ("workers", "input", "augment_device", "precision", "micro_batch", "compile", "device")

@@ -54,7 +54,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values without those that JSON cannot hold (a purity of nothing)."""
+    """Returns the values without those that JSON cannot hold (NaN, infinities)."""
     return {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
 
 

@@ -53,9 +53,11 @@ def neighbour_purity(query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor) -
 def shares_found(
     mask: Tensor, others: Tensor, query_ids: Tensor, column_ids: Tensor, labels: Tensor | None
 ) -> dict[str, Tensor]:
-    """Returns what a mask (N,C) finds among the columns that count, `others` (N,C), over all ranks:
-    the share of them that is masked, and the shares with the query's label of the masked ones (NaN
-    if there is none) and of all, which is chance. Images are given by their numbers, (N,) and (C,).
+    """Returns what a mask (N,C) finds among the columns that count, `others` (N,C), over all ranks.
+
+    `found_share` is the share of these columns that is masked. With labels, `found_precision` is
+    the share of the masked ones that have the query's label (NaN if none is masked), `found_chance`
+    that share of all of them. Images are given by their numbers, (N,) and (C,).
     """
     found = mask & others
     counts = [others.sum(), found.sum()]

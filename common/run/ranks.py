@@ -1,6 +1,6 @@
 """The start of the ranks: from torchrun's variables, those of a Slurm step, or as one process.
 
-For settings that cannot be meant, the rank that has them says one line that names the variable. If
+For settings that are not valid, the rank that has them says one line that names the variable. If
 not all ranks come, they end after WAIT; if two have one GPU, they end before NCCL starts.
 """
 

@@ -16,10 +16,9 @@ from common.knn import rank_share
 
 
 def readable(images: Images, what: str, workers: int = 0) -> Images:
-    """Returns the images whose files can be read, with their labels. The rank that met one of the
-    others names it, and all ranks leave out the same. Decodes each image once, if they are files.
-
-    `what` they are, "training" or "test", is said in errors. Raises UserError if none is left.
+    """Returns the images whose files can be read, with their labels. The rank that met an
+    unreadable one names it, and all ranks leave out the same. Decodes each image once, if they are
+    files. Messages call them `what`, "training" or "test". Raises UserError if none is left.
     """
     share = rank_share(len(images))
     bad = unreadable(images, share, workers)
@@ -46,5 +45,5 @@ def unreadable(images: Images, samples: np.ndarray, workers: int = 0) -> dict[in
 
 
 def nothing(image: Image.Image, size: int) -> torch.Tensor:
-    """Returns an empty view, of an image that is read for its own sake."""
+    """Returns an empty view: the image is decoded only to see whether that works."""
     return torch.empty(0)

@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbone", required=True, help="run folder, backbone file, checkpoint")
-    parser.add_argument("--arch", help="encoder, where the file does not say it")
+    parser.add_argument("--arch", help="encoder, if the file does not say it")
     parser.add_argument("--output", required=True, type=Path, help="the file, NAME.pkl")
     return parser.parse_args(argv)
 

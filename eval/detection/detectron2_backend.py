@@ -131,7 +131,7 @@ def configuration(settings: Settings, weights: Path, output: Path, seed: int) ->
 
 
 def pooled(model: nn.Module, x: Tensor) -> Tensor:
-    """Returns (1,2048), the mean of res5 of an FPN or a C4 model, in eval mode."""
+    """Returns (1,2048), res5 averaged over positions; the FPN or C4 model must be in eval mode."""
     if hasattr(model.backbone, "bottom_up"):
         return model.backbone.bottom_up(x)["res5"].mean((2, 3))
     out = model.backbone(x)["res4"]

@@ -41,7 +41,7 @@ class DetectionConfig(DenseConfig):
     # values of the task's file to change, like "SOLVER.MAX_ITER=6000 INPUT.MIN_SIZE_TRAIN=[400]";
     # the record says so
     override: str = ""
-    # default: detectron2 where it can be imported, else torchvision
+    # default: detectron2 if it can be imported, else torchvision
     backend: Literal["detectron2", "torchvision"] | None = None
     # processes that detectron2's launcher starts here, one for each GPU; -1: all GPUs
     gpus: int = free(-1)

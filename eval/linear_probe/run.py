@@ -305,7 +305,7 @@ class Probe:
     def log_epoch(
         self, seed: int, epoch: int, step: int, loss: Tensor, started: float, first: int
     ) -> None:
-        """Writes one line of metrics.jsonl, and says at most ten of a seed's on the screen. `first`
+        """Writes one line of metrics.jsonl, and prints one after each tenth of the epochs. `first`
         epochs were done when this start began at the time `started`.
         """
         job, epochs = self.job, self.config.epochs

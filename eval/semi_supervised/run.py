@@ -374,8 +374,9 @@ class FineTuning:
         started: float,
         first: float,
     ) -> None:
-        """Writes one line of metrics.jsonl; says it on the screen if there is one candidate alone.
-        `first` epochs were done when this start began at the time `started`.
+        """Writes one line of metrics.jsonl. If there is only one candidate, it also prints one
+        after each tenth of the epochs. `first` epochs were done when this start began at the time
+        `started`.
         """
         values = {"kind": "epoch", "seed": seed, "epoch": epoch, "step": step}
         values |= {"loss": loss if math.isfinite(loss) else None}

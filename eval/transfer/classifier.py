@@ -82,7 +82,7 @@ class Sklearn:
         seen = torch.isfinite(bias)
         targets = train.targets.cpu()
         if targets.ndim == 1:
-            targets = (seen.cumsum(0) - 1)[targets]  # classes counted among those it knows
+            targets = (seen.cumsum(0) - 1)[targets]  # places among the classes that it knows
         features = train.features.cpu()
         norm = gradient_norm(features, targets, decay, weight[:, seen], bias[seen])
         return Fit(decay, weight, bias, float("nan"), norm, iterations, norm < TOLERANCE)
@@ -104,8 +104,8 @@ def choose(
     """Chooses the weight decay that is best on `validation` (the smallest of equals: ssl-transfer
     goes up and wants strictly more), refits it on both sets, and scores it on `test` once.
 
-    `halved`: binary classifiers with ssl-transfer's decay, that of a softmax over two classes,
-    whose minimiser is the binary regression's at half of it.
+    `halved` is for binary classifiers with ssl-transfer's decay: its softmax over two classes has
+    the minimiser that binary regression has at half the decay.
     """
     check_classes(train)
     share = 0.5 if halved else 1.0
@@ -170,7 +170,7 @@ def check_classes(train: Split) -> None:
             number = int(((share == 0) | (share == 1)).nonzero()[0])
             raise UserError(
                 f"class {number} is in none or in all of the {len(targets)} training images: a "
-                "classifier needs both"
+                "classifier needs images with it and images without"
             )
     elif len(targets.unique()) < 2:
         raise UserError("the training images are of one class only")

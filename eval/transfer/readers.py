@@ -1,4 +1,4 @@
-"""The datasets as they lie on disk: torchvision's readers where they exist, lists where not.
+"""The datasets as they lie on disk: torchvision's readers if they exist, else lists.
 
 Every reader gives all images of a dataset with their labels and the official parts; which of them
 train, validate and test is for splits.py.

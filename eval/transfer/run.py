@@ -73,7 +73,7 @@ class TransferConfig(EncoderConfig):
     image_size: PositiveInt | None = None
     few_shot: bool = False  # also 5-way 5-shot and 20-shot episodes
     seed: Seed = 0  # of random splits and episodes
-    device: Literal["cuda", "cpu"] | None = free(None)  # default: cuda where there is one
+    device: Literal["cuda", "cpu"] | None = free(None)  # default: cuda if there is a GPU
     # folder of the records; default: transfer in the run folder, else below runs/transfer
     output: str = free("")
     cache: str = free("")  # folder of the features; default: features in that of the records

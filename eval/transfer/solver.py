@@ -179,13 +179,13 @@ class Problem:
         return self.x.T @ residual + decay * self.penalised * w
 
     def raw_norm(self, gradient: Tensor) -> Tensor:
-        """Returns norms of the gradient for features as they were, before centring and rotation."""
+        """Returns norms of the gradient for features before centring and rotation."""
         raw = gradient.clone()
         raw[:-1] += self.mean_rotated * gradient[-1]
         return problem_norms(raw, self.binary)
 
     def unrotated(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (weight (D,C), bias (C,)) for features as they were."""
+        """Returns (weight (D,C), bias (C,)) for features before centring and rotation."""
         weight = self.rotation @ w[:-1]
         return weight, w[-1] - self.mean @ weight
 

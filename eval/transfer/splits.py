@@ -132,7 +132,7 @@ def listed(
             )
         found = [places[name] for name, _ in lines if name in places]
         if any(pool.labels[places[n]] != int(y) for n, y in lines if n in places):
-            raise UserError(f"{path} numbers the classes otherwise than their folders' names sort")
+            raise UserError(f"{path}: its class numbers are not those of the sorted class folders")
         parts[file.removesuffix(".txt")] = np.array(found, dtype=np.int64)
     return parts
 
