@@ -235,7 +235,7 @@ def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
     axis.plot([], [], "kD", mfc="white", ms=6, label="published")
     axis.fill_between([], [], [], color="0.85", label="too small to be of interest")
     place_legend(figure, axis)
-    figure.suptitle(f"Primary claims; ours: {numbers['title']}", fontsize=11)
+    figure.suptitle(f"The primary claims; ours:\n{numbers['title']}", fontsize=11)
     figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
     pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
 
