@@ -277,6 +277,23 @@ def test_pictures_show_the_records_and_are_drawn_alike(tmp_path):
     assert len(lab_figures.stale(fewer, first)) == 2
 
 
+def test_no_title_is_cut(tmp_path, monkeypatch):
+    """Both pictures have the title that the lab's own records give them, the longest there is."""
+    titles = []
+
+    def look(figure, path, *_):
+        title = figure._suptitle.get_window_extent(figure.canvas.get_renderer())
+        titles.append((path.stem, title.x0 >= 0 and title.x1 <= figure.bbox.x1))
+
+    monkeypatch.setattr(lab_figures.pictures, "save", look)
+    title = (
+        "CIFAR-10 (JPEG copy, 10000 images of it, without 4 % held out), resnet_lab, batch 128, "
+    )
+    for path, numbers in lab_figures.stale(join(invented_records()), tmp_path).items():
+        lab_figures.draw(path, numbers | {"title": title + "20 epochs"})
+    assert titles == [("lab-parts", True), ("lab-effects", True)]
+
+
 def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls():
     numbers = lab_figures.numbers_of(join(invented_records()))[lab_figures.PARTS]
     first, second = numbers["rows"]  # what nobody has run is left out
