@@ -290,7 +290,7 @@ def test_no_title_is_cut(tmp_path, monkeypatch):
         "CIFAR-10 (JPEG copy, 10000 images of it, without 4 % held out), resnet_lab, batch 128, "
     )
     for path, numbers in lab_figures.stale(join(invented_records()), tmp_path).items():
-        lab_figures.draw(path, numbers | {"title": title + "20 epochs"})
+        lab_figures.draw(path, numbers | {"title": title + "batch 128, 20 epochs"})
     assert titles == [("lab-parts", True), ("lab-effects", True)]
 
 
