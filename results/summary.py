@@ -63,13 +63,19 @@ def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
 
 
 def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
-    """Counts the verdicts on the lab's primary claims; empty without any."""
+    """Counts the verdicts on the lab's primary claims, and names those that are seen or reversed;
+    empty without any claim.
+    """
     found = what.get("lab", {}).get("claims", [])
     judged = lab.judge_all(found, runs)
     words = [judged[claim["name"]].word for claim in found if claim["primary"]]
     words = [SMALLER if word.startswith(SMALLER[:8]) else word for word in words]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
-    return [f"Of the lab's {len(words)} primary claims: **{counts}**."] if words else []
+    text = f"Of the lab's {len(words)} primary claims: **{counts}**."
+    for word in (lab.SEEN, lab.REVERSED):
+        if named := [c["claim"] for c in found if c["primary"] and judged[c["name"]].word == word]:
+            text += f" {word.capitalize()}: {'; '.join(named)}."
+    return [text] if words else []
 
 
 def ones_of(tier: dict, what: dict[str, Any], runs: claims.Runs) -> list[tables.Record]:
