@@ -55,7 +55,7 @@ def repository(tmp_path) -> Path:
         ),
         (["--", "recipes/snlcr.py"], "no such script"),
         (["--", "/etc/hostname"], "no such script"),
-        (["--"], "-- script.py and its flags"),
+        (["--"], "-- script.py and its own flags"),
         pytest.param(
             ["--local", "--nodes", "2", "--", *SNCLR],
             "--local has one machine",

@@ -178,7 +178,7 @@ def test_draws_of_a_subset_have_no_image_in_common():
     assert numbers(draws[0]) == numbers(parts(whole, None, 18, 0.0)[0])  # as before draws existed
     with pytest.raises(UserError, match="--subset-seed 3: there are 3 draws"):
         parts(whole, None, 18, 0.0, 3)
-    with pytest.raises(UserError, match="which of --train-images"):
+    with pytest.raises(UserError, match="chooses the images of --train-images"):
         parts(whole, None, 0, 0.0, 1)
 
 
