@@ -348,8 +348,9 @@ def hours_cell(record: Record) -> str:
 
 
 def data_cell(dataset: dict[str, Any], name: str = "name") -> str:
-    """Names a data set, like CIFAR-10 (JPEG copy, 5 000 images)."""
-    marks = [text for text in (dataset["copy"], dataset["incomplete"]) if text]
+    """Names a data set, like CIFAR-10 (JPEG copy, 5000 images)."""
+    part = (dataset["incomplete"] or "").replace(" images of it", " images")
+    marks = [text for text in (dataset["copy"], part) if text]
     return dataset[name] + (f" ({', '.join(marks)})" if marks else "")
 
 

@@ -12,6 +12,10 @@ from conftest import ROOT, environment
 from slurm.ledger import read_ledger
 from slurm.status import Queue, state_of
 
+# seconds for a run's first steps: each copy of the code compiles its kernels, and six ranks at once
+# on two slow cores have taken over 120
+START = 300
+
 # what the scripts share: no torch, so that they start at once
 SCRIPTS = {
     # ends by itself, or on SIGUSR2 or SIGTERM with 75; the attempts are lines of a file

@@ -288,9 +288,7 @@ def test_no_title_is_cut(tmp_path, monkeypatch):
         titles.append((path.stem, title.x0 >= 0 and title.x1 <= figure.bbox.x1))
 
     monkeypatch.setattr(lab_figures.pictures, "save", look)
-    title = (
-        "CIFAR-10 (JPEG copy, 10000 images of it, without 4 % held out), resnet_lab, batch 128, "
-    )
+    title = "CIFAR-10 (JPEG copy, 10000 images, without 4 % held out), resnet_lab, batch 128, "
     for path, numbers in lab_figures.stale(join(invented_records()), tmp_path).items():
         lab_figures.draw(path, numbers | {"title": title + "batch 128, 20 epochs"})
     assert titles == [("lab-parts", True), ("lab-effects", True)]

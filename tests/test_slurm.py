@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, SMALL, environment, interruptible, only_error
-from slurm_repo import call, command, commit_all, git, last_step, make_repository, wait_until
+from slurm_repo import START, call, command, commit_all, git, last_step, make_repository, wait_until
 
 from common import cards
 from common.errors import UserError
@@ -606,7 +606,7 @@ def test_a_local_run_of_two_tasks_is_stopped_and_continued(number, code, tmp_pat
     wait_until(lambda: [*scratch.glob("*/runs.json")], 60, scratch)
     error = only_error(call(code, tmp_path, "launch.py", *flags))
     assert "is being written by job" in error and "RUNNING" in error
-    wait_until(lambda: last_step(folder) >= 1, 120, scratch)
+    wait_until(lambda: last_step(folder) >= 1, START, scratch)
     os.killpg(process.pid, number)  # as a terminal does
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output

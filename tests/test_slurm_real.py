@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, only_error
-from slurm_repo import call, commit_all, last_step, logs, make_repository, states, wait_until
+from slurm_repo import START, call, commit_all, last_step, logs, make_repository, states, wait_until
 from test_resume import assert_same_runs
 
 from slurm.status import Queue, noted_state, state_of
@@ -42,7 +42,7 @@ REASON = missing()
 needs_slurm = pytest.mark.skipif(
     bool(REASON) and os.environ.get("REQUIRE_SLURM") != "1", reason=REASON or "it runs"
 )
-pytestmark = [needs_slurm, pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [needs_slurm, pytest.mark.long, pytest.mark.timeout(700)]
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
     numbers = wait_until(lambda: job_numbers([*jobs.values()]), 60, scratch)
 
     notes = scratch / "three" / "1" / "notes"
-    wait_until(lambda: last_step(folder / "limit") >= 3, 120, scratch)
+    wait_until(lambda: last_step(folder / "limit") >= 3, START, scratch)
     frozen = [pid for rank in (0, 1) for pid in processes_of_rank(numbers[1], rank)]
     # Slurm looks at time limits twice a minute and shall find the run at work; with its signal
     # it sends SIGCONT
@@ -123,7 +123,7 @@ def test_an_array_of_three_interrupted_or_not_ends_alike(repository, tmp_path):
         os.kill(pid, signal.SIGSTOP)
     passed = time.time() - read_notes(notes, "limit")[0]["time"]
     scontrol("update", f"jobid={jobs['limit']}", f"timelimit={int(passed + 45) // 60 + 1}")
-    wait_until(lambda: last_step(folder / "requeued") >= 3, 120, scratch)
+    wait_until(lambda: last_step(folder / "requeued") >= 3, START, scratch)
     scontrol("requeue", jobs["requeued"])
     wait_until(lambda: "signal" in events(notes, "limit"), 120, scratch)
     wait_until(lambda: states(scratch, "three")["limit"].state != "RUNNING", 60, scratch)
@@ -180,7 +180,8 @@ def test_a_rank_that_is_killed_ends_the_job(repository, tmp_path):
     done = call(repository, tmp_path, "launch.py", *flags)
     assert done.returncode == 0, done.stderr
     scratch, name = tmp_path / "runs" / "slurm", "snclr-photos-tiny-0"
-    wait_until(lambda: last_step(tmp_path / "runs" / "snclr" / "photos-tiny-0") >= 2, 120, scratch)
+    folder = tmp_path / "runs" / "snclr" / "photos-tiny-0"
+    wait_until(lambda: last_step(folder) >= 2, START, scratch)
     for pid in processes_of_rank(states(scratch, name)[name].job, 1):
         os.kill(pid, signal.SIGKILL)
     assert ended(scratch, name, 60)[name].state == "FAILED", logs(scratch)
@@ -210,7 +211,7 @@ def test_a_cancelled_job_is_shown_as_such_and_can_be_continued(repository, tmp_p
     assert done.returncode == 0, done.stderr
     scratch, name = tmp_path / "runs" / "slurm", "snclr-photos-tiny-0"
     folder = tmp_path / "runs" / "snclr" / "photos-tiny-0"
-    wait_until(lambda: last_step(folder) >= 2, 120, scratch)
+    wait_until(lambda: last_step(folder) >= 2, START, scratch)
     job = states(scratch, name)[name].job
     line = call(repository, tmp_path, "status.py").stdout.splitlines()[1]
     assert re.search(rf"{name} +{job} +RUNNING +\S+ of 6 ", line), line
