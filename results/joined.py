@@ -29,6 +29,11 @@ class Joined:
     runs: claims.Runs
     figures: list[dict[str, str]]
 
+    def of_lab(self, one: tables.Record) -> bool:
+        """Tells whether a record is of a run of the lab, which claims.md judges and lists."""
+        run = self.plan.get(one.get("plan") or "")
+        return run is not None and run.tier.startswith("lab")
+
 
 def load(folder: Path = HERE) -> Joined:
     """Joins published.yaml, records/, plan.yaml, claims.yaml and figures/ of `folder`."""

@@ -427,6 +427,14 @@ def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORD
     return path
 
 
+def twins(path: Path) -> list[str]:
+    """Names the records beside `path` that are of the same backbones by the same protocol."""
+    same = "backbone_sha256", "seeds", "protocol", "metric", "dataset"
+    one = read(path)
+    others = [(other, read(other)) for other in sorted(path.parent.glob("*.json")) if other != path]
+    return [other.name for other, its in others if all(its.get(n) == one[n] for n in same)]
+
+
 def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
     """Returns every stored record with its file's name, in order; UserError for a broken one."""
     records = []
@@ -448,6 +456,14 @@ def read(path: Path) -> dict[str, Any]:
 # -- the command ----------------------------------------------------------------------------------
 
 
+def say_stored(path: Path) -> None:
+    print(f"stored {path}")
+    for name in twins(path):
+        print(
+            f"warning: {name} has the same runs and protocol: remove one, or tables show them twice"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -467,9 +483,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.what == "add":
         for file in arguments.files:
-            print(f"stored {add(read(file), arguments.allow_dirty)}")
+            say_stored(add(read(file), arguments.allow_dirty))
     elif arguments.what == "knn":
-        print(f"stored {add(knn_record(arguments.runs), arguments.allow_dirty)}")
+        say_stored(add(knn_record(arguments.runs), arguments.allow_dirty))
     else:
         print(f"{len(load_all())} records are as results/schema.json says")
 

@@ -100,9 +100,9 @@ def as_list(said: Iterable[str]) -> str:
 # -- markdown -------------------------------------------------------------------------------------
 
 COMPARED = ("method", "encoder", "epochs", "batch", "published", "source", "ours", "difference")
-COMPARED += ("spread", "commit", "hours", "record")
+COMPARED += ("spread", "commit", "training", "record")
 APART = ("method", "encoder", "trained on", "epochs", "batch", "evaluated on", "ours", "spread")
-APART += ("why not comparable", "commit", "hours", "record")
+APART += ("why not comparable", "commit", "training", "record")
 NOT_RUN = ("method", "encoder", "protocol", "data", "epochs", "batch", "published", "source")
 
 
@@ -112,7 +112,7 @@ def markdown(joined: Joined, said: Sequence[str]) -> str:
         "README.md",
         summary=as_list(said),
         beside="\n".join(beside(joined.rows)),
-        apart="\n".join(under_other_settings(joined.apart, joined.published)),
+        apart="\n".join(under_other_settings(joined)),
         not_run="\n".join(not_run(joined.rows)),
         figures=tables.pictures(f for f in joined.figures if f.get("page") != "claims.md"),
     )
@@ -140,13 +140,19 @@ def beside(rows: Iterable[tables.Row]) -> list[str]:
     return text
 
 
-def under_other_settings(apart, published) -> list[str]:
-    """Returns a table for each protocol that ours were scored by, next to no paper's number."""
-    text = [] if apart else ["None so far."]
+def under_other_settings(joined: Joined) -> list[str]:
+    """Returns a table for each protocol that ours were scored by, next to no paper's number; of the
+    lab's runs a pointer.
+    """
+    apart = [(n, r) for n, r in joined.apart if not joined.of_lab(r)]
+    text = [] if joined.apart else ["None so far."]
+    if left := len(joined.apart) - len(apart):
+        rows = "1 row is" if left == 1 else f"{left} rows are"
+        text += [f"The lab's {rows} in [claims.md](claims.md), index.html and results.csv.\n"]
     for protocol in sorted({r["protocol"] for _, r in apart}, key=tables.protocol_order):
         of = [(n, r) for n, r in apart if r["protocol"] == protocol]
         of.sort(key=lambda item: apart_order(item[1]))
-        cells = (apart_cells(n, r, published) for n, r in of)
+        cells = (apart_cells(n, r, joined.published) for n, r in of)
         text += [f"### {tables.plain(protocol)}\n", tables.table(APART, cells), ""]
     return text
 

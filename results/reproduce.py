@@ -16,6 +16,7 @@ says both numbers.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_STOPPED, Stopped, UserError, command
-from common.run import documents
+from common.run import documents, lock
 from common.run.flags import gpu_is_there
 from common.run.help import in_80_columns
 from common.run.results import FAILED, is_finished
@@ -162,6 +163,22 @@ def choose(runs: Sequence[Planned], work: Work, has_data: Callable[[str], bool])
             if states[piece.name] == wanted:
                 return piece
     return None
+
+
+def take(
+    runs: Sequence[Planned], work: Work, has_data: Callable[[str], bool]
+) -> tuple[Piece, str] | None:
+    """Chooses the next piece, with its state, and marks it as this process's. Processes take one
+    after the other, so that those that work on one plan side by side never take the same piece.
+    """
+    work.runs.mkdir(parents=True, exist_ok=True)
+    with lock.take(work.runs) or contextlib.nullcontext():
+        if (piece := choose(runs, work, has_data)) is None:
+            return None
+        state, folder = work.state(piece), work.folder(piece)
+        folder.mkdir(exist_ok=True)
+        (folder / LOCK).write_text(str(os.getpid()))
+    return piece, state
 
 
 def is_for_here(run: Planned) -> bool:
@@ -401,9 +418,10 @@ def main(argv: list[str] | None = None) -> None:
     here = [run for run in runs if arguments.only or is_for_here(run)]
     data = {name: getattr(arguments, name) for name in plan.DATA}
     done = None
-    while piece := choose(here, work, lambda name: bool(data.get(name, True))):
+    while taken := take(here, work, lambda name: bool(data.get(name, True))):
+        piece, state = taken
         print(
-            f"{piece.name}: {work.state(piece)}, {piece.run.hours:g} h {piece.run.basis} "
+            f"{piece.name}: {state}, {piece.run.hours:g} h {piece.run.basis} "
             f"for its training on {piece.run.device}",
             flush=True,
         )

@@ -18,7 +18,8 @@ def sentences(joined: Joined) -> list[str]:
     """Says in Markdown: the papers' numbers, their claims, and what our other runs are."""
     text = [papers_numbers(joined.rows), *of_lab(joined.claims, joined.runs)]
     text += [verdicts(joined.claims, joined.runs)]
-    return [*text, *other_runs(joined.rows, [r for _, r in joined.apart])]
+    apart = [r for _, r in joined.apart if not joined.of_lab(r)]  # the lab has its own sentence
+    return [*text, *other_runs(joined.rows, apart)]
 
 
 def papers_numbers(rows: Sequence[tables.Row]) -> str:

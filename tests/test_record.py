@@ -64,6 +64,18 @@ def test_a_good_record_is_stored_under_a_name_that_says_what_it_is(tmp_path):
     assert other != path and len(record.load_all(tmp_path)) == 2
 
 
+def test_two_records_of_the_same_runs_and_protocol_are_told(tmp_path, capsys):
+    """As of k-NN, which a run measures itself and the linear probe measures again."""
+    first = record.add(good(), folder=tmp_path)
+    record.add(good(protocol="linear, other"), folder=tmp_path)
+    record.add(good(backbone_sha256=["e" * 64] * len(good()["seeds"])), folder=tmp_path)
+    record.say_stored(first)
+    assert "warning" not in capsys.readouterr().out
+    again = record.add(good(hyperparameters={"k": 20}), folder=tmp_path)
+    record.say_stored(again)
+    assert f"warning: {first.name} has the same runs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -298,6 +298,17 @@ def test_records_of_one_seed_each_make_one_row_with_spread(tmp_path):
     assert "| 50.00 | 1 seed | neighbours 10 |" in apart
 
 
+def test_the_labs_runs_are_not_among_other_settings(tmp_path):
+    golden(tmp_path)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(plan.read_text().replace("  photos:", "  lab:", 1))
+    record.add(of_run("photos-nnclr", 0, 45.0)[1], folder=tmp_path / "records")
+    pages = build(tmp_path)
+    _, apart = parts(pages[tmp_path / "README.md"])
+    assert "The lab's 1 row is in [claims.md]" in apart and "| 45.00 |" not in apart
+    assert "45.00" in pages[tmp_path / "index.html"]
+
+
 def test_a_changed_record_makes_the_pages_stale(tmp_path):
     golden(tmp_path)
     before = build(tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -64,6 +65,31 @@ def test_unfinished_first_then_to_evaluate_then_missing_with_data(work, planned)
     assert next_name("cifar10") == "photos-nnclr-0"
     lock.write_text("999999999")  # that process is gone
     assert work.state(begun) == "unfinished"
+
+
+def test_two_processes_never_take_the_same_piece(work, planned, monkeypatch):
+    runs, choose = [planned["photos-nnclr"]], reproduce.choose
+
+    def slowly(*arguments):
+        piece = choose(*arguments)
+        time.sleep(0.5)
+        return piece
+
+    monkeypatch.setattr(reproduce, "choose", slowly)
+    context = multiprocessing.get_context("fork")
+    taken = context.Queue()
+
+    def process():
+        taken.put(reproduce.take(runs, work, lambda name: True)[0].name)
+        time.sleep(2)  # the mark is of a living process
+
+    both = [context.Process(target=process) for _ in range(2)]
+    for one in both:
+        one.start()
+    names = {taken.get(timeout=10) for _ in both}
+    for one in both:
+        one.join()
+    assert names == {"photos-nnclr-0", "photos-nnclr-1"}
 
 
 STOPS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75));"

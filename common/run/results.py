@@ -98,4 +98,5 @@ def say(folder: Path) -> None:
         f"{r['images_per_second']:.0f} images/s, {duration(3600 * r['hours'])}"
     )
     shown = [BACKBONE, model_card.NAME, "curves.png", "neighbours.png", metrics.NAME]
+    print(f"evaluate it: make evaluate RUN={folder}")
     print(f"{folder}: {' '.join(f for f in shown if (folder / f).exists())}", flush=True)
