@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from common.augment import View, ViewName, two_views
 from common.config import (
+    ARCHS,
     CIFAR10,
     PHOTOS,
     Count,
@@ -77,6 +78,10 @@ class Config(RunConfig):
     projector_norm: bool = True
     projector_hidden: Count = later(0)  # of mlp; 0: as wide as the encoder's output; code
     output_dim: PositiveInt = 128  # Sec. 2.3; not with --projector none
+    # what the second view goes through. shared: the first's encoder and projector; same: another
+    # pair of --arch; an arch: another pair with this encoder (VICReg paper, Table 5). The first is
+    # exported
+    second_arch: Literal["shared", "same", ARCHS] = later("shared")
     zero_init_residual: bool = True  # last batch norm of each block; unstated; code
     views: ViewName = "simclr"  # App. A; cifar: App. B.9, half the strength and no blur
     jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of App. A
@@ -106,31 +111,38 @@ PRESETS = {
 }
 
 
-class SimCLR(nn.Module):
-    """Makes embeddings z = g(h) of h = f(x). The projector g starts at N(0, 0.01) (code); `none` is
-    the identity, `linear` is one layer.
+def branch(config: Config, arch: str) -> tuple[nn.Module, nn.Module]:
+    """Builds an encoder f and its projector g, which starts at N(0, 0.01) (code); `none` is the
+    identity, `linear` is one layer.
     """
+    encoder = build_encoder(arch, config.image_size, config.zero_init_residual)
+    width, out = encoder.embed_dim, config.output_dim
+    sizes = {
+        "none": [width],
+        "linear": [width, out],
+        "mlp": [width, config.projector_hidden or width, out],
+    }
+    projector = mlp(sizes[config.projector], output_norm=True)
+    for layer in projector:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+    if config.projector != "none":
+        projector[-1].bias.requires_grad = False  # scale without offset
+    if not config.projector_norm:
+        projector = nn.Sequential(*(m for m in projector if not isinstance(m, nn.BatchNorm1d)))
+    return encoder, projector
+
+
+class SimCLR(nn.Module):
+    """Makes embeddings z = g(h) of h = f(x), with `--second-arch` by a pair for each view."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.encoder = build_encoder(config.arch, config.image_size, config.zero_init_residual)
-        width, out = self.encoder.embed_dim, config.output_dim
-        sizes = {
-            "none": [width],
-            "linear": [width, out],
-            "mlp": [width, config.projector_hidden or width, out],
-        }
-        self.projector = mlp(sizes[config.projector], output_norm=True)
-        for layer in self.projector:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.01)
-        self.dim = sizes[config.projector][-1]
-        if config.projector != "none":
-            self.projector[-1].bias.requires_grad = False  # scale without offset
-        if not config.projector_norm:
-            self.projector = nn.Sequential(
-                *(layer for layer in self.projector if not isinstance(layer, nn.BatchNorm1d))
-            )
+        self.encoder, self.projector = branch(config, config.arch)
+        self.dim = self.encoder.embed_dim if config.projector == "none" else config.output_dim
+        if config.second_arch != "shared":
+            other = config.arch if config.second_arch == "same" else config.second_arch
+            self.second_encoder, self.second_projector = branch(config, other)
 
 
 @in_full_precision
@@ -192,9 +204,18 @@ def views_of(config: Config) -> list[View]:
 
 def resolve(config: Config) -> Config:
     """Fills in the base rate of --dataset and --lr-scaling if --lr is not given. Raises UserError
-    if no source has one, and for a --lr-batch that --lr-scaling does not read.
+    if no source has one, for a --lr-batch that --lr-scaling does not read, and for a second encoder
+    that cannot take the images or makes embeddings of another width.
     """
     preset = PRESETS.get(config.dataset, {})
+    if config.projector == "none" and config.second_arch not in ("shared", "same", config.arch):
+        raise UserError(
+            f"--second-arch {config.second_arch}: without a projector embeddings would differ in "
+            "width: give --projector, or --second-arch same"
+        )
+    if config.second_arch.startswith("vit") and config.image_size % 16:
+        text = f"--second-arch {config.second_arch}: --image-size must be a multiple of 16"
+        raise UserError(f"{text}, not {config.image_size}")
     if config.lr_scaling == "sqrt" and config.lr_batch != preset.get("lr_batch", Config.lr_batch):
         raise UserError(
             f"--lr-batch {config.lr_batch}: --lr-scaling sqrt does not read it, --lr is times "
@@ -219,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(argv)
     run = Run("simclr", config)
     model = run.place(SimCLR(config))
-    encode = Pieces(model.encoder, config)
+    encode, shared = Pieces(model.encoder, config), config.second_arch == "shared"
+    encode_second = encode if shared else Pieces(model.second_encoder, config)
 
     lr = base_rate(config)
     optimizer = build_optimizer(
@@ -232,15 +254,20 @@ def main(argv: list[str] | None = None) -> None:
         rate = warmup_cosine(step, run.total_steps, warmup_steps, lr)
         set_lr(optimizer, rate)
 
-        with run.autocast():  # both views in one forward: their batch statistics are joint (code)
-            (h,) = encode(torch.cat([x1, x2]))  # representations, 2n-by-d
-            z1, z2 = model.projector(h).chunk(2)  # projections, n-by-d each
+        with run.autocast():
+            if shared:  # both views in one forward: their batch statistics are joint (code)
+                (h,) = encode(torch.cat([x1, x2]))  # representations, 2n-by-d
+                z1, z2 = model.projector(h).chunk(2)  # projections, n-by-d each
+            else:
+                (h1,), (h2,) = encode(x1), encode_second(x2)
+                z1, z2 = model.projector(h1), model.second_projector(h2)
 
         loss = simclr_loss(z1, z2, config.temperature, config.l2_norm, config.loss)
 
         optimizer.zero_grad()
         loss.backward()
         encode.replay()
+        encode_second.replay()
         average_gradients(model)
         optimizer.step()
 

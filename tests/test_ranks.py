@@ -71,7 +71,7 @@ def test_two_ranks_train_as_one_in_float64(method, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["vicreg", "barlow_twins"])
+@pytest.mark.parametrize("recipe", ["vicreg", "barlow_twins", "simclr"])
 def test_two_ranks_train_both_branches_as_one(recipe, tmp_path):
     seen, *_ = two_ranks_are_one(tmp_path, recipe, "--second-arch", "same")
     for part in ("encoder", "second_encoder", "projector", "second_projector"):

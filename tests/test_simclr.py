@@ -154,6 +154,8 @@ OTHERS = [
     ["--projector", "linear", "--no-l2-norm", "--temperature", "10"],
     ["--projector", "none", "--optimizer", "lars"],
     ["--no-projector-norm"],
+    ["--second-arch", "same"],
+    ["--second-arch", "resnet_lab"],
 ]
 READINGS += [pytest.param(flags, marks=pytest.mark.long, id=" ".join(flags)) for flags in OTHERS]
 
@@ -179,13 +181,20 @@ class LARSByHand:
 def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
     """Batch statistics are joint, both directions count, the rate from 0 is inside the momentum."""
     seen = watched_run(simclr, [*FLAGS, *flags], tmp_path / "run", monkeypatch)
-    model = copy.deepcopy(seen["before"]["model"])
-    network = nn.Sequential(model.encoder, model.projector)
+    untied = "--second-arch" in flags
+
+    def network_of(model):
+        parts = [model.encoder, model.projector]
+        if untied:
+            parts += [model.second_encoder, model.second_projector]
+        return nn.Sequential(*parts)
+
+    network = network_of(copy.deepcopy(seen["before"]["model"]))
     trained = {n for n, p in network.named_parameters() if p.requires_grad}
     network = with_torchs_batch_norms(network)
     has_norm = "none" not in flags and "--no-projector-norm" not in flags
     without = {n for n, _ in network.named_parameters()} - trained
-    assert len(without) == has_norm  # the last batch norm's offset
+    assert len(without) == has_norm * (1 + untied)  # the last batch norms' offsets
     parameters = [p for n, p in network.named_parameters() if n in trained]
     optimizer = LARSByHand(parameters, inside="lars" not in flags)
     config = simclr.parse_arguments([*RUN, *FLAGS, *flags])
@@ -199,8 +208,11 @@ def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
         if step >= STEPS_PER_EPOCH:
             done = (step - STEPS_PER_EPOCH) / (STEPS_PER_EPOCH * (EPOCHS - 1))
             rate = base * (1 + math.cos(math.pi * done)) / 2
-        z = network(torch.cat([x1, x2]))
-        z1, z2 = z[:BATCH], z[BATCH:]
+        if untied:  # each sees one view
+            z1, z2 = network[:2](x1), network[2:](x2)
+        else:
+            z = network(torch.cat([x1, x2]))
+            z1, z2 = z[:BATCH], z[BATCH:]
         loss = factor * loop(z1, z2, temperature, "--no-l2-norm" not in flags)
         logged = seen["logged"][step]
         assert logged["loss"] == pytest.approx(loss.item(), rel=1e-8)
@@ -208,8 +220,7 @@ def test_a_run_is_its_replay(flags, tmp_path, monkeypatch):
         accuracy = contrastive_accuracy(z1, z2, "--no-l2-norm" not in flags)
         assert logged["contrastive_accuracy"] == accuracy
         optimizer.step(torch.autograd.grad(loss, parameters), rate)
-    ours = seen["after"]["model"]
-    ours = nn.Sequential(ours.encoder, ours.projector).state_dict()
+    ours = network_of(seen["after"]["model"]).state_dict()
     for name, expected in network.state_dict().items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-7, atol=1e-9, msg=name)
     moved = seen["before"]["model"].encoder[0].weight
@@ -314,6 +325,18 @@ def test_a_batch_of_the_rate_that_sqrt_does_not_read_is_refused(flags):
     assert simclr.parse_arguments(flags.split()).lr_batch == int(flags.split()[-1])
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--second-arch", "vit_small", "--image-size", "100"], "multiple of 16, not 100"),
+        (["--projector", "none", "--second-arch", "resnet18"], "would differ in width"),
+    ],
+)
+def test_a_second_encoder_that_does_not_fit_is_refused(flags, expected):
+    with pytest.raises(UserError, match=expected):
+        simclr.parse_arguments(flags)
+
+
 def layers(*flags):
     model = simclr.SimCLR(simclr.parse_arguments(["--arch", "resnet18", *flags]))
     described = []
@@ -346,7 +369,7 @@ def test_heads_are_the_codes():
 def test_a_run_from_before_the_width_was_a_flag_goes_on():
     config = simclr.parse_arguments([])
     saved = dataclasses.asdict(config)
-    del saved["projector_hidden"]
+    del saved["projector_hidden"], saved["second_arch"]
     assert changed_fields(config, saved) == []
     narrow = dataclasses.replace(config, projector_hidden=64)
     assert changed_fields(narrow, saved) == ["projector_hidden was 0, is 64"]
