@@ -68,11 +68,11 @@ def check_lab(where: str, lab: dict[str, Any], planned: dict[str, Planned]) -> N
 
 
 def lab_arms(lab: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lists the lab's (what names it, run of the plan): claims, its picture's rows, controls."""
+    """Lists the lab's (what names it, run of the plan): claims, its pictures' rows, controls."""
     found = [(claim["name"], arm) for claim in lab["claims"] for arm in arms_of(claim)]
     parts = lab.get("parts", ())
     found += [(part["label"], part[side]) for part in parts for side in ("intact", "broken")]
-    return [*found, *lab.get("controls", {}).items()]
+    return [*found, *lab.get("controls", {}).items(), *lab.get("spectra", {}).items()]
 
 
 def arms_of(claim: dict[str, Any]) -> list[str]:

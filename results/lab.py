@@ -25,6 +25,7 @@ LEARNED = 5.0  # points of k-NN above random, of "learns faster"
 TESTABLE = 10.0  # points of k-NN that the healthy arm must lie above its random encoder
 SEEN, REVERSED, SMALLER = "seen here", "reversed here", "smaller than {m:g} here"
 OPEN, NOT_TESTABLE, NOT_RUN = "open", "not testable here", "not run"
+FIRST = "fixed with the primary ones"  # the package of secondary claims that name none
 MOST_SEEDS = 1000  # `seeds_to_settle` looks no further
 
 

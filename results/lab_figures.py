@@ -1,5 +1,5 @@
 """The lab's pictures, drawn from its records by results/report.py: what each part of a method is
-worth, and every primary claim's effect beside the published one.
+worth, every claim's effect beside the published one, and (lab_spectra.py) singular values.
 
 A picture carries the digest of its numbers, as those of curves.py; without records there is none.
 """
@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from common.run import pictures
-from results import curves, fixed, lab, tables
+from results import curves, fixed, lab, lab_spectra, tables
 from results.claims import Runs
 from results.joined import Joined
 from slurm.plan import PROTOCOLS
 
-PARTS, EFFECTS = "lab-parts.png", "lab-effects.png"
+PARTS, EFFECTS, MORE = "lab-parts.png", "lab-effects.png", "lab-secondary.png"
+SPECTRA = "lab-spectra.png"
+FRONT = (PARTS, EFFECTS)  # in the README of the project too
 COMMAND = "python results/report.py"
 # the heading for each verdict, by the words that the verdict begins with
 ORDER = {lab.SEEN: lab.SEEN, lab.REVERSED: lab.REVERSED, "smaller": "smaller than is of interest"}
 ORDER |= {word: word for word in (lab.OPEN, lab.NOT_TESTABLE)}
 OTHERS = {"rank": "effective rank", "std": "std·√D of the embedding"}
+OTHERS |= {"feature_rank": "effective rank of the representation"}
 OTHERS |= {"views": "views of an image until k-NN is 5 points above random"}
 
 
 def shown(joined: Joined) -> list[dict[str, str]]:
     """Returns the pictures that there are numbers for, in the form of figures.yaml's entries."""
-    captions = {PARTS: parts_caption, EFFECTS: effects_caption}
+    captions = {PARTS: parts_caption, EFFECTS: effects_caption, MORE: secondary_caption}
+    captions[SPECTRA] = lab_spectra.caption
     return [
         {"file": name, "caption": captions[name](numbers), "command": COMMAND, "page": "claims.md"}
         for name, numbers in numbers_of(joined).items()
@@ -39,6 +43,9 @@ def numbers_of(joined: Joined) -> dict[str, dict[str, Any]]:
     if not what:
         return {}
     found = {PARTS: parts_of(what, joined.runs), EFFECTS: effects_of(what, joined.runs)}
+    found[MORE] = secondary_of(what, joined.runs)
+    if spectra := lab_spectra.of_runs(what, joined.runs):
+        found[SPECTRA] = spectra | {"title": scale(spectra["arms"], joined.runs)}
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
@@ -52,7 +59,8 @@ def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def draw(path: Path, numbers: dict[str, Any]) -> None:
-    {PARTS: draw_parts, EFFECTS: draw_effects}[path.name](path, numbers)
+    drawing = {PARTS: draw_parts, EFFECTS: draw_effects, MORE: draw_effects}
+    (drawing | {SPECTRA: lab_spectra.draw})[path.name](path, numbers)
 
 
 def scale(arms: list[str], runs: Runs) -> str:
@@ -178,21 +186,41 @@ def place_legend(figure, axis) -> None:
 def effects_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
     """Returns a panel for each unit: the primary claims that are run, by verdict."""
     judged = lab.judge_all(what["claims"], runs)
-    panels: dict[str, dict[str, list]] = {}
     of = [c for c in what["claims"] if c["primary"] and judged[c["name"]].effects]
-    for claim in sorted(of, key=lambda claim: rank_of(judged[claim["name"]].word)):
+    of.sort(key=lambda claim: rank_of(judged[claim["name"]].word))
+    headings = [[*ORDER.values()][rank_of(judged[claim["name"]].word)] for claim in of]
+    return panels_of("The primary claims", of, headings, judged, runs)
+
+
+def secondary_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
+    """Returns a panel for each unit: the secondary claims that are run, by package."""
+    judged = lab.judge_all(what["claims"], runs)
+    of = [c for c in what["claims"] if not c["primary"] and judged[c["name"]].effects]
+    headings = [claim.get("package", lab.FIRST) for claim in of]
+    return panels_of("Secondary claims, not corrected", of, headings, judged, runs)
+
+
+def panels_of(
+    name: str,
+    of: list[dict[str, Any]],
+    headings: list[str],
+    judged: dict[str, lab.Judged],
+    runs: Runs,
+) -> dict[str, Any]:
+    """Returns the claims' numbers by unit and heading, with the picture's name and scale; {} of no
+    claim.
+    """
+    panels: dict[str, dict[str, list]] = {}
+    for claim, heading in zip(of, headings, strict=True):
         found = judged[claim["name"]]
         unit = OTHERS.get(claim["measure"], "points of accuracy")
-        word = [*ORDER.values()][rank_of(found.word)]
         line = {"name": claim["name"], "published": claim["published_effect"]}
         line |= {"smallest": claim["smallest"], "seeds": [*found.effects.values()]}
         if found.interval:
             line |= {n: getattr(found.interval, n) for n in ("mean", "low", "high")}
-        panels.setdefault(unit, {}).setdefault(word, []).append(rounded(line))
-    if not panels:
-        return {}
+        panels.setdefault(unit, {}).setdefault(heading, []).append(rounded(line))
     arms = [arm for claim in of for arm in claim["effect"]]
-    return {"title": scale(arms, runs), "panels": panels}
+    return {"name": name, "title": scale(arms, runs), "panels": panels} if panels else {}
 
 
 def rank_of(word: str) -> int:
@@ -218,10 +246,17 @@ def effects_caption(numbers: dict[str, Any]) -> str:
     )
 
 
+def secondary_caption(numbers: dict[str, Any]) -> str:
+    return (
+        "The secondary claims that have run, none of them corrected for their number: to the right "
+        "of 0 is what the paper says; dots, diamonds and grey as above."
+    )
+
+
 def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
-    """Draws a panel for each unit, in it a line for each claim under its verdict."""
+    """Draws a panel for each unit, in it a line for each claim under its heading."""
     plt = pictures.headless_pyplot()
-    panels = {unit: lines_of(by_word) for unit, by_word in numbers["panels"].items()}
+    panels = {unit: lines_of(by_heading) for unit, by_heading in numbers["panels"].items()}
     heights = [len(lines) for lines in panels.values()]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(9, 1.6 + 0.9 * len(panels) + 0.33 * sum(heights)), squeeze=False,
@@ -235,16 +270,16 @@ def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
     axis.plot([], [], "kD", mfc="white", ms=6, label="published")
     axis.fill_between([], [], [], color="0.85", label="too small to be of interest")
     place_legend(figure, axis)
-    figure.suptitle(f"The primary claims; ours:\n{numbers['title']}", fontsize=11)
+    figure.suptitle(f"{numbers['name']}; ours:\n{numbers['title']}", fontsize=11)
     figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
     pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
 
 
-def lines_of(by_word: dict[str, list]) -> list[tuple[str, dict[str, Any] | None]]:
-    """Returns (verdict, None), then (claim's name, its numbers) for each claim under it."""
+def lines_of(by_heading: dict[str, list]) -> list[tuple[str, dict[str, Any] | None]]:
+    """Returns (heading, None), then (claim's name, its numbers) for each claim under it."""
     found: list = []
-    for word, claims in by_word.items():
-        found += [(word, None), *((claim["name"], claim) for claim in claims)]
+    for heading, claims in by_heading.items():
+        found += [(heading, None), *((claim["name"], claim) for claim in claims)]
     return found
 
 

@@ -32,8 +32,6 @@ def markdown(joined: Joined) -> str:
     if not what:
         return ""
     judged = lab.judge_all(what["claims"], joined.runs)
-    secondary = [c for c in what["claims"] if not c["primary"]]
-    secondary = [cells[:3] + cells[4:] for cells in rows(secondary, joined, judged)]
     first = lab.families(what["claims"]).get("", [])
     return fill(
         "lab.md",
@@ -49,7 +47,7 @@ def markdown(joined: Joined) -> str:
             f"- {each(claim, judged[claim['name']], joined)}" for claim in what["claims"]
         ),
         added=added(joined, judged),
-        secondary=table(HEAD[:3] + HEAD[4:], secondary) if secondary else "None.",
+        secondary=secondary(joined, judged),
     )
 
 
@@ -72,6 +70,19 @@ def added(joined: Joined, judged: dict[str, lab.Judged]) -> str:
     for family, amendment in what.get("amendments", {}).items():
         said += [f"{amendment['date']}: {amendment['text'].strip()}"]
         said += [table(HEAD, rows(found.get(family, []), joined, judged))]
+    return "\n\n".join(said) or "None."
+
+
+def secondary(joined: Joined, judged: dict[str, lab.Judged]) -> str:
+    """Writes a table, without verdicts, for each package of secondary claims."""
+    packages: dict[str, list[dict[str, Any]]] = {}
+    for claim in joined.claims["lab"]["claims"]:
+        if not claim["primary"]:
+            packages.setdefault(claim.get("package", lab.FIRST), []).append(claim)
+    said = []
+    for package, of in packages.items():
+        cells = [line[:3] + line[4:] for line in rows(of, joined, judged)]
+        said += [f"**{package[0].upper()}{package[1:]}**", table(HEAD[:3] + HEAD[4:], cells)]
     return "\n\n".join(said) or "None."
 
 

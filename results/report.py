@@ -245,7 +245,7 @@ def links(names: str) -> tables.Markup:
 
 def root_part(joined: Joined, said: Sequence[str]) -> str:
     """Returns the root README's part: what the records come to, and the lab's pictures."""
-    figures = lab_figures.shown(joined)
+    figures = [f for f in lab_figures.shown(joined) if f["file"] in lab_figures.FRONT]
     return fill(
         "root.md",
         summary=as_list(said[:3]),

@@ -60,7 +60,9 @@ LAB = {
         {"label": "what nobody has run", "intact": "absent", "broken": "absent"},
     ],
     "controls": {"supervised": "e"},
+    "spectra": {"method a": "a", "method d": "d", "not run": "absent"},
 }
+PICTURES = ["lab-parts", "lab-effects", "lab-secondary", "lab-spectra"]
 WORDS = {"is-seen": lab.SEEN, "is-reversed": lab.REVERSED, "is-smaller": "smaller than 2 here"}
 WORDS |= {"is-open": lab.OPEN, "is-untestable": lab.NOT_TESTABLE, "falls": lab.SEEN}
 WORDS |= {"is-not-run": lab.NOT_RUN, "has-more-rank": lab.SEEN}
@@ -245,7 +247,7 @@ def test_text_of_claims_is_no_markup():
 
 def test_the_html_page_has_the_table_and_the_pictures():
     html = page.html(join(invented_records()), [])
-    assert html.count('src="figures/lab-') == 2
+    assert html.count('src="figures/lab-') == len(PICTURES)
     assert "<strong>not testable here</strong> (e is 5.0 points" in html
 
 
@@ -267,20 +269,20 @@ def test_pictures_show_the_records_and_are_drawn_alike(tmp_path):
     for folder in (first, second):
         folder.mkdir()
         numbers = lab_figures.stale(of, folder)
-        assert {path.name for path in numbers} == {"lab-parts.png", "lab-effects.png"}
+        assert [path.stem for path in numbers] == PICTURES
         for path, shown in numbers.items():
             lab_figures.draw(path, shown)
         assert lab_figures.stale(of, folder) == {}
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
     more = join([(n, one | {"value": 1.0}) for n, one in invented_records()])
-    assert lab_figures.stale(more, first) == {}  # the linear read-out is in neither
+    assert lab_figures.stale(more, first) == {}  # the linear read-out is in none
     fewer = join([item for item in invented_records() if item[0] != "d-14.json"])
-    assert len(lab_figures.stale(fewer, first)) == 2
+    assert [path.stem for path in lab_figures.stale(fewer, first)] == PICTURES[:2]
 
 
 def test_no_title_is_cut(tmp_path, monkeypatch):
-    """Both pictures have the title that the lab's own records give them, the longest there is."""
+    """All pictures have the title that the lab's own records give them, the longest there is."""
     titles = []
 
     def look(figure, path, *_):
@@ -291,7 +293,7 @@ def test_no_title_is_cut(tmp_path, monkeypatch):
     title = "CIFAR-10 (JPEG copy, 10000 images, without 4 % held out), resnet_lab, batch 128, "
     for path, numbers in lab_figures.stale(join(invented_records()), tmp_path).items():
         lab_figures.draw(path, numbers | {"title": title + "batch 128, 20 epochs"})
-    assert titles == [("lab-parts", True), ("lab-effects", True)]
+    assert titles == [(name, True) for name in PICTURES]
 
 
 def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls():
@@ -311,6 +313,28 @@ def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls(
     numbers = lab_figures.numbers_of(join([*invented_records(), (f"u-{name}", one)]))
     controls = numbers[lab_figures.PARTS]["controls"]
     assert controls["random encoder, as initialised"] == 27.5 and controls["pixels"] == 29.0
+
+
+def test_secondary_effects_stand_under_their_packages():
+    of = LAB | {"claims": [*LAB["claims"], invented("more", {"a": 1, "b": -1}, primary=False)]}
+    of["claims"][-1]["package"] = "views"
+    found = join(invented_records(), of)
+    by = lab_figures.numbers_of(found)[lab_figures.MORE]["panels"]["points of accuracy"]
+    names = {heading: [line["name"] for line in lines] for heading, lines in by.items()}
+    assert names == {lab.FIRST: ["second"], "views": ["more"]}
+    text = lab_page.markdown(found).split("### Not corrected")[1]
+    assert text.index("**Fixed with the primary ones**") < text.index("| The claim second")
+    assert text.index("| The claim second") < text.index("**Views**") < text.index("| The claim mo")
+
+
+def test_singular_values_are_means_over_seeds_of_decades():
+    records = [item for item in invented_records() if item[0] in ("a-10.json", "a-11.json")]
+    for (_, one), values in zip(records, ([100.0, 10.0, 0.0], [5.0, 5.0, 0.05]), strict=True):
+        one["geometry"][0][-1]["embedding"]["singular_values"] = values
+    numbers = lab_figures.numbers_of(join(records))[lab_figures.SPECTRA]
+    assert [*numbers["methods"]] == ["method a"]
+    assert numbers["methods"]["method a"]["embedding"] == [0.0, -0.5, -4.0]
+    assert numbers["title"] == "photos, tiny, batch 64, 3 epochs"
 
 
 def test_effects_of_different_units_have_panels_of_their_own_in_order_of_verdict():
@@ -359,6 +383,27 @@ def test_a_record_whose_commit_has_another_claim_is_refused(history):
         records[0] = record_of("a", 10, 59.0, False, commit=commit)
         with pytest.raises(UserError, match=rf"a-10.json: its commit {commit[:7]} does not hold"):
             lab_page.markdown(join(records))
+
+
+def test_a_later_claim_may_take_others_runs_beside_an_arm_of_its_own(history):
+    """Its own was not run before it; without such a one it would be made after its runs."""
+    before = history(LAB)
+    later = invented("later", {"a": 1, "new": -1})
+    after = history(LAB | {"claims": [*LAB["claims"], later]})
+    arms = ARMS | {"new": (50, False, 1)}
+    old = invented_records(commit=before)
+
+    def check(claim, commit):
+        new = [one for one in invented_records(arms, commit=commit) if one[0].startswith("new")]
+        what = golden_set.what() | {"lab": LAB}
+        runs = joined.join(golden_set.published(), [*old, *new], planned(arms), what).runs
+        return fixed.check([*LAB["claims"], claim], runs)
+
+    assert check(later, after)
+    with pytest.raises(UserError, match="does not hold the claim later"):
+        check(later, before)
+    with pytest.raises(UserError, match="does not hold the claim made-after"):
+        check(invented("made-after", {"a": 1, "b": -1}), after)
 
 
 @pytest.mark.parametrize("field", fixed.FIELDS)
