@@ -35,7 +35,13 @@ LENGTHS = {"epochs", "warmup-epochs"}  # photos has its own, epochs in the runs'
 FOREIGN = {"init", "subset-seed"}  # another run of the lab, another draw of its images
 EPOCHS = 3  # for a recipe of no family that the tier names
 SIDES = 2  # a claim of more runs than these has fewer epochs: all of them take four minutes
-HERE_TOO = {"knn", "gain", "rank", "std"}  # measures that a run has without a read-out
+HERE_TOO = {
+    "knn",
+    "gain",
+    "rank",
+    "std",
+    "feature_rank",
+}  # of a run without a read-out
 WIDTH = 40  # of the text's bars
 
 
@@ -82,6 +88,11 @@ def on_photos(
     """Returns (recipe, flags) of each run of the claim's effect on photos; UserError, in one line,
     if they do not differ there.
     """
+    if len(claim["effect"]) < 2:
+        raise UserError(
+            f"{claim['name']} has no version on photos: it compares no two runs; the lab reads one "
+            "run in two ways"
+        )
     own = {arm: own_flags(planned[arm], tiers) for arm in claim["effect"]}
     about = {flag for flag in SIZES if differs(flag, own, planned)}
     least = min(planned[arm].config["epochs"] for arm in own)

@@ -107,6 +107,7 @@ MEASURES = ("knn", "linear", "gain", "rank", "std", "feature_rank")
 UNITS = {"knn": "points of k-NN", "linear": "points of the linear read-out"}
 UNITS |= {"gain": "points of k-NN over random", "top1": "points of top-1"}
 UNITS |= {"beyond_first": "points of the linear read-out"}
+UNITS |= {"found_over_chance": "points of precision over chance"}
 UNITS |= {"feature_rank": "of the representation's effective rank"}
 UNITS |= {"rank": "of effective rank", "std": "of std·√D", "views": "views of an image"}
 
@@ -126,10 +127,14 @@ def values_of(claim: dict[str, Any], arm: str, runs: Runs) -> dict[int, float]:
 
 
 def value(claim: dict[str, Any], arm: str, one: Measured) -> float:
-    """Returns the claim's measure of one run of an arm: one of MEASURES, or `views`, the views of
-    an image that the run had seen when its k-NN lay 5 points above random.
+    """Returns the claim's measure of one run of an arm: one of MEASURES; `views`, the views of an
+    image that the run had seen when its k-NN lay 5 points above random; or `found_over_chance`, by
+    how much what FNC found in the last quarter is of the image's class more often than by chance.
     """
     measure = claim["measure"]
+    if measure == "found_over_chance":
+        found, chance = (last_quarter(one, name) for name in ("found_precision", "found_chance"))
+        return 100 * (found - chance)
     if measure == "views":
         return claim["views"][arm] * epochs_until(one, LEARNED)
     if measure not in MEASURES:

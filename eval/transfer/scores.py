@@ -3,7 +3,6 @@
 import warnings
 
 import numpy as np
-from sklearn.metrics import balanced_accuracy_score
 
 RECALLS = 11  # VOC2007 devkit: recall 0, 0.1, …, 1
 GSG_TEN = ("cifar10", "aircraft", "caltech101", "cars", "dtd", "flowers", "food101", "pets")
@@ -17,6 +16,8 @@ def top1(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def mean_per_class(scores: np.ndarray, labels: np.ndarray) -> float:
     """Returns percent right of each class, averaged over the classes that occur in `labels`."""
+    from sklearn.metrics import balanced_accuracy_score  # here: its import takes seconds
+
     with warnings.catch_warnings():
         # a class may be predicted that has no image here: it counts as wrong, and is not averaged
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
