@@ -74,15 +74,21 @@ def added(joined: Joined, judged: dict[str, lab.Judged]) -> str:
 
 
 def secondary(joined: Joined, judged: dict[str, lab.Judged]) -> str:
-    """Writes a table, without verdicts, for each package of secondary claims."""
+    """Writes a table, without verdicts, for each package of secondary claims that have run, and
+    names those that have not.
+    """
     packages: dict[str, list[dict[str, Any]]] = {}
     for claim in joined.claims["lab"]["claims"]:
         if not claim["primary"]:
             packages.setdefault(claim.get("package", lab.FIRST), []).append(claim)
     said = []
     for package, of in packages.items():
-        cells = [line[:3] + line[4:] for line in rows(of, joined, judged)]
-        said += [f"**{package[0].upper()}{package[1:]}**", table(HEAD[:3] + HEAD[4:], cells)]
+        run = [claim for claim in of if judged[claim["name"]].effects]
+        names = ", ".join(f"`{claim['name']}`" for claim in of if claim not in run)
+        cells = [line[:3] + line[4:] for line in rows(run, joined, judged)]
+        said += [f"**{package[0].upper()}{package[1:]}**"]
+        said += [table(HEAD[:3] + HEAD[4:], cells)] if run else []
+        said += [f"Not run yet: {names}."] if names else []
     return "\n\n".join(said) or "None."
 
 

@@ -4,8 +4,9 @@
     python results/report.py --check  # says what is stale, exits with 1
     python results/report.py compare RUN [RUN …] [--output compare.png]
 
-The pages are README.md, claims.md, index.html and results.csv in results/, and the block of results
-in the README of the project; the figures are those that are made of records.
+The pages are README.md, claims.md, index.html and results.csv in results/, the block of results in
+the README of the project and the lab's cells in the recipes' pages; the figures are those that are
+made of records.
 
 A number stands beside a paper's only where data, epochs, batch and protocol are the same; all
 other records have tables of their own.
@@ -21,6 +22,7 @@ from common.errors import UserError, command
 from common.files import write
 from common.run.help import in_80_columns
 from results import (
+    cells,
     claims_page,
     compare,
     curves,
@@ -88,6 +90,7 @@ def build(
         folder / "index.html": page.html(joined, said),
         folder / spreadsheet.NAME: spreadsheet.text(joined),
     }
+    pages |= cells.pages(joined, readme.parent / "recipes")
     if readme.exists():
         pages[readme] = in_readme(readme.read_text(), root_part(joined, said))
     return pages

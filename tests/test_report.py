@@ -19,7 +19,7 @@ from common import cards
 from common.errors import UserError
 from common.run import pictures
 from common.run.flags import NO_SETTING, numbers_of
-from results import compare, joined, record, report, summary, tables
+from results import cells, compare, joined, record, report, summary, tables
 
 PUBLISHED = golden_set.published()
 OWN = tables.load_published(joined.HERE / "published.yaml")  # the project's
@@ -307,6 +307,23 @@ def test_the_labs_runs_are_not_among_other_settings(tmp_path):
     _, apart = parts(pages[tmp_path / "README.md"])
     assert "The lab's 1 row is in [claims.md]" in apart and "| 45.00 |" not in apart
     assert "45.00" in pages[tmp_path / "index.html"]
+
+
+def test_cells_of_recipes_pages_are_filled_from_the_lab(tmp_path):
+    page, of = tmp_path / "mine.md", joined.load()
+    name = "barlow-twins-redundancy"  # five seeds of it are recorded
+    seen, not_run = (f"<!-- lab: {n} -->x<!-- /lab -->" for n in (name, "crop-vicreg"))
+    page.write_text(f"| a | {seen} | {not_run} |")
+    (tmp_path / "other.md").write_text("no cell")
+    [(path, text)] = cells.pages(of, tmp_path).items()
+    assert path == page and text.startswith(f"| a | <!-- lab: {name} -->lab: +18.96 [+15.75, +22")
+    assert "n = 5 (CIFAR-10, 10 000 images), seen here<!-- /lab --> | " in text
+    assert text.endswith(" | <!-- lab: crop-vicreg -->not measured<!-- /lab --> |")
+    page.write_text(text)
+    assert cells.pages(of, tmp_path) == {page: text}
+    page.write_text("<!-- lab: nobodys --><!-- /lab -->")
+    with pytest.raises(UserError, match=r"mine.md has a cell of nobodys, which is no claim"):
+        cells.pages(of, tmp_path)
 
 
 def test_a_changed_record_makes_the_pages_stale(tmp_path):
