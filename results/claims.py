@@ -72,7 +72,8 @@ def lab_arms(lab: dict[str, Any]) -> list[tuple[str, str]]:
     found = [(claim["name"], arm) for claim in lab["claims"] for arm in arms_of(claim)]
     parts = lab.get("parts", ())
     found += [(part["label"], part[side]) for part in parts for side in ("intact", "broken")]
-    return [*found, *lab.get("controls", {}).items(), *lab.get("spectra", {}).items()]
+    found += [(label, of["run"]) for label, of in lab.get("methods", {}).items()]
+    return [*found, *lab.get("controls", {}).items()]
 
 
 def arms_of(claim: dict[str, Any]) -> list[str]:

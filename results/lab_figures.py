@@ -1,5 +1,5 @@
 """The lab's pictures, drawn from its records by results/report.py: what each part of a method is
-worth, every claim's effect beside the published one, and (lab_spectra.py) singular values.
+worth, every claim's effect beside the published one, and (lab_methods.py) all methods.
 
 A picture carries the digest of its numbers, as those of curves.py; without records there is none.
 """
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from common.run import pictures
-from results import curves, fixed, lab, lab_spectra, tables
+from results import curves, fixed, lab, lab_methods, tables
 from results.claims import Runs
 from results.joined import Joined
 from slurm.plan import PROTOCOLS
 
 PARTS, EFFECTS, MORE = "lab-parts.png", "lab-effects.png", "lab-secondary.png"
-SPECTRA = "lab-spectra.png"
+METHODS, SPECTRA = "lab-methods.png", "lab-spectra.png"
 FRONT = (PARTS, EFFECTS)  # in the README of the project too
 COMMAND = "python results/report.py"
 # the heading for each verdict, by the words that the verdict begins with
@@ -30,7 +30,8 @@ OTHERS |= {"views": "views of an image until k-NN is 5 points above random"}
 def shown(joined: Joined) -> list[dict[str, str]]:
     """Returns the pictures that there are numbers for, in the form of figures.yaml's entries."""
     captions = {PARTS: parts_caption, EFFECTS: effects_caption, MORE: secondary_caption}
-    captions[SPECTRA] = lab_spectra.caption
+    captions[METHODS] = lab_methods.accuracies_caption
+    captions[SPECTRA] = lab_methods.spectra_caption
     return [
         {"file": name, "caption": captions[name](numbers), "command": COMMAND, "page": "claims.md"}
         for name, numbers in numbers_of(joined).items()
@@ -44,8 +45,10 @@ def numbers_of(joined: Joined) -> dict[str, dict[str, Any]]:
         return {}
     found = {PARTS: parts_of(what, joined.runs), EFFECTS: effects_of(what, joined.runs)}
     found[MORE] = secondary_of(what, joined.runs)
-    if spectra := lab_spectra.of_runs(what, joined.runs):
-        found[SPECTRA] = spectra | {"title": scale(spectra["arms"], joined.runs)}
+    title = {"title": scale([of["run"] for of in what.get("methods", {}).values()], joined.runs)}
+    for name, of in ((METHODS, lab_methods.accuracies), (SPECTRA, lab_methods.spectra)):
+        if numbers := of(what, joined.runs):
+            found[name] = numbers | title
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
@@ -60,7 +63,8 @@ def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
 
 def draw(path: Path, numbers: dict[str, Any]) -> None:
     drawing = {PARTS: draw_parts, EFFECTS: draw_effects, MORE: draw_effects}
-    (drawing | {SPECTRA: lab_spectra.draw})[path.name](path, numbers)
+    drawing |= {METHODS: lab_methods.draw_accuracies, SPECTRA: lab_methods.draw_spectra}
+    drawing[path.name](path, numbers)
 
 
 def scale(arms: list[str], runs: Runs) -> str:
@@ -162,22 +166,13 @@ def draw_parts(path: Path, numbers: dict[str, Any]) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("k-NN accuracy on test images, %", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-    place_legend(figure, axis)
-    figure.suptitle(f"Take one part away\n{numbers['title']}", fontsize=11)
-    figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
+    legend = axis.get_legend_handles_labels()
+    lab_methods.finish(figure, legend, f"Take one part away\n{numbers['title']}")
     pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
 
 
 def named(row: dict[str, Any]) -> str:
     return f"{row['label']}\n(whole: {row['name']})" if row["name"] else row["label"]
-
-
-def place_legend(figure, axis) -> None:
-    """Puts the legend below all panels, in one line."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="lower center", ncols=len(labels), fontsize=8.5, frameon=False
-    )
 
 
 # -- effects --------------------------------------------------------------------------------------
@@ -269,9 +264,8 @@ def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
     axis.plot([], [], "o", color="0.45", ms=3, label="a seed")
     axis.plot([], [], "kD", mfc="white", ms=6, label="published")
     axis.fill_between([], [], [], color="0.85", label="too small to be of interest")
-    place_legend(figure, axis)
-    figure.suptitle(f"{numbers['name']}; ours:\n{numbers['title']}", fontsize=11)
-    figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
+    legend = axis.get_legend_handles_labels()
+    lab_methods.finish(figure, legend, f"{numbers['name']}; ours:\n{numbers['title']}")
     pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
 
 

@@ -15,8 +15,8 @@ SMALLER = "smaller here than is of interest"  # each claim has its own bound
 
 
 def sentences(joined: Joined) -> list[str]:
-    """Says in Markdown: the papers' numbers, their claims, and what our other runs are."""
-    text = [papers_numbers(joined.rows), *of_lab(joined.claims, joined.runs)]
+    """Says in Markdown: the papers' claims and numbers, and what our other runs are."""
+    text = [*of_lab(joined.claims, joined.runs), papers_numbers(joined.rows)]
     text += [verdicts(joined.claims, joined.runs)]
     apart = [r for _, r in joined.apart if not joined.of_lab(r)]  # the lab has its own sentence
     return [*text, *other_runs(joined.rows, apart)]

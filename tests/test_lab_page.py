@@ -60,9 +60,9 @@ LAB = {
         {"label": "what nobody has run", "intact": "absent", "broken": "absent"},
     ],
     "controls": {"supervised": "e"},
-    "spectra": {"method a": "a", "method d": "d", "not run": "absent"},
+    "methods": {"method a": {"run": "a"}, "method d": {"run": "d"}, "no": {"run": "absent"}},
 }
-PICTURES = ["lab-parts", "lab-effects", "lab-secondary", "lab-spectra"]
+PICTURES = ["lab-parts", "lab-effects", "lab-secondary", "lab-methods", "lab-spectra"]
 WORDS = {"is-seen": lab.SEEN, "is-reversed": lab.REVERSED, "is-smaller": "smaller than 2 here"}
 WORDS |= {"is-open": lab.OPEN, "is-untestable": lab.NOT_TESTABLE, "falls": lab.SEEN}
 WORDS |= {"is-not-run": lab.NOT_RUN, "has-more-rank": lab.SEEN}
@@ -276,7 +276,7 @@ def test_pictures_show_the_records_and_are_drawn_alike(tmp_path):
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
     more = join([(n, one | {"value": 1.0}) for n, one in invented_records()])
-    assert lab_figures.stale(more, first) == {}  # the linear read-out is in none
+    assert [path.stem for path in lab_figures.stale(more, first)] == ["lab-methods"]  # linear
     fewer = join([item for item in invented_records() if item[0] != "d-14.json"])
     assert [path.stem for path in lab_figures.stale(fewer, first)] == PICTURES[:2]
 
@@ -325,6 +325,23 @@ def test_secondary_effects_stand_under_their_packages():
     text = lab_page.markdown(found).split("### Not corrected")[1]
     assert text.index("**Fixed with the primary ones**") < text.index("| The claim second")
     assert text.index("| The claim second") < text.index("**Views**") < text.index("| The claim mo")
+
+
+def test_all_methods_have_their_accuracies_and_those_of_four_views_a_mark_at_half():
+    of = LAB | {"methods": {"a": {"run": "a"}, "b": {"run": "b", "views": 4}}}
+    records = [item for item in invented_records() if item[0][:2] in ("a-", "b-")]
+    for n, (_, one) in enumerate(records):
+        one["history"] = [{"epoch": [0, 10, 20], "knn": [0.3, 0.4 + n / 1000, 0.5]}]
+    rows = lab_figures.numbers_of(join(records, of))[lab_figures.METHODS]["rows"]
+    assert rows["a"]["random"] == 30.0 and [*rows["a"]["marks"]] == ["k-NN", "linear"]
+    assert rows["a"]["marks"]["k-NN"]["mean"] == pytest.approx(59.96)
+    found = lab.interval([59, 60.4, 60.8, 59.4, 60.2])
+    assert rows["a"]["marks"]["k-NN"]["low"] == pytest.approx(found.low, abs=1e-3)
+    half = rows["b"]["marks"]["k-NN, at equal views"]
+    assert half["mean"] == pytest.approx(40.7)  # of 40.5 to 40.9
+    records[-1][1]["history"][0]["knn"][1] = None
+    rows = lab_figures.numbers_of(join(records, of))[lab_figures.METHODS]["rows"]
+    assert [*rows["b"]["marks"]] == ["k-NN", "linear"]
 
 
 def test_singular_values_are_means_over_seeds_of_decades():
