@@ -41,7 +41,7 @@ from common.config import (
 from common.distributed import average_gradients, gather, gather_with_grad, rank
 from common.errors import UserError, command
 from common.fast.micro_batch import Pieces
-from common.models import build_encoder, in_full_precision, mlp
+from common.models import EMBED_DIMS, build_encoder, in_full_precision, mlp
 from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
 from common.run.flags import parse
 from common.run.run import Run
@@ -208,10 +208,11 @@ def resolve(config: Config) -> Config:
     that cannot take the images or makes embeddings of another width.
     """
     preset = PRESETS.get(config.dataset, {})
-    if config.projector == "none" and config.second_arch not in ("shared", "same", config.arch):
+    width = EMBED_DIMS.get(config.second_arch, EMBED_DIMS[config.arch])  # of shared and same
+    if config.projector == "none" and width != EMBED_DIMS[config.arch]:
         raise UserError(
-            f"--second-arch {config.second_arch}: without a projector embeddings would differ in "
-            "width: give --projector, or --second-arch same"
+            f"--second-arch {config.second_arch}: without a projector its embeddings are {width} "
+            f"wide, those of {config.arch} {EMBED_DIMS[config.arch]}: give --projector"
         )
     if config.second_arch.startswith("vit") and config.image_size % 16:
         text = f"--second-arch {config.second_arch}: --image-size must be a multiple of 16"

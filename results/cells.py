@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from common.errors import UserError
-from results import lab, lab_page
+from results import lab, lab_figures, lab_page, tables
 from results.joined import Joined
 
 MARK = re.compile(r"<!-- lab: ([a-z0-9.-]+) -->(.*?)<!-- /lab -->")
@@ -37,12 +37,12 @@ def filled(text: str, joined: Joined, path: Path) -> str:
 
 
 def said(claim: dict, found: lab.Judged, joined: Joined) -> str:
-    """Says the measured effect with its interval and scale, like lab: +0.30 [-0.90, +1.50] points
-    of k-NN, n = 3 (CIFAR-10, 10 000 images).
+    """Says the measured effect with its interval, its runs and their scale, like lab: +0.30 [-0.90,
+    +1.50] points of k-NN, n = 3, of `lab-a` − `lab-b` (CIFAR-10 …, 20 epochs).
     """
     if found.interval is None:
         return NOT_YET
-    config = joined.plan[next(iter(claim["effect"]))].config
-    verdict = f", {found.word}" if found.word else ""
-    images = f"{config['train_images']:,}".replace(",", " ")
-    return f"lab: {lab_page.ours(claim, found)} (CIFAR-10, {images} images){verdict}"
+    verdict = f" **{found.word}**" if found.word else ""
+    effect = f"{lab_page.ours(claim, found)}, of {lab_page.formula(claim['effect'])}"
+    scale = lab_figures.scale([*claim["effect"]], joined.runs)
+    return tables.prose(f"lab:{verdict} {effect} ({scale})")

@@ -39,12 +39,16 @@ def is_known(commit: str) -> bool:
 def check(claims: list[dict[str, Any]], runs: Runs) -> bool:
     """Tells whether the git history has the commit of every record of these claims' runs. Raises
     UserError for a record whose commit does not hold its claim as it is now. A claim that was fixed
-    later may take runs that were there for others, beside an arm of its own that was not.
+    later may take runs that were there for others, beside an arm of its effect that was not.
     """
     every = True
     for claim in claims:
         arms = arms_of(claim)
-        own = [arm for arm in arms if all(holds(one, claim) for _, one in records_of(runs, arm))]
+        own = [
+            arm
+            for arm in claim["effect"]
+            if all(holds(one, claim) for _, one in records_of(runs, arm))
+        ]
         for arm in arms:
             for name, one in records_of(runs, arm):
                 there = claims_at(one["commit"])

@@ -133,8 +133,7 @@ def value(claim: dict[str, Any], arm: str, one: Measured) -> float:
     """
     measure = claim["measure"]
     if measure == "found_over_chance":
-        found, chance = (last_quarter(one, name) for name in ("found_precision", "found_chance"))
-        return 100 * (found - chance)
+        return 100 * (last_quarter(one, "found_precision") - last_quarter(one, "found_chance"))
     if measure == "views":
         return claim["views"][arm] * epochs_until(one, LEARNED)
     if measure not in MEASURES:

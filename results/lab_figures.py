@@ -24,6 +24,7 @@ ORDER = {lab.SEEN: lab.SEEN, lab.REVERSED: lab.REVERSED, "smaller": "smaller tha
 ORDER |= {word: word for word in (lab.OPEN, lab.NOT_TESTABLE)}
 OTHERS = {"rank": "effective rank", "std": "std·√D of the embedding"}
 OTHERS |= {"feature_rank": "effective rank of the representation"}
+OTHERS |= {"found_over_chance": "points of precision over chance"}
 OTHERS |= {"views": "views of an image until k-NN is 5 points above random"}
 
 
@@ -244,7 +245,7 @@ def effects_caption(numbers: dict[str, Any]) -> str:
 def secondary_caption(numbers: dict[str, Any]) -> str:
     return (
         "The secondary claims that have run, none of them corrected for their number: to the right "
-        "of 0 is what the paper says; dots, diamonds and grey as above."
+        "of 0 is what the claim says, of a switch that it helps; dots, diamonds and grey as above."
     )
 
 

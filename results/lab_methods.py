@@ -124,9 +124,10 @@ def decades(by_seed: list[list[float]]) -> list[float]:
 
 def spectra_caption(numbers: dict[str, Any]) -> str:
     return (
-        "Singular values of the embedding (what the loss sees; solid) and of the representation "
-        "(what is evaluated; dashed) on 2 000 test images after the last epoch, relative to the "
-        "largest, mean over seeds: a line that falls early uses few directions."
+        "Singular values, largest first, of the embedding (the projector's output; solid) and of "
+        "the representation (what is evaluated; dashed), centred, on 2 000 test images after the "
+        "last epoch, relative to the largest, mean over seeds: a line that falls early uses few "
+        "directions."
     )
 
 
@@ -147,9 +148,9 @@ def draw_spectra(path: Path, numbers: dict[str, Any]) -> None:
         axis.tick_params(labelsize=8, labelbottom=True)
     for axis in axes.flat[len(methods) :]:
         axis.set_visible(False)
-    figure.supylabel("log10 of the value / the largest", fontsize=9)
+    figure.supylabel("log10 of value / largest", fontsize=9)
     legend = axes.flat[0].get_legend_handles_labels()
-    finish(figure, legend, f"Singular values, by rank\n{numbers['title']}")
+    finish(figure, legend, f"Singular values, largest first\n{numbers['title']}")
     pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
 
 

@@ -20,7 +20,10 @@ CONSTANTS |= {
 CONSTANTS |= {"SMALLER": lab.SMALLER.replace("{m:g}", "m"), "WIDE": f"{100 - 200 * lab.LEVEL:g}"}
 LEAST = 1e-4  # smaller p values are not told apart
 HEAD = ("claim", "the paper says", "ours, 95 % interval", "verdict", "command")
-CHECKED = "The commit of each record holds its claim as it stands here; `report.py` refuses others."
+CHECKED = (
+    "The commit of each record holds the claims that it was run for as they stand here; "
+    "`report.py` refuses others. A later claim may take such a run too, beside runs of its own."
+)
 UNCHECKED = (
     "That the commit of each record holds its claim is **not checked**: its history is not at hand."
 )
@@ -100,7 +103,7 @@ def rows(
         [
             f"{claim['claim'][0].upper()}{claim['claim'][1:]}",
             f"{claim['published'].strip()} ({claim['source'].strip()})",
-            ours(claim, judged[claim["name"]]),
+            ours(claim, judged[claim["name"]]) + collapses(claim, joined.runs),
             verdict(judged[claim["name"]]),
             commands(claim, joined),
         ]
@@ -116,6 +119,19 @@ def ours(claim: dict[str, Any], found: lab.Judged) -> str:
     if what is None:
         return f"{statistics.fmean(found.effects.values()):+.2f} {unit}, n = {len(found.effects)}"
     return f"{what.mean:+.2f} [{what.low:+.2f}, {what.high:+.2f}] {unit}, n = {what.n}"
+
+
+def collapses(claim: dict[str, Any], runs: Runs) -> str:
+    """Says, of a secondary claim about collapse, how many seeds of each run have collapsed; what a
+    primary one's have is in its verdict.
+    """
+    groups = [claim.get(name, ()) for name in ("collapse", "intact")]
+    found = {arm: lab.of_arm(runs, arm).values() for group in groups for arm in group}
+    return "".join(
+        f"; `{arm}` has collapsed with {sum(one.collapsed for one in ones)} of {len(ones)} seeds"
+        for arm, ones in found.items()
+        if ones and not claim["primary"]
+    )
 
 
 def verdict(found: lab.Judged) -> str:

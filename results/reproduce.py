@@ -17,6 +17,7 @@ says both numbers.
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import signal
@@ -33,7 +34,8 @@ from common.run import documents, lock
 from common.run.flags import gpu_is_there
 from common.run.help import in_80_columns
 from common.run.results import FAILED, is_finished
-from results import claims, record, tables
+from results import claims, lab_rates, record, tables
+from results.joined import Joined
 from slurm import plan
 from slurm.plan import PROTOCOLS, Piece, Planned
 
@@ -43,6 +45,7 @@ PLAN = HERE / "plan.yaml"
 STATES = ("recorded", "trained", "running", "unfinished", "missing")
 PATIENCE = 120.0  # seconds that a stopped run may take to save before it is killed
 LOCK = "reproduce.lock"
+LAB = "lab-"  # how the names of the claims' runs begin
 # the run itself measures these; below, the other evaluations' scripts and flags
 OWN = {
     "knn": lambda folder: record.knn_record([folder]),
@@ -179,6 +182,22 @@ def take(
         folder.mkdir(exist_ok=True)
         (folder / LOCK).write_text(str(os.getpid()))
     return piece, state
+
+
+def waiting(runs: Sequence[Planned], everything: dict[str, Planned], work: Work) -> list[Planned]:
+    """Returns the lab's runs whose rate is not the one that its recorded rates have chosen."""
+    recorded = claims.recorded(work.stored(), everything)
+    chosen = lab_rates.chosen(Joined([], [], [], everything, {}, recorded, []))
+    found = []
+    for run in runs:
+        arm = run.name.removeprefix(LAB)
+        base = everything.get(f"{lab_rates.GRID}{arm}-x1") if run.name.startswith(LAB) else None
+        if base is None:  # no run of the lab, or one that has the rate of another
+            continue
+        rate = base.config["lr"] * chosen.get(arm, 0)
+        if not math.isclose(run.config["lr"], rate, rel_tol=1e-4):
+            found.append(run)
+    return found
 
 
 def is_for_here(run: Planned) -> bool:
@@ -416,6 +435,14 @@ def main(argv: list[str] | None = None) -> None:
         work = Work(stored.runs / "again", stored.runs / "again" / "records")
     deadline = time.monotonic() + arguments.budget
     here = [run for run in runs if arguments.only or is_for_here(run)]
+    unset = waiting(here, everything, stored)
+    if unset and arguments.only:
+        raise UserError(
+            f"{unset[0].name} waits for its rate: run {lab_rates.GRID}"
+            f"{unset[0].name.removeprefix(LAB)}-x0.25, -x1 and -x4, and set the best as its factor "
+            "in plan.yaml (results/claims.md, Rates)"
+        )
+    here = [run for run in here if run not in unset]
     data = {name: getattr(arguments, name) for name in plan.DATA}
     done = None
     while taken := take(here, work, lambda name: bool(data.get(name, True))):

@@ -6,6 +6,7 @@ from scipy import stats
 
 from results import lab
 from results.record import FAILED
+from results.record import history as kept_history
 
 
 def record(knn=60.0, linear=62.0, random=30.0, std=0.9, rank=40.0, purity=0.5, curve=None):
@@ -217,3 +218,14 @@ def test_seeds_to_settle_is_the_first_number_that_would_do():
     half = [stats.t.ppf(0.975, k - 1) * spread / k**0.5 for k in (n - 1, n)]
     assert half[0] >= mean > half[1]
     assert lab.seeds_to_settle([1.0, -1.0, 1.0, -1.0], 1e-9) is None
+
+
+def test_what_fnc_finds_is_measured_over_chance_in_the_last_quarter():
+    """By the monitors that a record keeps, so that none of them is missing there."""
+    logged = [
+        {"kind": "epoch", "epoch": e, "found_precision": 0.1 * e, "found_chance": 0.1}
+        for e in range(1, 9)
+    ]
+    one = record() | {"history": [kept_history(logged)]}
+    found = lab.value(claim(measure="found_over_chance"), "a", lab.measured(one))
+    assert found == pytest.approx(100 * (0.75 - 0.1))

@@ -317,13 +317,14 @@ def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls(
 
 def test_secondary_effects_stand_under_their_packages():
     of = LAB | {"claims": [*LAB["claims"], invented("more", {"a": 1, "b": -1}, primary=False)]}
-    of["claims"][-1]["package"] = "views"
+    of["claims"][-1] |= {"package": "views", "collapse": ["d"], "intact": ["a"]}
     found = join(invented_records(), of)
     by = lab_figures.numbers_of(found)[lab_figures.MORE]["panels"]["points of accuracy"]
     names = {heading: [line["name"] for line in lines] for heading, lines in by.items()}
     assert names == {lab.FIRST: ["second"], "views": ["more"]}
     text = lab_page.markdown(found).split("### Not corrected")[1]
     assert text.index("**Fixed with the primary ones**") < text.index("| The claim second")
+    assert "`d` has collapsed with 5 of 5 seeds; `a` has collapsed with 0 of 5 seeds |" in text
     assert text.index("| The claim second") < text.index("**Views**") < text.index("| The claim mo")
 
 
@@ -417,6 +418,9 @@ def test_a_later_claim_may_take_others_runs_beside_an_arm_of_its_own(history):
         return fixed.check([*LAB["claims"], claim], runs)
 
     assert check(later, after)
+    dummy = invented("made-after", {"a": 1, "b": -1}, healthy="new", collapse=["never-run"])
+    with pytest.raises(UserError, match="does not hold the claim made-after"):
+        check(dummy, after)
     with pytest.raises(UserError, match="does not hold the claim later"):
         check(later, before)
     with pytest.raises(UserError, match="does not hold the claim made-after"):

@@ -316,8 +316,9 @@ def test_cells_of_recipes_pages_are_filled_from_the_lab(tmp_path):
     page.write_text(f"| a | {seen} | {not_run} |")
     (tmp_path / "other.md").write_text("no cell")
     [(path, text)] = cells.pages(of, tmp_path).items()
-    assert path == page and text.startswith(f"| a | <!-- lab: {name} -->lab: +18.96 [+15.75, +22")
-    assert "n = 5 (CIFAR-10, 10 000 images), seen here<!-- /lab --> | " in text
+    assert path == page and f"<!-- lab: {name} -->lab: **seen here** +18.96 \\[+15.75, +22" in text
+    assert "n = 5, of `lab-barlow-twins` − `lab-barlow-twins-redundancy` (CIFAR-10 (JPEG" in text
+    assert "resnet_lab, batch 128, 20 epochs)<!-- /lab --> | " in text
     assert text.endswith(" | <!-- lab: crop-vicreg -->not measured<!-- /lab --> |")
     page.write_text(text)
     assert cells.pages(of, tmp_path) == {page: text}

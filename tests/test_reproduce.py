@@ -253,6 +253,22 @@ def stored(work, name, seeds, value=50.0):
         record.add(one, folder=work.records)
 
 
+def test_a_run_of_the_lab_waits_for_its_rate(work, planned):
+    base = planned["photos-nnclr"]
+
+    def named(name, lr):
+        return dataclasses.replace(base, name=name, config=base.config | {"lr": lr}, seeds=[0])
+
+    rates = {f"rate-a-x{f:g}": named(f"rate-a-x{f:g}", 0.06 * f) for f in (0.25, 1, 4)}
+    right, wrong, other = named("lab-a", 0.24), named("lab-a", 0.06), named("lab-a-double", 0.06)
+    assert reproduce.waiting([right, other], rates, work) == [right]  # nothing is recorded
+    for n, name in enumerate(rates):
+        own = {"plan": name, "backbone_sha256": [f"{n}" * 64]}
+        _, one = golden_set.of_run("photos-nnclr", 0, 40.0 + n, **own)
+        record.add(one, folder=work.records)
+    assert reproduce.waiting([right, wrong, other, *rates.values()], rates, work) == [wrong]
+
+
 def test_all_goes_on_seed_by_seed_until_none_is_left(golden, monkeypatch, capsys):
     done = []
     monkeypatch.setattr(reproduce, "work_on", lambda piece, *_, **__: done.append(piece.name))

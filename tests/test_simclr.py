@@ -329,7 +329,10 @@ def test_a_batch_of_the_rate_that_sqrt_does_not_read_is_refused(flags):
     ("flags", "expected"),
     [
         (["--second-arch", "vit_small", "--image-size", "100"], "multiple of 16, not 100"),
-        (["--projector", "none", "--second-arch", "resnet18"], "would differ in width"),
+        (
+            ["--projector", "none", "--second-arch", "resnet18"],
+            "are 512 wide, those of resnet50",
+        ),
     ],
 )
 def test_a_second_encoder_that_does_not_fit_is_refused(flags, expected):
