@@ -86,7 +86,7 @@ def parts_of(what: dict[str, Any], runs: Runs) -> dict[str, Any]:
     rows, arms = [], []
     for part in what.get("parts", ()):
         sides = {side: side_of(runs, part[side]) for side in ("intact", "broken")}
-        if any(side["knn"] for side in sides.values()):
+        if all(side["knn"] for side in sides.values()):
             rows.append({"label": part["label"], "name": part.get("intact_label", ""), **sides})
             arms += [part["intact"], part["broken"]]
     if not rows:

@@ -104,7 +104,7 @@ def rows(
             f"{claim['claim'][0].upper()}{claim['claim'][1:]}",
             f"{claim['published'].strip()} ({claim['source'].strip()})",
             ours(claim, judged[claim["name"]]) + collapses(claim, joined.runs),
-            verdict(judged[claim["name"]]),
+            verdict(judged[claim["name"]]) + ("; see its note" if "note" in claim else ""),
             commands(claim, joined),
         ]
         for claim in claims
@@ -228,6 +228,7 @@ def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
         if group in claim:
             text += f" {group.capitalize()}: {', '.join(f'`{arm}`' for arm in claim[group])}."
     text += f" Against it: {claim['against'].strip()}."
+    text += f" **Note of {claim['note'].strip()}**" if "note" in claim else ""
     if found.effects:
         text += f" By seed: {', '.join(f'{v:+.2f}' for v in found.effects.values())}."
     files = dict.fromkeys(

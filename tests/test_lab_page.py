@@ -315,6 +315,13 @@ def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls(
     assert controls["random encoder, as initialised"] == 27.5 and controls["pixels"] == 29.0
 
 
+def test_a_note_is_told_beside_the_verdict_and_changes_nothing():
+    text = lab_page.markdown(join(invented_records(), with_claim(note="2026-11-23: it rained.")))
+    assert "**seen here**; p" in row_of(text, "The claim is-seen")
+    assert "; see its note |" in row_of(text, "The claim is-seen")
+    assert "**Note of 2026-11-23: it rained.**" in text and text.count("see its note") == 1
+
+
 def test_secondary_effects_stand_under_their_packages():
     of = LAB | {"claims": [*LAB["claims"], invented("more", {"a": 1, "b": -1}, primary=False)]}
     of["claims"][-1] |= {"package": "views", "collapse": ["d"], "intact": ["a"]}
