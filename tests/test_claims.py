@@ -276,6 +276,7 @@ def on_golden(monkeypatch):
     def use(*records, figures=()):
         for module in (report, curves):
             monkeypatch.setattr(module, "load", lambda: golden_set.join(records, figures))
+        monkeypatch.setattr(report.cells, "pages", lambda *_: {})  # they name the lab's own claims
 
     return use
 
