@@ -19,7 +19,7 @@ CONSTANTS |= {
 }
 CONSTANTS |= {"SMALLER": lab.SMALLER.replace("{m:g}", "m"), "WIDE": f"{100 - 200 * lab.LEVEL:g}"}
 LEAST = 1e-4  # smaller p values are not told apart
-HEAD = ("claim", "the paper says", "ours, 95 % interval", "verdict", "command")
+HEAD = ("claim", "the paper says", "ours, 95 % interval", "verdict, p after Holm", "command")
 CHECKED = (
     "The commit of each record holds the claims that it was run for as they stand here; "
     "`report.py` refuses others. A later claim may take such a run too, beside runs of its own."

@@ -64,7 +64,7 @@ def verdicts(what: dict[str, Any], runs: claims.Runs) -> str:
 
 
 def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
-    """Counts the verdicts on the lab's primary claims, and names those that are seen or reversed;
+    """Counts the verdicts on the lab's primary claims, and names those that are judged;
     empty without any claim.
     """
     found = what.get("lab", {}).get("claims", [])
@@ -73,7 +73,7 @@ def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
     words = [SMALLER if word.startswith(SMALLER[:8]) else word for word in words]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     text = f"Of the lab's {len(words)} primary claims: **{counts}**."
-    for word in (lab.SEEN, lab.REVERSED):
+    for word in (lab.SEEN, lab.REVERSED, lab.OPEN, lab.NOT_TESTABLE):
         if named := [c["claim"] for c in found if c["primary"] and judged[c["name"]].word == word]:
             text += f" {word.capitalize()}: {'; '.join(named)}."
     return [text] if words else []
