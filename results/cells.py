@@ -17,23 +17,20 @@ NOT_YET = "not measured"
 
 def pages(joined: Joined, folder: Path) -> dict[Path, str]:
     """Returns the text of each page with such cells; UserError for an unknown claim."""
-    found = {path: path.read_text() for path in sorted(folder.glob("*.md"))}
-    return {path: filled(text, joined, path) for path, text in found.items() if MARK.search(text)}
-
-
-def filled(text: str, joined: Joined, path: Path) -> str:
-    """Returns a page's text with its cells filled."""
     known = joined.claims.get("lab", {"claims": []})["claims"]
     judged = lab.judge_all(known, joined.runs)
     by_name = {claim["name"]: claim for claim in known}
+    found = {path: path.read_text() for path in sorted(folder.glob("*.md"))}
 
-    def cell(found: re.Match) -> str:
-        name = found.group(1)
-        if name not in by_name:
-            raise UserError(f"{path} has a cell of {name}, which is no claim of the lab")
-        return f"<!-- lab: {name} -->{said(by_name[name], judged[name], joined)}<!-- /lab -->"
+    def filled(path: Path) -> str:
+        def cell(mark: re.Match) -> str:
+            if (name := mark.group(1)) not in by_name:
+                raise UserError(f"{path} has a cell of {name}, which is no claim of the lab")
+            return f"<!-- lab: {name} -->{said(by_name[name], judged[name], joined)}<!-- /lab -->"
 
-    return MARK.sub(cell, text)
+        return MARK.sub(cell, found[path])
+
+    return {path: filled(path) for path, text in found.items() if MARK.search(text)}
 
 
 def said(claim: dict, found: lab.Judged, joined: Joined) -> str:

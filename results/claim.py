@@ -35,13 +35,7 @@ LENGTHS = {"epochs", "warmup-epochs"}  # photos has its own, epochs in the runs'
 FOREIGN = {"init", "subset-seed"}  # another run of the lab, another draw of its images
 EPOCHS = 3  # for a recipe of no family that the tier names
 SIDES = 2  # a claim of more runs than these has fewer epochs: all of them take four minutes
-HERE_TOO = {
-    "knn",
-    "gain",
-    "rank",
-    "std",
-    "feature_rank",
-}  # of a run without a read-out
+HERE_TOO = {"knn", "gain", "rank", "std", "feature_rank"}  # of a run without a read-out
 WIDTH = 40  # of the text's bars
 
 

@@ -167,9 +167,7 @@ def draw_parts(path: Path, numbers: dict[str, Any]) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("k-NN accuracy on test images, %", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-    legend = axis.get_legend_handles_labels()
-    lab_methods.finish(figure, legend, f"Take one part away\n{numbers['title']}")
-    pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
+    lab_methods.finish(figure, path, plt, axis, "Take one part away", numbers)
 
 
 def named(row: dict[str, Any]) -> str:
@@ -265,9 +263,7 @@ def draw_effects(path: Path, numbers: dict[str, Any]) -> None:
     axis.plot([], [], "o", color="0.45", ms=3, label="a seed")
     axis.plot([], [], "kD", mfc="white", ms=6, label="published")
     axis.fill_between([], [], [], color="0.85", label="too small to be of interest")
-    legend = axis.get_legend_handles_labels()
-    lab_methods.finish(figure, legend, f"{numbers['name']}; ours:\n{numbers['title']}")
-    pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
+    lab_methods.finish(figure, path, plt, axis, f"{numbers['name']}; ours:", numbers)
 
 
 def lines_of(by_heading: dict[str, list]) -> list[tuple[str, dict[str, Any] | None]]:

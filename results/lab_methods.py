@@ -93,9 +93,7 @@ def draw_accuracies(path: Path, numbers: dict[str, Any]) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("accuracy on test images, %", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-    handles, labels = axis.get_legend_handles_labels()
-    finish(figure, (handles, labels), f"All methods\n{numbers['title']}")
-    pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
+    finish(figure, path, plt, axis, "All methods", numbers)
 
 
 # -- singular values ------------------------------------------------------------------------------
@@ -149,13 +147,15 @@ def draw_spectra(path: Path, numbers: dict[str, Any]) -> None:
     for axis in axes.flat[len(methods) :]:
         axis.set_visible(False)
     figure.supylabel("log10 of value / largest", fontsize=9)
-    legend = axes.flat[0].get_legend_handles_labels()
-    finish(figure, legend, f"Singular values, largest first\n{numbers['title']}")
-    pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})
+    finish(figure, path, plt, axes.flat[0], "Singular values, largest first", numbers)
 
 
-def finish(figure, legend: tuple[list, list], title: str) -> None:
-    """Puts the title above and the legend, in one line, below all panels."""
-    figure.legend(*legend, loc="lower center", ncols=len(legend[0]), fontsize=8.5, frameon=False)
-    figure.suptitle(title, fontsize=11)
+def finish(figure, path: Path, plt, axis, title: str, numbers: dict[str, Any]) -> None:
+    """Puts the title above and the legend of `axis`, in one line, below all panels, and saves."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower center", ncols=len(labels), fontsize=8.5, frameon=False
+    )
+    figure.suptitle(f"{title}\n{numbers['title']}", fontsize=11)
     figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
+    pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})

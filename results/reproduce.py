@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PLAN = HERE / "plan.yaml"
 STATES = ("recorded", "trained", "running", "unfinished", "missing")
-PATIENCE = 120.0  # seconds that a stopped run may take to save before it is killed
+PATIENCE = 120.0  # seconds: a stopped run saves before it is killed; another process chooses
 LOCK = "reproduce.lock"
 LAB = "lab-"  # how the names of the claims' runs begin
 # the run itself measures these; below, the other evaluations' scripts and flags
@@ -175,7 +175,7 @@ def take(
     after the other, so that those that work on one plan side by side never take the same piece.
     """
     work.runs.mkdir(parents=True, exist_ok=True)
-    with lock.take(work.runs) or contextlib.nullcontext():
+    with lock.take(work.runs, PATIENCE) or contextlib.nullcontext():
         if (piece := choose(runs, work, has_data)) is None:
             return None
         state, folder = work.state(piece), work.folder(piece)

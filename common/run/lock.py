@@ -21,15 +21,15 @@ WAIT = 10.0  # seconds: a job that was requeued may start while the one before s
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def take(folder: Path) -> TextIO | None:
+def take(folder: Path, wait: float | None = None) -> TextIO | None:
     """Returns the locked file, to be kept open; None if the file system has no locks. Raises
-    UserError that names the process which has it, if it does not end within WAIT seconds.
+    UserError that names the process which has it, if it does not end within `wait` seconds (WAIT).
     """
     try:
         file = open(folder / NAME, "a+")  # noqa: SIM115, open as long as the process
     except OSError as error:
         raise UserError(f"{folder / NAME} cannot be written ({error.strerror})") from None
-    end = time.monotonic() + WAIT
+    end = time.monotonic() + (WAIT if wait is None else wait)
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import files
+from common import cards, files
 from common.errors import UserError
 from common.progress import duration
 from common.run import documents, environment, metrics, model_card
@@ -98,5 +98,6 @@ def say(folder: Path) -> None:
         f"{r['images_per_second']:.0f} images/s, {duration(3600 * r['hours'])}"
     )
     shown = [BACKBONE, model_card.NAME, "curves.png", "neighbours.png", metrics.NAME]
-    print(f"evaluate it: make evaluate RUN={folder}")
+    if r["recipe"] in cards.load():  # of others no protocol is known
+        print(f"evaluate it: make evaluate RUN={folder}")
     print(f"{folder}: {' '.join(f for f in shown if (folder / f).exists())}", flush=True)
