@@ -50,6 +50,7 @@ from common.models import (
 )
 from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
 from common.run.flags import parse
+from common.run.monitors import same_label_auc
 from common.run.run import Run
 from common.support_set import SupportSet
 
@@ -302,7 +303,11 @@ def main(argv: list[str] | None = None) -> None:
             z=y1,
             retrieved=retrieved,
             momentum=momentum_of_next_step,
-            **(positiveness_statistics(y1, near2) if k else {}),
+            **(
+                positiveness_statistics(y1, near2, run.ids, queue.ids[found2], run.labels)
+                if k
+                else {}
+            ),
         )
         queue.enqueue(key2, ids)  # view 2 of the momentum branch only, after both look-ups (code)
 
@@ -340,10 +345,17 @@ def neighbours_of(
 
 
 @torch.no_grad()
-def positiveness_statistics(y1: Tensor, neighbours: Tensor) -> dict[str, Tensor]:
-    """Returns the mean positiveness over neighbours (1/K) and its spread within one image's."""
+def positiveness_statistics(
+    y1: Tensor, neighbours: Tensor, ids: Tensor, retrieved: Tensor, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """Returns the mean positiveness over neighbours (1/K), its spread within one image's and, with
+    labels, how often it is larger for a neighbour of the image's class than for another (Fig. 3).
+    """
     w = positiveness(y1, neighbours)
-    return {"positiveness_mean": w.mean(), "positiveness_std": w.std(dim=1, correction=0).mean()}
+    found = {"positiveness_mean": w.mean(), "positiveness_std": w.std(dim=1, correction=0).mean()}
+    if labels is not None:
+        found["positiveness_auc"] = same_label_auc(w, ids, retrieved, labels)
+    return found
 
 
 if __name__ == "__main__":

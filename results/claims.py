@@ -16,7 +16,9 @@ from slurm.plan import PROTOCOLS, Planned
 
 SIDES = ("better", "worse")
 MOST_PRIMARY = 12  # claims of the lab: by Holm, each makes the others harder to show
-PURITY = "neighbour_purity"
+PURITY, OWN = "neighbour_purity", "self_matches"
+# what look-ups must return in the last quarter of a run that is to say something about neighbours
+LEAST_PURITY, MOST_OWN = 0.3, 0.05
 SHOWN = {
     "knn": "k-NN",
     "linear": "linear",
@@ -24,6 +26,7 @@ SHOWN = {
     "semi 10%": "10 %",
     "readout": "linear",
 }
+MONITORED = ("knn", "readout")  # evaluations whose records keep the monitors
 # a plan's run -> protocol -> seed -> (file name, record)
 Runs = dict[str, dict[str, dict[int, tuple[str, dict[str, Any]]]]]
 
@@ -73,6 +76,8 @@ def lab_arms(lab: dict[str, Any]) -> list[tuple[str, str]]:
     parts = lab.get("parts", ())
     found += [(part["label"], part[side]) for part in parts for side in ("intact", "broken")]
     found += [(label, of["run"]) for label, of in lab.get("methods", {}).items()]
+    for label, panel in lab.get("drops", {}).items():
+        found += [(label, arm) for pair in panel["lines"].values() for arm in pair]
     return [*found, *lab.get("controls", {}).items()]
 
 
@@ -108,8 +113,29 @@ def values(runs: Runs, name: str, evaluation: str = "knn") -> list[float]:
 
 def histories(runs: Runs, run: str) -> list[dict[str, list[float | None]]]:
     """Returns what the monitors of each seed said over its epochs."""
-    of_knn = runs.get(run, {}).get(PROTOCOLS["knn"], {})
-    return [curve for seed in sorted(of_knn) for curve in of_knn[seed][1].get("history", [])]
+    by_protocol = runs.get(run, {})
+    found = next((by_protocol[p] for p in map(PROTOCOLS.get, MONITORED) if p in by_protocol), {})
+    return [curve for seed in sorted(found) for curve in found[seed][1].get("history", [])]
+
+
+def last_quarter(curve: dict[str, list[float | None]], metric: str) -> float:
+    """Returns the mean of a monitor over the last quarter of a run's epochs."""
+    both = zip(curve["epoch"], curve[metric], strict=True)
+    late = [value for epoch, value in both if epoch > 0.75 * curve["epoch"][-1]]
+    return statistics.fmean(value for value in late if value is not None)
+
+
+def look_ups(curves: Sequence[dict[str, list]]) -> tuple[float, float]:
+    """Returns, of the entries that a run retrieves in its last quarter, the share with the query's
+    label and the share of the query's own image, means over seeds.
+    """
+    purity, own = ([last_quarter(curve, name) for curve in curves] for name in (PURITY, OWN))
+    return statistics.fmean(purity), statistics.fmean(own)
+
+
+def passes(purity: float, own: float) -> bool:
+    """Tells whether look-ups find other images of the query's class often enough for a claim."""
+    return purity >= LEAST_PURITY and own <= MOST_OWN
 
 
 def average(curves: Sequence[dict[str, list]], metric: str, epoch: int) -> float | None:
@@ -228,10 +254,21 @@ def sentence(
             text += f", {found.difference:+.2f}"
             text += seed_by_seed(runs, *names_of(claim, tier), PROTOCOLS[evaluation])
             word = "one seed, not judged" if found.word == "one seed" else f"**{found.word}**"
+            text += unlike(runs, names_of(claim, tier))
             said.append(f"{tier['short']}: {word} ({text})")
     text = f"**{claim['claim'][0].upper()}{claim['claim'][1:]}.** {'; '.join(said) or 'Not run'}. "
     text += f"Source: {claim['source'].strip()}."
     return filled(" ".join([text, *notes(claim)]), runs, planned)
+
+
+def unlike(runs: Runs, names: Sequence[str]) -> str:
+    """Says which of the runs retrieve other images of the query's class too seldom for a claim."""
+    said = []
+    for name in names:
+        curves = [curve for curve in histories(runs, name) if PURITY in curve]
+        if curves and not passes(*(found := look_ups(curves))):
+            said.append(f"{name}: {100 * found[0]:.0f} % have the query's label")
+    return f"; **look-ups fail the check**, {', '.join(said)}" if said else ""
 
 
 def notes(claim: dict[str, Any]) -> list[str]:

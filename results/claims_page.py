@@ -6,6 +6,8 @@ from typing import Any
 
 from results import lab_page, tables
 from results.claims import (
+    LEAST_PURITY,
+    MOST_OWN,
     PURITY,
     SHOWN,
     Runs,
@@ -13,7 +15,10 @@ from results.claims import (
     histories,
     in_short,
     judge,
+    lab_arms,
+    look_ups,
     mean_cell,
+    passes,
     random_encoder,
     sentence,
     values,
@@ -37,6 +42,8 @@ def markdown(joined: Joined) -> str:
         claims="\n".join(f"{n}. {text}" for n, text in enumerate(said, 1)),
         tiers="\n\n".join(tiers),
         scans="\n\n".join(scan_table(scan, runs) for scan in what["scans"]),
+        LEAST_PURITY=f"{100 * LEAST_PURITY:g}",
+        MOST_OWN=f"{100 * MOST_OWN:g}",
         purity="\n\n".join(purity_tables(joined)) or "Not run.",
         figures=tables.pictures(f for f in joined.figures if f.get("page") == "claims.md"),
         published=context_table(joined.published),
@@ -134,24 +141,40 @@ def conclusion(scan: dict[str, Any], scores: dict[float, list[float]]) -> str:
 
 
 def purity_tables(joined: Joined) -> list[str]:
-    """Returns the purity of retrieved neighbours over training, a table for each tier."""
+    """Returns the purity of retrieved neighbours over training, a table for each tier and one for
+    the lab.
+    """
+    names = joined.claims["runs"].items()
+    tables_of = {
+        tier["title"]: {method: tier["prefix"] + name for name, method in names}
+        for tier in joined.claims["tiers"]
+    }
+    arms = lab_arms(joined.claims.get("lab", {"claims": []}))
+    tables_of["The lab"] = {f"`{arm}`": arm for _, arm in arms}
     text = []
-    for tier in joined.claims["tiers"]:
-        names = joined.claims["runs"].items()
-        found = {method: histories(joined.runs, tier["prefix"] + n) for n, method in names}
-        found = {m: curves for m, curves in found.items() if any(PURITY in c for c in curves)}
-        columns = spread_out(
-            sorted({e for cs in found.values() for e in cs[0]["epoch"] if e > 0}), 6
-        )
-        rows = []
-        for method, curves in found.items():
-            at = [average(curves, PURITY, epoch) for epoch in columns]
-            own = average(curves, "self_matches", curves[0]["epoch"][-1])
-            rows.append([method, *(percent(v) for v in at), percent(own)])
+    for title, runs in tables_of.items():
+        found = {label: histories(joined.runs, run) for label, run in runs.items()}
+        found = {m: kept for m, cs in found.items() if (kept := [c for c in cs if PURITY in c])}
+        measured = {e for cs in found.values() for e in cs[0]["epoch"] if e > 0}
+        columns = spread_out(sorted(measured), 6)
+        rows = [purity_row(label, curves, columns) for label, curves in found.items()]
         if rows:
-            head = ("method", *(f"epoch {e}" for e in columns), "own image, last epoch")
-            text += [f"{tables.prose(tier['title'])}:", tables.table(head, rows)]
+            head = (
+                "method",
+                *(f"epoch {e}" for e in columns),
+                "last quarter",
+                "own image",
+                "check",
+            )
+            text += [f"{tables.prose(title)}:", tables.table(head, rows)]
     return text
+
+
+def purity_row(label: str, curves: Sequence[dict], columns: Sequence[int]) -> list[str]:
+    purity, own = look_ups(curves)
+    at = [percent(average(curves, PURITY, epoch)) for epoch in columns]
+    passed = "yes" if passes(purity, own) else "no"
+    return [tables.Markup(tables.prose(label)), *at, percent(purity), percent(own), passed]
 
 
 def spread_out(epochs: Sequence[int], number: int) -> list[int]:

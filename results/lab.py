@@ -14,7 +14,7 @@ from typing import Any
 from scipy import stats
 
 from common.errors import UserError
-from results.claims import Runs
+from results.claims import PURITY, Runs, last_quarter
 from results.record import FAILED
 from slurm.plan import PROTOCOLS
 
@@ -49,6 +49,12 @@ class Measured:
         return self.knn - self.random
 
     @property
+    def curve(self) -> dict[str, list[float | None]]:
+        """Returns what the run's monitors said over its epochs."""
+        (found,) = self.record["history"]
+        return found
+
+    @property
     def collapsed(self) -> bool:
         """Tells whether the embedding is constant or of low rank, and nothing was learned."""
         return (self.std < CONSTANT or self.rank < LOW_RANK) and self.gain < NOTHING
@@ -79,8 +85,8 @@ def epochs_until(one: Measured, points: float) -> float:
     """Returns the epoch, between two in proportion, at which a run's k-NN first lay `points` above
     its random encoder; the last one if it never did.
     """
-    (curve,) = one.record["history"]
-    known = [(e, 100 * k) for e, k in zip(curve["epoch"], curve["knn"], strict=True) if k]
+    both = zip(one.curve["epoch"], one.curve["knn"], strict=True)
+    known = [(epoch, 100 * value) for epoch, value in both if value]
     goal, before = one.random + points, (0.0, one.random)
     for epoch, value in known:
         if value >= goal and epoch > 0:
@@ -108,6 +114,8 @@ UNITS = {"knn": "points of k-NN", "linear": "points of the linear read-out"}
 UNITS |= {"gain": "points of k-NN over random", "top1": "points of top-1"}
 UNITS |= {"beyond_first": "points of the linear read-out"}
 UNITS |= {"found_over_chance": "points of precision over chance"}
+UNITS |= {"purity_growth": "points of the look-ups' purity"}
+UNITS |= {"auc_over_chance": "points of AUC over chance"}
 UNITS |= {"feature_rank": "of the representation's effective rank"}
 UNITS |= {"rank": "of effective rank", "std": "of std·√D", "views": "views of an image"}
 
@@ -128,12 +136,22 @@ def values_of(claim: dict[str, Any], arm: str, runs: Runs) -> dict[int, float]:
 
 def value(claim: dict[str, Any], arm: str, one: Measured) -> float:
     """Returns the claim's measure of one run of an arm: one of MEASURES; `views`, the views of an
-    image that the run had seen when its k-NN lay 5 points above random; or `found_over_chance`, by
-    how much what FNC found in the last quarter is of the image's class more often than by chance.
+    image that the run had seen when its k-NN lay 5 points above random; and, each as a mean over
+    the last quarter: `found_over_chance`, by how much what FNC finds is of the image's class more
+    often than by chance; `purity_growth`, by how much the look-ups' purity is above that of their
+    first epoch; `auc_over_chance`, by how much more often than in one of two cases SNCLR's
+    positiveness is larger for a neighbour of the image's class than for another.
     """
     measure = claim["measure"]
+    if measure == "purity_growth":
+        first = next(v for v in one.curve[PURITY] if v is not None)
+        return 100 * (last_quarter(one.curve, PURITY) - first)
+    if measure == "auc_over_chance":
+        return 100 * (last_quarter(one.curve, "positiveness_auc") - 0.5)
     if measure == "found_over_chance":
-        return 100 * (last_quarter(one, "found_precision") - last_quarter(one, "found_chance"))
+        return 100 * (
+            last_quarter(one.curve, "found_precision") - last_quarter(one.curve, "found_chance")
+        )
     if measure == "views":
         return claim["views"][arm] * epochs_until(one, LEARNED)
     if measure not in MEASURES:
@@ -274,7 +292,7 @@ def not_testable(claim: dict[str, Any], runs: Runs) -> str:
         return f"{claim['healthy']} is {gain:.1f} points above random, not {TESTABLE:g}"
     for arm, least in (claim.get("purity") or {}).items():
         found = statistics.fmean(
-            last_quarter(one, "neighbour_purity") for one in of_arm(runs, arm).values()
+            last_quarter(one.curve, PURITY) for one in of_arm(runs, arm).values()
         )
         if found < least:
             return f"{arm}'s look-ups have the query's label in {100 * found:.0f} % of cases"
@@ -300,11 +318,3 @@ def contradicted(claim: dict[str, Any], runs: Runs) -> str:
         if bad := [seed for seed, one in of_arm(runs, arm).items() if one.collapsed]:
             return f"{arm} has collapsed with seed {', '.join(map(str, bad))}"
     return ""
-
-
-def last_quarter(one: Measured, metric: str) -> float:
-    """Returns the mean of a monitor over the last quarter of a run's epochs."""
-    (curve,) = one.record["history"]
-    last = curve["epoch"][-1]
-    values = [v for e, v in zip(curve["epoch"], curve[metric], strict=True) if e > 0.75 * last]
-    return statistics.fmean(v for v in values if v is not None)

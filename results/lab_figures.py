@@ -1,5 +1,6 @@
 """The lab's pictures, drawn from its records by results/report.py: what each part of a method is
-worth, every claim's effect beside the published one, and (lab_methods.py) all methods.
+worth, every claim's effect beside the published one, what views are worth over training
+(lab_drops.py), and all methods (lab_methods.py).
 
 A picture carries the digest of its numbers, as those of curves.py; without records there is none.
 """
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from common.run import pictures
-from results import curves, fixed, lab, lab_methods, tables
+from results import curves, fixed, lab, lab_drops, lab_methods, tables
 from results.claims import Runs
 from results.joined import Joined
 from slurm.plan import PROTOCOLS
 
 PARTS, EFFECTS, MORE = "lab-parts.png", "lab-effects.png", "lab-secondary.png"
-METHODS, SPECTRA = "lab-methods.png", "lab-spectra.png"
+METHODS, SPECTRA, DROPS = "lab-methods.png", "lab-spectra.png", "lab-drops.png"
 FRONT = (PARTS, EFFECTS)  # in the README of the project too
 COMMAND = "python results/report.py"
 # the heading for each verdict, by the words that the verdict begins with
@@ -25,6 +26,8 @@ ORDER |= {word: word for word in (lab.OPEN, lab.NOT_TESTABLE)}
 OTHERS = {"rank": "effective rank", "std": "std·√D of the embedding"}
 OTHERS |= {"feature_rank": "effective rank of the representation"}
 OTHERS |= {"found_over_chance": "points of precision over chance"}
+OTHERS |= {"purity_growth": "points of the look-ups' purity, last against first epoch"}
+OTHERS |= {"auc_over_chance": "points of AUC of the positiveness over chance"}
 OTHERS |= {"views": "views of an image until k-NN is 5 points above random"}
 
 
@@ -32,7 +35,7 @@ def shown(joined: Joined) -> list[dict[str, str]]:
     """Returns the pictures that there are numbers for, in the form of figures.yaml's entries."""
     captions = {PARTS: parts_caption, EFFECTS: effects_caption, MORE: secondary_caption}
     captions[METHODS] = lab_methods.accuracies_caption
-    captions[SPECTRA] = lab_methods.spectra_caption
+    captions |= {SPECTRA: lab_methods.spectra_caption, DROPS: lab_drops.caption}
     return [
         {"file": name, "caption": captions[name](numbers), "command": COMMAND, "page": "claims.md"}
         for name, numbers in numbers_of(joined).items()
@@ -46,6 +49,8 @@ def numbers_of(joined: Joined) -> dict[str, dict[str, Any]]:
         return {}
     found = {PARTS: parts_of(what, joined.runs), EFFECTS: effects_of(what, joined.runs)}
     found[MORE] = secondary_of(what, joined.runs)
+    if numbers := lab_drops.drops(what, joined.runs):
+        found[DROPS] = numbers | {"title": scale(lab_drops.arms_of(what), joined.runs)}
     title = {"title": scale([of["run"] for of in what.get("methods", {}).values()], joined.runs)}
     for name, of in ((METHODS, lab_methods.accuracies), (SPECTRA, lab_methods.spectra)):
         if numbers := of(what, joined.runs):
@@ -65,6 +70,7 @@ def stale(joined: Joined, folder: Path) -> dict[Path, dict[str, Any]]:
 def draw(path: Path, numbers: dict[str, Any]) -> None:
     drawing = {PARTS: draw_parts, EFFECTS: draw_effects, MORE: draw_effects}
     drawing |= {METHODS: lab_methods.draw_accuracies, SPECTRA: lab_methods.draw_spectra}
+    drawing[DROPS] = lab_drops.draw
     drawing[path.name](path, numbers)
 
 

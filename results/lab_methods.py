@@ -45,9 +45,8 @@ def at_equal_views(one: lab.Measured, views: int) -> float | None:
     """Returns the k-NN after so many epochs as have the views of a method with two; None if it was
     not measured there.
     """
-    (curve,) = one.record["history"]
-    epoch = curve["epoch"][-1] * TWO / views
-    value = dict(zip(curve["epoch"], curve["knn"], strict=True)).get(epoch)
+    epoch = one.curve["epoch"][-1] * TWO / views
+    value = dict(zip(one.curve["epoch"], one.curve["knn"], strict=True)).get(epoch)
     return None if value is None else 100 * value
 
 

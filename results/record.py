@@ -38,7 +38,7 @@ DATASETS = {"imagenet": "ImageNet-1k", "cifar10": "CIFAR-10", "photos": "photos"
 # flags that say only where and how fast
 PLACES = {field.name for field in dataclasses.fields(RunConfig) if is_free(RunConfig, field.name)}
 HISTORY = ("loss", "knn", "embedding_std", "effective_rank", "neighbour_purity", "self_matches")
-HISTORY += ("found_precision", "found_chance", "images_per_second")
+HISTORY += ("positiveness_auc", "found_precision", "found_chance", "images_per_second")
 FAILED = "failed"  # protocol of a run that has no numbers, and folder of such records
 STARTS = ("command", "versions", "devices")  # what a record takes from environment.json
 

@@ -204,8 +204,8 @@ def with_history(run, seed, purity, epochs=2):
 def test_purity_is_shown_over_the_epochs_as_a_mean_over_seeds():
     records = [with_history("photos-nnclr", 0, 0.3), with_history("photos-nnclr", 1, 0.5)]
     text = part(page(records), "What the look-ups retrieve")
-    assert "| method | epoch 1 | epoch 2 | own image, last epoch |" in text
-    assert "| NNCLR | 40.0 | 50.0 | 25.0 |" in text
+    assert "| method | epoch 1 | epoch 2 | last quarter | own image | check |" in text
+    assert "| NNCLR | 40.0 | 50.0 | 50.0 | 25.0 | no |" in text
     assert "| SimSiam |" not in text
 
 
@@ -215,7 +215,25 @@ def test_a_shorter_run_leaves_the_later_epochs_empty():
         with_history("photos-snclr", 0, 0.6),
     ]
     text = part(page(records), "What the look-ups retrieve")
-    assert "| NNSiam | 20.0 |  | 50.0 |" in text and "| SNCLR | 60.0 | 70.0 | 25.0 |" in text
+    assert "| NNSiam | 20.0 |  | 20.0 | 50.0 | no |" in text
+    assert "| SNCLR | 60.0 | 70.0 | 70.0 | 25.0 | no |" in text
+
+
+@pytest.mark.parametrize(
+    ("purity", "own", "passed"), [(0.3, 0.05, True), (0.29, 0.0, False), (0.9, 0.051, False)]
+)
+def test_look_ups_pass_with_a_purity_of_30_and_at_most_5_percent_of_themselves(purity, own, passed):
+    history = {"epoch": [0, 1, 2], "knn": [0.2, None, 0.5], "self_matches": [None, 0.9, own]}
+    history["neighbour_purity"] = [None, 0.0, purity]
+    run = "photos-nnclr"
+    records = [of_run(run, seed, 50.0, history=[history]) for seed in (0, 1)]
+    records += [of_run("photos-snclr", seed, 60.0) for seed in (0, 1)]
+    text = page(records)
+    row = next(
+        line for line in part(text, "What the look-ups retrieve").splitlines() if "| NNCLR" in line
+    )
+    assert row.endswith(f"| {'yes' if passed else 'no'} |")
+    assert (f"{run}: {100 * purity:.0f} % have the query's label" in text) != passed
 
 
 def test_of_many_epochs_a_few_are_shown_the_last_among_them():

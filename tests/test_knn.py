@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from common import knn
 from common.data import photos
@@ -17,6 +18,7 @@ from common.run.monitors import (
     effective_rank,
     embedding_std,
     neighbour_purity,
+    same_label_auc,
     self_matches,
 )
 
@@ -256,6 +258,20 @@ def test_purity_leaves_out_the_random_start_of_the_queue():
 def test_purity_of_the_random_start_alone_is_not_a_number():
     labels, start = torch.tensor([0, 1]), torch.full((2, 3), -1)
     assert neighbour_purity(torch.tensor([0, 1]), start, labels).isnan()
+
+
+def test_the_auc_counts_pairs_of_one_query_that_differ_in_their_label():
+    """By hand: sklearn's of a row where it has one, and no pair across rows."""
+    labels = torch.tensor([0, 0, 1, 1, 0, 2])
+    queries = torch.tensor([0, 2, 5])
+    retrieved = torch.tensor([[1, 2, 4, 3], [3, 2, -1, 0], [0, 1, 2, 3]])
+    weights = torch.tensor([[0.4, 0.3, 0.1, 0.2], [0.2, 0.9, 0.8, 0.2], [0.7, 0.1, 0.1, 0.1]])
+    # query 0: 1 lies above 2 and 3, 4 below both; query 2: 3 and 0 are equal, its own image and the
+    # random start are left out; query 5 has none of its class
+    assert same_label_auc(weights, queries, retrieved, labels).item() == pytest.approx(2.5 / 5)
+    alone = same_label_auc(weights[:1], queries[:1], retrieved[:1], labels)
+    assert alone.item() == roc_auc_score([1, 0, 1, 0], weights[0])
+    assert same_label_auc(weights[2:], queries[2:], retrieved[2:], labels).isnan()
 
 
 def test_monitors_keep_no_graph():

@@ -229,3 +229,16 @@ def test_what_fnc_finds_is_measured_over_chance_in_the_last_quarter():
     one = record() | {"history": [kept_history(logged)]}
     found = lab.value(claim(measure="found_over_chance"), "a", lab.measured(one))
     assert found == pytest.approx(100 * (0.75 - 0.1))
+
+
+def test_look_ups_grow_from_their_first_epoch_to_the_last_quarter():
+    """The first epoch that has any: SNCLR's first ones may be free of neighbours."""
+    purity = [None, None, 0.12, 0.2, 0.2, 0.2, 0.2, 0.3, 0.4]
+    logged = [
+        {"kind": "epoch", "epoch": e, "neighbour_purity": value, "positiveness_auc": 0.05 * e}
+        for e, value in enumerate(purity)
+        if value is not None
+    ]
+    one = lab.measured(record() | {"history": [kept_history(logged)]})
+    assert lab.value(claim(measure="purity_growth"), "a", one) == pytest.approx(35 - 12)
+    assert lab.value(claim(measure="auc_over_chance"), "a", one) == pytest.approx(37.5 - 50)

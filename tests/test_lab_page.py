@@ -60,9 +60,16 @@ LAB = {
         {"label": "what nobody has run", "intact": "absent", "broken": "absent"},
     ],
     "controls": {"supervised": "e"},
+    "drops": {
+        "method a": {
+            "lines": {"crops": ["a", "b"], "flips": ["a", "absent"]},
+            "published": {"crops": 9},
+        },
+        "no": {"lines": {"crops": ["absent", "a"]}, "published": {"crops": 9}},
+    },
     "methods": {"method a": {"run": "a"}, "method d": {"run": "d"}, "no": {"run": "absent"}},
 }
-PICTURES = ["lab-parts", "lab-effects", "lab-secondary", "lab-methods", "lab-spectra"]
+PICTURES = ["lab-parts", "lab-effects", "lab-secondary", "lab-drops", "lab-methods", "lab-spectra"]
 WORDS = {"is-seen": lab.SEEN, "is-reversed": lab.REVERSED, "is-smaller": "smaller than 2 here"}
 WORDS |= {"is-open": lab.OPEN, "is-untestable": lab.NOT_TESTABLE, "falls": lab.SEEN}
 WORDS |= {"is-not-run": lab.NOT_RUN, "has-more-rank": lab.SEEN}
@@ -80,6 +87,7 @@ def record_of(arm, seed, knn, collapsed, **changes):
     lay = {"std": std, "effective_rank": rank, "singular_values": [1.0]}
     one |= {"plan": arm, "seeds": [seed], "others": {"random encoder": [30.0]}}
     one |= {"scores": [{"protocol": "x", "metric": "top1", "value": knn, "values": [knn]}]}
+    one |= {"history": [{"epoch": [0, 1, 3], "knn": [0.3, None, knn / 100]}]}
     one |= {"geometry": [[{"epoch": 3, "representation": lay, "embedding": lay}]]}
     return f"{arm}-{seed}.json", one | changes
 
@@ -361,6 +369,29 @@ def test_singular_values_are_means_over_seeds_of_decades():
     assert [*numbers["methods"]] == ["method a"]
     assert numbers["methods"]["method a"]["embedding"] == [0.0, -0.5, -4.0]
     assert numbers["title"] == "photos, tiny, batch 64, 3 epochs"
+
+
+def test_what_views_are_worth_is_paired_by_seed_over_the_views_that_both_have_seen():
+    panel = {"lines": {"crops": ["a", "b"], "flips": ["a", "absent"]}, "views": 4}
+    of = LAB | {"drops": {"method a": panel | {"published": {"crops": 27.6, "flips": 30}}}}
+    records = [item for item in invented_records() if item[0][:4] in ("a-10", "a-11", "b-10")]
+    assert [name for name, _ in records] == ["a-10.json", "a-11.json", "b-10.json"]
+    records.append(record_of("b", 11, 55, False))
+    histories = {"a": [0.3, 0.5, 0.6, None], "b": [0.3, 0.42, 0.5, 0.5]}
+    for n, (name, one) in enumerate(records):
+        knn = [value and value + n / 100 for value in histories[name[0]]]
+        one["history"] = [{"epoch": [0, 5, 10, 15], "knn": knn}]
+    numbers = lab_figures.numbers_of(join(records, of))[lab_figures.DROPS]
+    (only,) = numbers["panels"].values()
+    # seeds 10 and 11 lose 6 points at epoch 5 and 8 at epoch 10; at 15 one run has no number
+    assert [*only["lines"]] == ["crops"] and only["published"] == {"crops": 27.6}
+    assert [point["views"] for point in only["lines"]["crops"]] == [20, 40]
+    assert [point["mean"] for point in only["lines"]["crops"]] == [6.0, 8.0]
+    records[1][1]["history"][0]["knn"][1] += 0.02
+    first = lab_figures.numbers_of(join(records, of))[lab_figures.DROPS]
+    first = first["panels"]["method a"]["lines"]["crops"][0]
+    found = lab.interval([6, 8])
+    assert first["mean"] == 7 and first["low"] == pytest.approx(found.low, abs=1e-3)
 
 
 def test_effects_of_different_units_have_panels_of_their_own_in_order_of_verdict():

@@ -109,4 +109,4 @@ def test_two_ranks_agree_on_a_stop_and_resume_with_their_private_queues(tmp_path
 def test_the_mean_positiveness_is_one_over_the_neighbours(run_of):
     last = metrics.read(run_of("SNCLR") / "metrics.jsonl")[-1]
     assert last["positiveness_mean"] == pytest.approx(1 / 5, rel=1e-5)
-    assert last["positiveness_std"] >= 0
+    assert last["positiveness_std"] >= 0 and 0.5 < last["positiveness_auc"] <= 1

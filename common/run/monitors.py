@@ -7,7 +7,7 @@ from torch import Tensor
 from common.distributed import all_reduce_sum
 from common.models import in_full_precision
 
-RANK_ROWS = 512  # rows of the batch that the effective rank is taken over
+RANK_ROWS = 512  # rows of the batch that costly monitors are taken over
 
 
 @torch.no_grad()
@@ -47,6 +47,26 @@ def neighbour_purity(query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor) -
     known = retrieved_ids >= 0
     same = labels[retrieved_ids.clamp(min=0)] == labels[query_ids][:, None]
     return (same & known).double().sum() / known.double().sum()
+
+
+@torch.no_grad()
+def same_label_auc(
+    weights: Tensor, query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor
+) -> Tensor:
+    """Returns how often, of two entries retrieved for one query, the one with the query's label has
+    the larger weight: over all pairs of a row that differ in this, equal weights counting half.
+
+    Weights and numbers of images are (N,k), those of the queries (N,); at most the first 512 rows
+    are read. It is 0.5 for weights that know nothing of labels. Entries of the queue's random start
+    (id -1) and of the query's own image are in no pair; without a pair it is NaN.
+    """
+    rows = (weights, query_ids, retrieved_ids)
+    weights, query_ids, retrieved_ids = (of[:RANK_ROWS] for of in rows)  # N k² comparisons
+    known = (retrieved_ids >= 0) & (retrieved_ids != query_ids[:, None])
+    same = labels[retrieved_ids.clamp(min=0)] == labels[query_ids][:, None]
+    pairs = (same & known)[:, :, None] & (~same & known)[:, None, :]
+    ahead = weights[:, :, None] - weights[:, None, :]
+    return ((ahead.sign() + 1) / 2 * pairs).double().sum() / pairs.double().sum()
 
 
 @torch.no_grad()
