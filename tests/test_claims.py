@@ -1,6 +1,7 @@
 """Verdicts on the papers' claims, and the page that is made of records."""
 
 import importlib
+import itertools
 import re
 
 import golden_set
@@ -396,3 +397,17 @@ def test_the_recipes_pages_link_to_the_claims_and_their_numbers():
         links = re.findall(r"\]\((\.\./results/[^)#]+)", page.read_text())
         assert "../results/claims.md" in links, page
         assert all((page.parent / link).exists() for link in links), page
+
+
+def test_every_difference_on_a_recipes_page_has_its_effect_or_why_none_is_measured():
+    """A table of differences ends in the column "effect"; a mark counts, the report fills it."""
+    for script in (ROOT / "recipes").glob("[!_]*.py"):
+        lines = script.with_suffix(".md").read_text().splitlines()
+        heads = [n for n, line in enumerate(lines) if line.endswith("| effect |")]
+        assert heads, script
+        for head in heads:
+            rows = itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :])
+            for row in (re.split(r"(?<!\\)\|", line) for line in rows):  # \| is within a cell
+                assert len(row) == lines[head].count("|") + 1, (script, row)
+                effect = row[-2].strip()
+                assert effect not in ("", "-", "–", "not measured"), (script, row[1])
