@@ -287,9 +287,10 @@ def without(claim: dict[str, Any], runs: Runs, missing: int) -> str:
 def not_testable(claim: dict[str, Any], runs: Runs) -> str:
     """Says why nothing can be said: the healthy arm has not learned, or the precondition fails."""
     healthy = of_arm(runs, claim["healthy"])
-    gain = statistics.fmean(healthy[seed].gain for seed in claim["seeds"])
-    if gain < TESTABLE:
-        return f"{claim['healthy']} is {gain:.1f} points above random, not {TESTABLE:g}"
+    gain = interval([healthy[seed].gain for seed in claim["seeds"]])
+    if gain.mean < TESTABLE:
+        within = f"{gain.mean:.1f} [{gain.low:.1f}, {gain.high:.1f}]"
+        return f"{claim['healthy']} is {within} points above random, not {TESTABLE:g}"
     for arm, least in (claim.get("purity") or {}).items():
         found = statistics.fmean(
             last_quarter(one.curve, PURITY) for one in of_arm(runs, arm).values()

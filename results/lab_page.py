@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -143,11 +144,11 @@ def verdict(found: lab.Judged) -> str:
 
 
 def commands(claim: dict[str, Any], joined: Joined) -> str:
-    """Returns the command that shows the claim in minutes, and the one that repeats its runs."""
+    """Returns the command that repeats the claim's runs, and the one that shows it in minutes."""
     data = {joined.plan[arm].config["dataset"] for arm in claim["effect"]} - {"photos"}
     flags = "".join(f" --{name} PATH" for name in sorted(data))
     again = f"python results/reproduce.py --all --only {claim['name']}{flags}"
-    return f"`make claim NAME={claim['name']}`; its runs: `{again}`"
+    return f"`{again}`; on photographs, to look at: `make claim NAME={claim['name']}`"
 
 
 # -- when, and what ran ---------------------------------------------------------------------------
@@ -157,8 +158,11 @@ def when_fixed(what: dict[str, Any], runs: Runs) -> str:
     """Says when the claims were fixed, which commits hold them, and what was not kept to."""
     said = [f"Fixed: {what['fixed'] or 'not yet'}."]
     every = fixed.check(what["claims"], runs)
-    if commits := sorted({one["commit"][:7] for one in records(what, runs)}):
-        said += [f"Commit: {', '.join(f'`{commit}`' for commit in commits)}."]
+    ran_at = Counter(one["commit"][:7] for one in records(what, runs))
+    for commit, number in sorted(ran_at.items()):
+        ones = "1 of the runs" if number == 1 else f"{number} of the runs"
+        said += [f"Held by commit `{commit}`, at which {ones} ran."]
+    if ran_at:
         said += [CHECKED if every else UNCHECKED]
     if not what["deviations"]:
         said += ["Deviations: none."]
@@ -231,11 +235,28 @@ def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
     text += f" **Note of {claim['note'].strip()}**" if "note" in claim else ""
     if found.effects:
         text += f" By seed: {', '.join(f'{v:+.2f}' for v in found.effects.values())}."
+        text += shares(claim, joined.runs)
     files = dict.fromkeys(
         n for arm in arms_of(claim) for n, _ in fixed.records_of(joined.runs, arm)
     )
     links = ", ".join(f"[{number}](records/{name})" for number, name in enumerate(files, 1))
     return tables.prose(text) + (f" Records: {links}." if files else "")
+
+
+def shares(claim: dict[str, Any], runs: Runs) -> str:
+    """Says, of a difference of two differences of k-NN, a - b - c + d, what share a - b is of all
+    that a gains over its random encoder, and c - d of what c gains.
+    """
+    if claim["measure"] != "knn" or [*claim["effect"].values()] != [1, -1, -1, 1]:
+        return ""
+    arms, said = [*claim["effect"]], []
+    for whole, less in (arms[:2], arms[2:]):
+        a, b = lab.of_arm(runs, whole), lab.of_arm(runs, less)
+        seeds = [seed for seed in claim["seeds"] if seed in a and seed in b]
+        lost = sum(a[seed].knn - b[seed].knn for seed in seeds)
+        share = f"{100 * lost / sum(a[seed].gain for seed in seeds):.0f} %"
+        said.append(f"`{whole}` − `{less}` is {share} of what `{whole}` gains over random")
+    return f" As shares: {'; '.join(said)}."
 
 
 def formula(effect: dict[str, float]) -> str:

@@ -19,7 +19,8 @@ def markdown(joined: Joined) -> str:
     grid, pilot = rates_of(joined), pilot_of(joined)
     if not grid:
         return "Nothing has run yet."
-    said = [GRID_SAYS, grid_table(grid, chosen(joined))]
+    used = chosen(joined)
+    said = [GRID_SAYS, grid_table(grid, used), edges(grid, used)]
     if pilot:
         said += [PILOT_SAYS, pilot_table(pilot)]
     return "\n\n".join(said)
@@ -36,6 +37,16 @@ PILOT_SAYS = (
     "held-out images. A run that is here at another rate too (`-x1`: its family's own) has in "
     "the claims the rate that is better here, on the seeds that have both."
 )
+
+
+def edges(grid: dict[str, dict[float, float | None]], used: dict[str, float]) -> str:
+    """Says how many chosen rates are the least or the largest that was tried."""
+    least = [arm for arm, by in grid.items() if used[arm] == min(by)]
+    most = [arm for arm, by in grid.items() if used[arm] == max(by)]
+    return (
+        f"Of {len(grid)} chosen rates {len(most)} are the largest that was tried and {len(least)} "
+        "the least: there a better one may lie beyond the three."
+    )
 
 
 def rates_of(joined: Joined) -> dict[str, dict[float, float | None]]:

@@ -39,7 +39,8 @@ def papers_numbers(rows: Sequence[tables.Row]) -> str:
         said.append(text + (f", ours {span(known, '+.2f')} points off" if known else ""))
     text = "; ".join(said)
     missing = sum(row.published["value"] is None for row in aims)
-    more = f" {missing} of them stand in tables that were not available to us." if missing else ""
+    more = f" Of {missing} of these the paper's own number is unknown: its table was not at hand."
+    more = more if missing else ""
     return f"**{text[0].upper()}{text[1:]}.**{more}"
 
 

@@ -191,7 +191,9 @@ def test_a_row_says_ours_with_its_interval_and_what_an_open_claim_lacks():
     said = rf"+{found.mean:.2f} \[+{found.low:.2f}, +{found.high:.2f}\] points of k-NN, n = 5"
     assert said in row_of(text, "The claim is-seen")
     assert "seeds would settle it)" in row_of(text, "The claim is-open")
-    assert "(e is 5.0 points above random, not 10)" in row_of(text, "The claim is-untestable")
+    assert r"(e is 5.0 \[4.0, 5.9\] points above random, not 10)" in row_of(
+        text, "The claim is-untestable"
+    )
     of_two = [item for item in records if int(item[0].split("-")[1][:2]) < 12]
     row = row_of(lab_page.markdown(join(of_two)), "The claim is-seen")
     assert "| +9.40 points of k-NN, n = 2 | **open** (3 of 5 seeds lack) |" in row
@@ -256,7 +258,7 @@ def test_text_of_claims_is_no_markup():
 def test_the_html_page_has_the_table_and_the_pictures():
     html = page.html(join(invented_records()), [])
     assert html.count('src="figures/lab-') == len(PICTURES)
-    assert "<strong>not testable here</strong> (e is 5.0 points" in html
+    assert "<strong>not testable here</strong> (e is 5.0 [4.0, 5.9] points" in html
 
 
 def test_the_summary_counts_the_labs_verdicts():
@@ -322,6 +324,16 @@ def test_the_picture_of_parts_has_both_sides_their_random_encoders_and_controls(
     numbers = lab_figures.numbers_of(join([*invented_records(), (f"u-{name}", one)]))
     controls = numbers[lab_figures.PARTS]["controls"]
     assert controls["random encoder, as initialised"] == 27.5 and controls["pixels"] == 29.0
+
+
+def test_a_difference_of_drops_is_told_as_shares_of_the_gain_too():
+    """a gains 30 points over random and loses 10 to b; c gains 30.2 and loses 2.9 to f."""
+    one = invented("drops", {"a": 1, "b": -1, "c": -1, "f": 1})
+    text = lab_page.markdown(join(invented_records(), LAB | {"claims": [one]}))
+    said = "`a` − `b` is 33 % of what `a` gains over random; `c` − `f` is 10 % of what `c` gains"
+    assert said in text
+    plain = LAB | {"claims": [one | {"effect": {"a": 1, "b": -1}}]}
+    assert "As shares" not in lab_page.markdown(join(invented_records(), plain))
 
 
 def test_a_note_is_told_beside_the_verdict_and_changes_nothing():
@@ -434,7 +446,10 @@ def test_a_record_whose_commit_has_another_claim_is_refused(history):
     other = history(with_claim(smallest=1))
     right = history(with_claim(claim="In other words"))  # a claim may be said in other words
     text = lab_page.markdown(join(invented_records(commit=right)))
-    assert lab_page.CHECKED in text and f"Commit: `{right[:7]}`." in text
+    assert (
+        lab_page.CHECKED in text
+        and f"Held by commit `{right[:7]}`, at which 30 of the runs ran." in text
+    )
     for commit in (before, other):
         records = invented_records(commit=right)
         records[0] = record_of("a", 10, 59.0, False, commit=commit)

@@ -36,6 +36,9 @@ def test_a_grid_counts_when_whole_and_failed_runs_are_said():
     assert line == "| `a` | +8.5 | **+8.5** | failed |"
     assert "Nothing" not in lab_rates.markdown(found)
     assert "The pilot:" not in lab_rates.markdown(found)
+    assert lab_rates.edges(
+        grid | {"b": {0.25: 3, 1: 2, 4: 1}}, {"a": 4, "b": 0.25, "scratch": 1}
+    ).startswith("Of 3 chosen rates 1 are the largest that was tried and 1 the least")
     pilot = {s: ("n", near(30.0 + s, 20.0) | {"seeds": [s]}) for s in (0, 1, 2)}
     runs["pilot-a"] = {PROTOCOLS["knn"]: pilot}
     last = lab_rates.markdown(found).splitlines()[-1]
