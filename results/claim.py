@@ -36,7 +36,8 @@ FOREIGN = {"init", "subset-seed"}  # another run of the lab, another draw of its
 EPOCHS = 3  # for a recipe of no family that the tier names
 SIDES = 2  # a claim of more runs than these has fewer epochs: all of them take four minutes
 HERE_TOO = {"knn", "gain", "rank", "std", "feature_rank"}  # of a run without a read-out
-WIDTH = 40  # of the text's bars
+WIDTH = 40  # of the text
+PRIMARY = "primary, judged"  # a heading of the list's bars
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,16 +47,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", nargs="?", help="a claim of the lab; default: list them")
     parser.add_argument("--seed", type=int, default=0, help="of all of its runs (default 0)")
     arguments = parser.parse_args(argv)
-    planned = plan.load(HERE / "plan.yaml")
-    lab_claims = claims.load(HERE / "claims.yaml", planned).get("lab", {"claims": []})["claims"]
-    by_name = {claim["name"]: claim for claim in lab_claims}
+    what = documents.read_yaml(HERE / "claims.yaml", "claims")  # checked against the plan below
+    by_name = {claim["name"]: claim for claim in what.get("lab", {"claims": []})["claims"]}
     if arguments.name is None:
-        print("\n".join(f"{n}: {c['claim']}" for n, c in by_name.items()) or "no claims yet")
+        print(listed([*by_name.values()]) or "no claims yet")
         return
     if arguments.name not in by_name:
         hint = nearest_name(arguments.name, by_name)
         raise UserError(f"{arguments.name} is no claim of the lab{hint}; make claim lists them")
+    planned = plan.load(HERE / "plan.yaml")
+    claims.load(HERE / "claims.yaml", planned)
     show(by_name[arguments.name], planned, arguments.seed)
+
+
+def listed(found: list[dict[str, Any]]) -> str:
+    """Lists claims by name, the primary ones first, the others under their packages."""
+    headings: dict[str, list[str]] = {PRIMARY: []}
+    for claim in found:
+        heading = PRIMARY if claim["primary"] else claim.get("package", lab.FIRST)
+        headings.setdefault(heading, []).append(f"  {claim['name']}: {claim['claim']}")
+    return "\n".join("\n".join([f"{h}:", *lines]) for h, lines in headings.items() if lines)
 
 
 def show(claim: dict[str, Any], planned: dict[str, plan.Planned], seed: int) -> None:

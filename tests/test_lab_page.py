@@ -607,7 +607,8 @@ def test_a_claim_without_a_version_on_photos_says_so(lab_folder):
 
 def test_the_claims_are_listed_and_an_unknown_one_is_a_mistake(lab_folder, capsys):
     command.main([])
-    assert "guides: the claim guides\n" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "primary, judged:" and "  guides: the claim guides" in lines[1:]
     with pytest.raises(UserError, match="guide is no claim of the lab; did you mean guides"):
         command.main(["guide"])
 
