@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from slurm_repo import commit_all, git
 
 from common import cards
 from common.errors import UserError
+from common.run import model_card
 from slurm.plan import SCRIPTS
 from slurm.snapshot import copy_tree
 
@@ -85,6 +87,18 @@ def test_a_script_and_a_card_are_a_recipe(project):
     assert "Throwaway" in (project / "results" / "README.md").read_text()
     changed = git(project, "status", "--porcelain").splitlines()
     assert all(re.search(r" (README.md|results/.*)$", line) for line in changed), changed
+
+
+def test_the_card_of_a_first_try_is_whole(tmp_path, monkeypatch):
+    """The recipes' page shows it; a paper that is not named leaves no gap in the model's card."""
+    text = (ROOT / "recipes" / "README.md").read_text()
+    (block,) = re.findall(r"```\n( *yourname:.*?)```", text, re.DOTALL)
+    (tmp_path / "recipes.yaml").write_text(textwrap.dedent(block))
+    monkeypatch.setattr(cards, "load", functools.partial(cards.load, tmp_path / "recipes.yaml"))
+    assert cards.method_of("yourname", {}) == "Your Name"
+    assert cards.protocol("yourname", "linear", ["gsg"]) is None
+    said = model_card.method_of({"recipe": "yourname", "method": "Your Name"})
+    assert said == "Your Name (recipe `yourname`)"
 
 
 # -- the cards and the rest ------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def cell(said: str) -> str:
 
 def method_of(facts: dict[str, Any]) -> str:
     card = cards.load().get(facts["recipe"])
-    paper = f", {card.paper}" if card else ""
+    paper = f", {card.paper}" if card and card.paper else ""
     return f"{facts['method']}{paper} (recipe `{facts['recipe']}`)"
 
 
