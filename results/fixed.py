@@ -36,6 +36,14 @@ def is_known(commit: str) -> bool:
         return False
 
 
+def time_of(commit: str) -> str:
+    """Returns a commit's time, like 2026-11-27 08:19:13 +0000; "" if the history lacks it."""
+    try:
+        return environment.git("show", "-s", "--format=%ci", commit)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def check(claims: list[dict[str, Any]], runs: Runs) -> bool:
     """Tells whether the git history has the commit of every record of these claims' runs. Raises
     UserError for a record whose commit does not hold its claim as it is now. A claim that was fixed

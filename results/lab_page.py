@@ -2,7 +2,6 @@
 
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -158,10 +157,13 @@ def when_fixed(what: dict[str, Any], runs: Runs) -> str:
     """Says when the claims were fixed, which commits hold them, and what was not kept to."""
     said = [f"Fixed: {what['fixed'] or 'not yet'}."]
     every = fixed.check(what["claims"], runs)
-    ran_at = Counter(one["commit"][:7] for one in records(what, runs))
-    for commit, number in sorted(ran_at.items()):
-        ones = "1 of the runs" if number == 1 else f"{number} of the runs"
-        said += [f"Held by commit `{commit}`, at which {ones} ran."]
+    ran_at: dict[str, list[str]] = {}
+    for one in sorted(records(what, runs), key=lambda one: (one["date"], one["commit"])):
+        ran_at.setdefault(one["commit"], []).append(one["plan"])
+    for commit, of in ran_at.items():
+        when = f" of {time}" if (time := fixed.time_of(commit)) else ""
+        arms = ", ".join(f"`{arm}`" for arm in dict.fromkeys(of))
+        said += [f"At commit `{commit[:7]}`{when}, {len(of)} of the runs ran: {arms}."]
     if ran_at:
         said += [CHECKED if every else UNCHECKED]
     if not what["deviations"]:
@@ -171,6 +173,17 @@ def when_fixed(what: dict[str, Any], runs: Runs) -> str:
 
 
 HISTORY = tuple(as_list([text]) for text in (UNCHECKED, CHECKED))  # the lines, in Markdown
+TIME = re.compile(r"(?m)^(- At commit `[0-9a-f]{7}`) of [0-9 :+-]{25},")
+
+
+def is_without_history(text: str, stored: str) -> bool:
+    """Tells whether a page differs from a stored one in what only the history says: that commits
+    were checked, and their times.
+    """
+    if HISTORY[0] not in text:
+        return False
+    text, stored = (TIME.sub(r"\1,", page) for page in (text, stored))
+    return stored == text.replace(*HISTORY)
 
 
 def records(what: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:

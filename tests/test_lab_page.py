@@ -446,10 +446,10 @@ def test_a_record_whose_commit_has_another_claim_is_refused(history):
     other = history(with_claim(smallest=1))
     right = history(with_claim(claim="In other words"))  # a claim may be said in other words
     text = lab_page.markdown(join(invented_records(commit=right)))
-    assert (
-        lab_page.CHECKED in text
-        and f"Held by commit `{right[:7]}`, at which 30 of the runs ran." in text
-    )
+    assert lab_page.CHECKED in text
+    when = environment.git("show", "-s", "--format=%ci", right)
+    arms = "`a`, `b`, `c`, `f`, `e`, `d`"
+    assert f"- At commit `{right[:7]}` of {when}, 30 of the runs ran: {arms}.\n" in text
     for commit in (before, other):
         records = invented_records(commit=right)
         records[0] = record_of("a", 10, 59.0, False, commit=commit)
@@ -509,6 +509,21 @@ def test_without_the_history_the_page_says_so_and_a_check_lets_it_stand(history,
     assert report.is_stored(stored, now, check=True)
     assert not report.is_stored(stored, now, check=False)
     assert not report.is_stored(stored, now + "z", check=True)
+
+
+def test_a_check_without_the_history_lets_the_times_of_commits_stand(
+    history, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fixed, "claims_at", fixed.claims_at.__wrapped__)  # it keeps its answers
+    of, stored = join(invented_records(commit=history(LAB))), tmp_path / "claims.md"
+    stored.write_text(text := lab_page.markdown(of))
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path / "none")
+    now = lab_page.markdown(of)
+    assert fixed.time_of("9" * 40) == "" and len(now) < len(text)
+    assert report.is_stored(stored, now, check=True)
+    assert not report.is_stored(stored, now.replace("30 of", "29 of"), check=True)
+    stored.write_text(now)
+    assert not report.is_stored(stored, text, check=True)
 
 
 # -- the commands ---------------------------------------------------------------------------------
