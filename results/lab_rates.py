@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from results import tables
@@ -40,12 +41,15 @@ PILOT_SAYS = (
 
 
 def edges(grid: dict[str, dict[float, float | None]], used: dict[str, float]) -> str:
-    """Says how many chosen rates are the least or the largest that was tried."""
-    least = [arm for arm, by in grid.items() if used[arm] == min(by)]
-    most = [arm for arm, by in grid.items() if used[arm] == max(by)]
+    """Says how many chosen rates are the largest or the least that was tried, and whose."""
+
+    def those(end: Callable) -> str:
+        arms = [f"`{arm}`" for arm, by in grid.items() if used[arm] == end(by)]
+        return f"({len(arms)} of {len(grid)}{': ' * bool(arms)}{', '.join(arms)})"
+
     return (
-        f"Of {len(grid)} chosen rates {len(most)} are the largest that was tried and {len(least)} "
-        "the least: there a better one may lie beyond the three."
+        "A better rate may lie beyond the three where the chosen one is the largest that was tried "
+        f"{those(max)} or the least {those(min)}."
     )
 
 

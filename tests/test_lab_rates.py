@@ -36,13 +36,18 @@ def test_a_grid_counts_when_whole_and_failed_runs_are_said():
     assert line == "| `a` | +8.5 | **+8.5** | failed |"
     assert "Nothing" not in lab_rates.markdown(found)
     assert "The pilot:" not in lab_rates.markdown(found)
-    assert lab_rates.edges(
-        grid | {"b": {0.25: 3, 1: 2, 4: 1}}, {"a": 4, "b": 0.25, "scratch": 1}
-    ).startswith("Of 3 chosen rates 1 are the largest that was tried and 1 the least")
     pilot = {s: ("n", near(30.0 + s, 20.0) | {"seeds": [s]}) for s in (0, 1, 2)}
     runs["pilot-a"] = {PROTOCOLS["knn"]: pilot}
     last = lab_rates.markdown(found).splitlines()[-1]
     assert last == "| `a` | 3 | 31.0 | +11.0 | 1.0 | 6.0 |"
+
+
+def test_chosen_rates_at_the_grids_edge_are_counted_and_named():
+    three = {0.25: 3.0, 1: 2.0, 4: None}
+    grid, own = dict.fromkeys("abcd", three), dict.fromkeys("abcd", 1)
+    said = lab_rates.edges(grid, {"a": 4, "b": 0.25, "c": 1, "d": 0.25})
+    assert said.endswith("that was tried (1 of 4: `a`) or the least (2 of 4: `b`, `d`).")
+    assert lab_rates.edges(grid, own).endswith("tried (0 of 4) or the least (0 of 4).")
 
 
 def test_the_pilot_at_full_length_may_choose_another_rate():
