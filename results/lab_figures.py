@@ -241,8 +241,8 @@ def effects_caption(numbers: dict[str, Any]) -> str:
     return (
         "The primary claims that have run, by verdict: to the right of 0 is what the paper says. "
         "Filled: our mean with its 95 % interval, small dots are seeds. Hollow: the published "
-        "effect, at the paper's own scale (where a method collapses: all of its accuracy), so "
-        "compare the side and not the size. Grey: too small to be of interest."
+        "effect, at the paper's own scale (where one side learns nothing: nearly all that the "
+        "other reaches), so compare the side and not the size. Grey: too small to be of interest."
     )
 
 

@@ -147,7 +147,7 @@ def commands(claim: dict[str, Any], joined: Joined) -> str:
     data = {joined.plan[arm].config["dataset"] for arm in claim["effect"]} - {"photos"}
     flags = "".join(f" --{name} PATH" for name in sorted(data))
     again = f"python results/reproduce.py --all --only {claim['name']}{flags}"
-    return f"`{again}`; on photographs, to look at: `make claim NAME={claim['name']}`"
+    return f"`{again}`; on photographs, judging nothing: `make claim NAME={claim['name']}`"
 
 
 # -- when, and what ran ---------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def each(claim: dict[str, Any], found: lab.Judged, joined: Joined) -> str:
 
 def shares(claim: dict[str, Any], runs: Runs) -> str:
     """Says, of a difference of two differences of k-NN, a - b - c + d, what share a - b is of all
-    that a gains over its random encoder, and c - d of what c gains.
+    that a gains over its random encoder, and c - d of what c gains; "" if a or c gains nothing.
     """
     if claim["measure"] != "knn" or [*claim["effect"].values()] != [1, -1, -1, 1]:
         return ""
@@ -267,7 +267,9 @@ def shares(claim: dict[str, Any], runs: Runs) -> str:
         a, b = lab.of_arm(runs, whole), lab.of_arm(runs, less)
         seeds = [seed for seed in claim["seeds"] if seed in a and seed in b]
         lost = sum(a[seed].knn - b[seed].knn for seed in seeds)
-        share = f"{100 * lost / sum(a[seed].gain for seed in seeds):.0f} %"
+        if (gained := sum(a[seed].gain for seed in seeds)) <= 0:
+            return ""
+        share = f"{100 * lost / gained:.0f} %"
         said.append(f"`{whole}` − `{less}` is {share} of what `{whole}` gains over random")
     return f" As shares: {'; '.join(said)}."
 

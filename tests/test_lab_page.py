@@ -334,6 +334,8 @@ def test_a_difference_of_drops_is_told_as_shares_of_the_gain_too():
     assert said in text
     plain = LAB | {"claims": [one | {"effect": {"a": 1, "b": -1}}]}
     assert "As shares" not in lab_page.markdown(join(invented_records(), plain))
+    lazy = invented_records(ARMS | {"c": (29, False, 0)})  # below its random encoder
+    assert "As shares" not in lab_page.markdown(join(lazy, LAB | {"claims": [one]}))
 
 
 def test_a_note_is_told_beside_the_verdict_and_changes_nothing():

@@ -441,6 +441,8 @@ def test_the_summary_says_what_has_been_run(tmp_path):
     nothing, claimed, *more = sentences([])
     aims = [row for row in PUBLISHED if tables.is_aim(row) and row["pretraining"] == "ImageNet-1k"]
     assert f"No ImageNet-1k number of the papers has been run yet (0 of {len(aims)})" in nothing
+    unknown = sum(tables.is_aim(row) and row["value"] is None for row in PUBLISHED)
+    assert unknown and f"Of {unknown} of these the paper's own number is unknown" in nothing
     assert "CIFAR-10: **not run yet**" in claimed and not more
     text, _, other = sentences(record.load_all(golden(tmp_path) / "records"))
     said = f"1 of the papers' {len(aims)} ImageNet-1k numbers has been run, ours -0.38 points off"
