@@ -434,7 +434,7 @@ class Evaluation:
             write(path, record.text_of(found))
             for problem in record.problems(found):
                 self.warn(f"{path} cannot be stored as it is: {problem}")
-            if file == RECORD:  # the training for it has ended
+            if file == RECORD:  # the evaluation is complete: nobody continues its training
                 checkpoint.forget(self.folder)
         return path
 

@@ -28,12 +28,13 @@ for package in ("numpy.core", "numpy._core"):
     SAFE[f"{package}.multiarray.scalar"] = multiarray.scalar
     SAFE[f"{package}.numeric._frombuffer"] = numeric._frombuffer
 NUMBERS = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
-ENTRIES = ("state_dict", "model", "teacher")  # checkpoints keep them there; of DINO the teacher's
+# the keys under which checkpoints keep their weights; of DINO's two networks it is the teacher
+ENTRIES = ("state_dict", "model", "teacher")
 # names in files of encoders that have another name here
 ARCHS = {
     "deit_small": "vit_small",  # dino/main_dino.py calls it so too
     "mae_vit_base_patch16": "vit_base",
-    "vit_base_patch16": "vit_base",  # of mae/models_vit.py
+    "vit_base_patch16": "vit_base",  # in mae/models_vit.py
     "vit_base_patch16_224": "vit_base",
     "vit_small_patch16_224": "vit_small",
 }

@@ -305,7 +305,8 @@ def main(argv: list[str] | None = None) -> None:
                 if config.memory:
                     searching = project(encode_target, target.projector, xs)
                 elif xs[anchors:]:
-                    searching = project(encode, model.projector, xs[anchors:])  # the support set
+                    # the support views look for the false negatives
+                    searching = project(encode, model.projector, xs[anchors:])
                 else:
                     searching = z
 

@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         NN1, NN2 = NN1[:, 0], NN2[:, 0]
 
         pairs = [(NN1, p2), (NN2, p1)]  # L(NN1, p2)/2 + L(NN2, p1)/2
-        pairs += [(NN, p) for p in ps for NN in (NN1, NN2)]  # small crops: both neighbours
+        pairs += [(NN, p) for p in ps for NN in (NN1, NN2)]  # small crops go with both
         terms = [nnclr_loss(NN, p, config.temperature) for NN, p in pairs]
         if config.symmetric_loss:
             terms += [nnclr_transposed_loss(NN, p, config.temperature) for NN, p in pairs]

@@ -81,7 +81,8 @@ class Config(RunConfig):
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
 
 
-# ours: the paper has no number on small images. Views and epochs of GSG's App. B.2 and C.2
+# our choice, since the paper has no number on small images. Views and epochs are those of GSG's
+# App. B.2 and C.2
 SMALL_IMAGES = {"zero_init_residual": False, "crop_interpolation": "bilinear"}
 PRESETS = {
     "official": {"loss": "official", "views": "byol", "lr_end": 0.001},  # main_vicreg.py at 4e12602

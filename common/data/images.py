@@ -139,11 +139,11 @@ class PackedImages(FolderImages):
     """The same files inside shards that pack.py wrote: tar files, read at known places."""
 
     packed: str  # the folder of the shards
-    shard: np.ndarray  # (N,) number of the file in `files`
-    offset: np.ndarray  # (N,) bytes
-    length: np.ndarray  # (N,) bytes
+    shard: np.ndarray  # (N,) which of `files` holds an image
+    offset: np.ndarray  # (N,) where its bytes begin in that file
+    length: np.ndarray  # (N,) how many bytes it has
     files: list[str]
-    resized: int  # shorter side that larger images were brought to, 0: original files
+    resized: int  # shorter side to which larger images were reduced; 0: the original files
     handles: shards.Handles = field(default_factory=shards.Handles, compare=False)
     per_image: ClassVar = ("paths", "shard", "offset", "length")
 

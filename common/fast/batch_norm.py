@@ -105,15 +105,17 @@ def views_apart(module: nn.Module, views: int) -> Iterator[None]:
 
 
 def can_keep_views_apart(module: nn.Module) -> bool:
-    """Tells whether all its batch norms, if any, are ours, and ranks have images of one size."""
+    """Tells whether all batch norms of `module`, if there are any, are RankBatchNorm and expect
+    images of the same size on every rank.
+    """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return all(isinstance(norm, RankBatchNorm) and not norm.counts for norm in norms)
 
 
 def count_values(module: nn.Module) -> None:
     """Lets the batch norms of `module` take inputs whose size differs between ranks, as PyTorch's
-    on CUDA do anyway, at one more all-reduce each. Views then go one by one, since which of them
-    have one size differs between ranks too.
+    on CUDA do anyway; each then needs one more all-reduce. Views go through one at a time, since
+    two views of the same size on one rank may differ in size on another.
     """
     for norm in module.modules():
         if isinstance(norm, RankBatchNorm):
@@ -121,7 +123,7 @@ def count_values(module: nn.Module) -> None:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Batch norm in training with the statistics of all ranks, of each view of `norm` apart."""
+    """Batch norm in training: statistics over all ranks, separate ones for each view of `norm`."""
 
     @staticmethod
     @np.errstate(all="ignore")  # a run that diverges is stopped by its loss

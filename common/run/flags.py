@@ -149,7 +149,7 @@ def show_help(config_class: type, values: dict[str, Any], sources: dict[str, str
 
 
 def sources_of(presets: dict[str, dict[str, Any]], words: set) -> dict[str, str]:
-    """Returns the condition of the preset that each value of `matching` comes from."""
+    """Returns for each value of `matching` the condition of the preset that sets it."""
     return {
         name: condition
         for condition, preset in presets.items()
@@ -159,7 +159,9 @@ def sources_of(presets: dict[str, dict[str, Any]], words: set) -> dict[str, str]
 
 
 def matching(presets: dict[str, dict[str, Any]], words: set) -> dict[str, Any]:
-    """Returns the values of all presets whose words all hold, in the order they are written."""
+    """Merges the presets whose condition holds, that is, has all its words among `words`. If two of
+    them set the same field, the one that is written later wins.
+    """
     values: dict[str, Any] = {}
     for condition, preset in presets.items():
         if set(condition.split()) <= words:

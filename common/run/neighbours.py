@@ -48,8 +48,8 @@ class Found:
 
 @torch.no_grad()
 def look_up(at: Lookup, images: Images, queries: np.ndarray, size: int, k: int) -> Found:
-    """Finds the k entries nearest to the center views of the queries, or all there are, never a
-    query's own; raises UserError if there are none.
+    """Finds the k entries of the queue that are nearest to each query's center view, or all of them
+    if there are fewer. An entry of the query itself never counts; raises UserError if none is left.
     """
     entries = at.queue.embeddings
     ids = torch.from_numpy(queries).to(entries.device)

@@ -140,11 +140,11 @@ def choose(
     if sklearn is not None:
         fit = sklearn.fit(both, decay * share)
     else:
-        # a path of its own: at a small decay the training images are fitted so well that their
-        # solution has no curvature left to start from
+        # starts again at a large decay: at a small one the training images are fitted so well that
+        # their solution has no curvature left to start from
         way = [d * share for d in approach(decay, max(decays))]
         *_, fit = fit_path(both.features, both.targets, classes, way, device, between=between)
-        # of the features as they are, not in the solver's own coordinates
+        # recomputed from the features as they are: the solver's coordinates are rotated ones
         fit.gradient_norm = gradient_norm(
             both.features.to(device), both.targets.to(device), fit.decay, fit.weight, fit.bias
         )

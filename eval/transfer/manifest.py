@@ -20,7 +20,7 @@ class Manifest:
     """
 
     key: str
-    name: str  # as in results/published.yaml
+    name: str  # the name that results/published.yaml gives it
     metric: str
     classes: int
     source: str
@@ -33,8 +33,8 @@ class Manifest:
     by_hand: list[str]
     megabytes: int = 0  # of all archives
     per_class: dict[str, int] = field(default_factory=dict)
-    dead: str | None = None  # what became of the official link
-    draw: int | None = None  # images of each class that train and val are drawn from
+    dead: str | None = None  # if the official link is dead: what became of it
+    draw: int | None = None  # number of images per class that are drawn for train and val together
     lists: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def split(self, protocol: str) -> dict[str, Any]:
