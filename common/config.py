@@ -79,7 +79,7 @@ class RunConfig:
     # what enters the numbers and is not the preset's; `parse` fills it in
     settings: ClassVar[dict[str, Any]] = {}
 
-    dataset: DATASETS = "imagenet"  # images to train on; cifar10 and photos bring presets
+    dataset: DATASETS = "imagenet"  # images to train on; cifar10 and photos set other defaults
     data: str = free("")  # folder of the images: train/ and val/; photos needs none
     download: bool = free(False)  # cifar10: download torchvision's python batches into --data
     arch: ARCHS = "resnet50"  # encoder, one exact network per name
@@ -88,7 +88,8 @@ class RunConfig:
     input: Literal["exact", "reference"] = later("exact")
     # train on this many images, equally many of each class, the same for every seed; 0: all
     train_images: Count = later(0)
-    subset_seed: Count = later(0)  # which --train-images: draws 0, 1, 2 … have no image in common
+    # which images --train-images draws: two draws (0, 1, 2 …) have no image in common
+    subset_seed: Count = later(0)
     # hold this share of each class's training images out, for choosing values
     validation_share: PartialShare = later(0.0)
     # with --validation-share: k-NN is scored on what is held out, or on the test images
@@ -112,9 +113,9 @@ class RunConfig:
     log_every: Count | None = free(None)
     knn_every: Count = free(10)  # epochs between k-NN evaluations (and one before); 0: none
     checkpoint_minutes: NotNegative = free(15.0)  # minutes between checkpoints within an epoch
-    # keep a copy of the checkpoint after these epochs, as 0,1,10 (0: before the first step)
+    # keep a copy of the checkpoint after these epochs, such as 0,1,10 (0: before the first step)
     snapshot_epochs: str = free("")
-    # measure so many times, spread over the run, how the features of 2 000 test images lie:
+    # number of times, spread over the run, that the features of 2 000 test images are measured:
     # std, effective rank and singular values of representation and embedding (geometry.jsonl)
     geometry_points: Count = free(0)
     tensorboard: bool = free(False)  # write the metrics for TensorBoard too, into the run folder

@@ -9,7 +9,7 @@ from torch import Tensor
 from common.distributed import gather, rank, world_size
 
 Pairing = Literal["global", "local", "derangement"]
-PAIRING_KEY = 0x475347  # parts these draws from others of the same seed
+PAIRING_KEY = 0x475347  # keeps these draws apart from others of the same seed
 
 
 def draw_pairs(pairing: Pairing, batch: int, ranks: int, seed: int, step: int) -> Tensor:

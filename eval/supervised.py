@@ -50,7 +50,7 @@ class Config(RunConfig):
     """
 
     epochs: PositiveInt = 90  # Goyal; his rate falls in steps, ours by a cosine
-    batch_size: PositiveInt = 256  # global batch; Goyal: his small one
+    batch_size: PositiveInt = 256  # global batch; Goyal's baseline
     lr: NotNegative = 0.1  # base rate, times batch/lr-batch; Goyal
     lr_batch: Count = 256  # the batch that --lr is given for, 0: not scaled; Goyal
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"  # Goyal
@@ -59,8 +59,9 @@ class Config(RunConfig):
     warmup_epochs: NotNegative = 5  # Goyal; from 0
     zero_init_residual: bool = True  # last batch norm of each block; Goyal
     views: ViewName = "crop-flip"  # ours: one of the names that the recipes' views have
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; ours
-    crop_min: Share = 0.08  # smallest share of the area; ours, torchvision's default
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; ours
+    # smallest area of a crop, as a share of the image's; ours, torchvision's default
+    crop_min: Share = 0.08
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # ours, torchvision's default
     init: str = ""  # start the encoder from the backbone of this finished run, of the same --arch
 

@@ -50,7 +50,7 @@ class Config(RunConfig):
     """Barlow Twins: self-supervised learning via redundancy reduction (Zbontar et al. 2021).
 
     Each flag says where its value comes from: "Sec." and "Table" are the paper's, "code" the
-    authors' released code (main.py).
+    authors' released code (main.py), "GSG" the paper of guided stop-gradient (Lee and Lee 2023).
     """
 
     follow: Literal["paper", "official"] = "paper"  # official: sets each flag to the released code
@@ -60,7 +60,8 @@ class Config(RunConfig):
     # 16. 1: the exact gradient, which then needs other --lr-biases and --weight-decay
     code_ranks: PositiveInt = 32
 
-    terms: Terms = "both"  # Table 5: only the term on the diagonal, or only that off it
+    # invariance: the sum over C's diagonal alone; redundancy: that off it alone; Table 5
+    terms: Terms = "both"
     # what the second view goes through. shared: the first's encoder and projector; same: another
     # pair of --arch; an arch: another pair with this encoder (VICReg paper, Table 5). The first is
     # exported
@@ -79,8 +80,9 @@ class Config(RunConfig):
     projector_hidden: PositiveInt = 8192  # Sec. 2.2
     output_dim: PositiveInt = 8192  # Sec. 2.2
     views: ViewName = "byol"  # Sec. 2.2; cifar: GSG App. B.2
-    crop_min: Share = 0.08  # smallest share of the area; Sec. 2.2: BYOL's; code
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of SimCLR's App. A
+    # smallest area of a crop, as a share of the image's; Sec. 2.2: BYOL's; code
+    crop_min: Share = 0.08
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; s of SimCLR's App. A
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated, as BYOL; code
 
 
@@ -119,8 +121,8 @@ class BarlowTwins(nn.Module):
 
 
 def standardised(z: Tensor) -> Tensor:
-    """Scales each column of (M,D) to mean 0 and deviation 1 over the batch, as the affine-free
-    batch norm of the released code does: biased variance, and 1e-5 under the root.
+    """Scales each column of (M,D) to mean 0 and standard deviation 1 over the batch, as the
+    affine-free batch norm of the released code does: biased variance, and 1e-5 under the root.
     """
     z = z - z.mean(dim=0)
     return z / torch.sqrt(z.square().mean(dim=0) + 1e-5)

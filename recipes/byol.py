@@ -40,7 +40,8 @@ class Config(RunConfig):
     """BYOL: bootstrap your own latent (Grill et al. 2020), with its own heads.
 
     Each flag says where its value comes from: "Sec." and "App." are the paper's, "code" the
-    authors' released code. By default rate, decay and momentum are those of the number of epochs.
+    authors' released code, "GSG" the paper of guided stop-gradient (Lee and Lee 2023). By default
+    rate, decay and momentum are those of the number of epochs.
     """
 
     epochs: PositiveInt = 1000  # Sec. 3.3; ablations 300, Sec. 5
@@ -53,10 +54,13 @@ class Config(RunConfig):
     # LARS leaves out biases and norms; Sec. 3.3: 1.5e-6, Sec. 5: 1e-6 (300 epochs); code
     weight_decay: NotNegative | None = None
     warmup_epochs: NotNegative = 10  # linear from 0; Sec. 3.3
-    # of the target (tau), where it starts; Sec. 3.3: 0.996, Sec. 5: 0.99 (300); code: 0.97 (40)
+    # momentum of the target (tau) at the start; Sec. 3.3: 0.996, Sec. 5: 0.99 (300 epochs);
+    # code: 0.97 (40 epochs)
     momentum: Share | None = None
-    momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1, Sec. 3.3; fixed: Table 5a
-    predictor: bool = True  # no: the projection itself is pulled to the target; Tables 5b, 19
+    # cosine: the momentum rises to 1, Sec. 3.3; fixed: Table 5a
+    momentum_schedule: Literal["cosine", "fixed"] = "cosine"
+    # without it the projection itself is pulled to the target; Tables 5b, 19
+    predictor: bool = True
     # first weights of the target; code: random ones of its own; online: a copy, as App. J
     target_start: Literal["random", "online"] = "random"
     zero_init_residual: bool = False  # code: yes, but its README has the paper's numbers without
@@ -64,8 +68,8 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # Sec. 3.3
     output_dim: PositiveInt = 256  # Sec. 3.3
     views: ViewName = "byol"  # App. B, Table 6; cifar: GSG App. B.2
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; App. B: 1
-    crop_min: Share = 0.08  # smallest share of the area; App. B
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; App. B: 1
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; App. B
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # App. B
 
 

@@ -73,8 +73,8 @@ class Config(RunConfig):
     output_affine: bool = False  # affine batch norm at the projector's output; code: no
     predictor_hidden: PositiveInt = 512  # App. C.1
     views: ViewName = "simsiam"  # App. B.1; cifar: App. B.2, without blur
-    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; s of SimCLR's App. A
-    crop_min: Share = 0.2  # smallest share of the area; App. B.1
+    jitter_strength: NotNegative = later(1.0)  # scales --views' colour jitter; s of SimCLR's App. A
+    crop_min: Share = 0.2  # smallest area of a crop, as a share of the image's; App. B.1
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # unstated; code
 
 

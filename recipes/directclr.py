@@ -44,7 +44,7 @@ from common.optim import build_optimizer, scaled_lr, set_lr, warmup_cosine
 from common.run.flags import parse
 from common.run.run import Run
 
-RANDOM_KEY = 0x644C52  # parts the draws of `random` from others of the same seed
+RANDOM_KEY = 0x644C52  # keeps the draws of `random` apart from others of the same seed
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Config(RunConfig):
     """DirectCLR: InfoNCE on the first features of the representation (Jing et al. 2022).
 
     Each flag says where its value comes from: "Sec.", "App." and "Table" are the paper's, "code"
-    the authors' released code (main.py, utils.py).
+    the authors' released code (main.py, utils.py), "GSG" the paper of guided stop-gradient (Lee and
+    Lee 2023).
     """
 
     follow: Literal["paper", "official"] = "paper"  # official: --loss official, as the code
@@ -67,20 +68,21 @@ class Config(RunConfig):
     d0: PositiveInt | None = None
     epochs: PositiveInt = 100  # App. D.3
     batch_size: PositiveInt = 4096  # global batch; App. D.3
-    lr: NotNegative = 4.8  # App. D.3; other batches: code does not scale it
+    lr: NotNegative = 4.8  # App. D.3; the code does not scale it with the batch
     lr_batch: Count = 0  # the batch that --lr is given for, 0: not scaled; code
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # App. D.3
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; unstated; code
     weight_decay: NotNegative = 1e-6  # unstated; code; LARS leaves out biases and norms (code)
     warmup_epochs: NotNegative = 10  # App. D.3; from 0 (code)
     lr_end: Share = 0.001  # last rate as a share of the highest; unstated; code
-    temperature: Positive = 0.1  # the paper's equations show none; code
-    projector_hidden: Count = 0  # of mlp; 0: as wide as the encoder's output; code: 2048
-    output_dim: PositiveInt = 128  # of linear and mlp; code
+    temperature: Positive = 0.1  # code; the paper's equations show none
+    # with --projector mlp; 0: as wide as the encoder's output; code: 2048
+    projector_hidden: Count = 0
+    output_dim: PositiveInt = 128  # with --projector linear and mlp; code
     zero_init_residual: bool = True  # last batch norm of each block; unstated; code
     views: ViewName = "byol"  # App. D.1 names the steps; code: their numbers; cifar: GSG App. B.2
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; code: 1
-    crop_min: Share = 0.08  # smallest share of the area; unstated; code
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code: 1
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; unstated; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
 
 

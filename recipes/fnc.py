@@ -59,23 +59,26 @@ class Config(RunConfig):
     """
 
     follow: Literal["paper", "official"] = "paper"  # official: code's --loss, --anchors, --memory
-    loss: Literal["paper", "official"] = "paper"  # mean over anchors; code: twice as much
+    # paper: the mean over anchors; official: twice as much, as the code
+    loss: Literal["paper", "official"] = "paper"
     anchors: Literal["main", "all"] = "main"  # paper: two main views; code: support views too
     # rows of the memory, times --batch-size; 0: neither memory nor momentum encoder; paper: an
     # extra; code: 16
     memory: Count = 0
-    momentum: Share = 0.999  # of the momentum encoder, with --memory; fixed; code
+    momentum: Share = 0.999  # of --memory's momentum encoder, the same at every step; code
     support_views: Count = 8  # paper; code; 0: main views look for false negatives themselves
     # what becomes of false negatives; with none they are not looked for; paper: both; code: attract
     cancel: Literal["attract", "eliminate", "none"] = "attract"
-    top_k: PositiveInt = 10  # false negatives of an image at most; paper; code
-    threshold: Cosine = 0.7  # scores of false negatives are above it; paper; code
-    aggregate: Literal["max", "mean"] = "max"  # of a view's cosines with the support set; paper
+    top_k: PositiveInt = 10  # an image has at most so many false negatives; paper; code
+    threshold: Cosine = 0.7  # a false negative's score is above this; paper; code
+    # a score is the max or the mean of a view's cosines with the support set; paper
+    aggregate: Literal["max", "mean"] = "max"
 
     epochs: PositiveInt = 1000  # paper; 100 in its ablations and the code
     batch_size: PositiveInt = 4096  # global batch; paper; code
-    lr: NotNegative = 0.1  # base rate, times sqrt(batch); code
-    lr_scaling: Literal["linear", "sqrt"] = "sqrt"  # --lr grows with sqrt(batch) or batch; code
+    lr: NotNegative = 0.1  # base rate, scaled as --lr-scaling says; code
+    # --lr is multiplied by batch/lr-batch (linear) or by sqrt(batch) (sqrt); code
+    lr_scaling: Literal["linear", "sqrt"] = "sqrt"
     lr_batch: Count = 256  # linear: the batch that --lr is given for, 0: not scaled; code
     # classic_lars: the rate is inside the momentum; code
     optimizer: Literal["classic_lars", "lars", "sgd", "adamw"] = "classic_lars"
@@ -88,8 +91,8 @@ class Config(RunConfig):
     output_dim: PositiveInt = 128  # code
     zero_init_residual: bool = True  # last batch norm of each block; code
     views: ViewName = "simclr"  # of all views; paper: SimCLR's; code: and RandAugment, not here
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; code
-    crop_min: Share = 0.08  # smallest share of the area; code
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # code
 
 

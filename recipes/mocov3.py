@@ -55,8 +55,8 @@ class Config(RunConfig):
     """MoCo-v3: momentum contrast for ResNets and ViTs (Chen, Xie and He 2021).
 
     Each flag says where its value comes from: "Sec." and "App." are the paper's, "code" the
-    authors' released code and its CONFIG.md. A ResNet's rate, decay and momentum are by default
-    those of the number of epochs.
+    authors' released code and its CONFIG.md, "GSG" the paper of guided stop-gradient (Lee and Lee
+    2023). A ResNet's rate, decay and momentum are by default those of the number of epochs.
     """
 
     epochs: PositiveInt = 1000  # code: 100, 300 or 1000, Sec. 3: 800 (ResNet-50); ViTs 300
@@ -83,8 +83,9 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # Sec. 5; code: --moco-mlp-dim
     output_dim: PositiveInt = 256  # Sec. 5; code: --moco-dim
     views: ViewName = "byol"  # App. A; code: BYOL's; cifar: GSG App. B.2
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; code: 1
-    crop_min: Share = 0.2  # smallest share of the area; code (ResNet-50); ViTs 0.08
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code: 1
+    # smallest area of a crop, as a share of the image's; code (ResNet-50); ViTs 0.08
+    crop_min: Share = 0.2
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # code: the default
 
 

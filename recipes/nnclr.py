@@ -50,7 +50,8 @@ class Config(RunConfig):
     """NNCLR: nearest-neighbour contrastive learning (Dwibedi et al. 2021).
 
     Each flag says where its value comes from: "suppl." is the paper's supplement, "secondary"
-    another author's re-implementation or quotation of the paper.
+    another author's re-implementation or quotation of the paper, "GSG" the paper of guided
+    stop-gradient (Lee and Lee 2023).
     """
 
     epochs: PositiveInt = 1000  # secondary (VISSL fork that quotes the paper)
@@ -73,13 +74,14 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # secondary (quote)
     output_dim: PositiveInt = 256  # secondary (quote)
     views: ViewName = "byol"  # secondary: "BYOL scheme"; cifar: GSG App. B.2
-    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; s of SimCLR's App. A
-    crop_min: Share = 0.08  # smallest share of the area; BYOL App. B
+    jitter_strength: NotNegative = later(1.0)  # scales --views' colour jitter; s of SimCLR's App. A
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; BYOL App. B
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # BYOL App. B
     multi_crop: bool = False  # add small crops; no source at hand states how, see SwAV's values
     small_crops: Count = 6  # with --multi-crop; SwAV's code
     small_crop_size: PositiveInt = 96  # with --multi-crop, pixels; SwAV's code
-    # with --multi-crop: the area that parts small from large crops, instead of --crop-min; SwAV
+    # with --multi-crop, instead of --crop-min: small crops have at most this share of the image's
+    # area, large ones at least; SwAV
     multi_crop_scale: Share = 0.14
 
 

@@ -36,8 +36,8 @@ from common.support_set import SupportSet
 class Config(RunConfig):
     """NNSiam: SimSiam with nearest neighbours as positives (Dwibedi et al. 2021, suppl. C).
 
-    Each flag says where its value comes from: "suppl. C", SimSiam's paper or code, or "unstated"
-    with what we took instead.
+    Each flag says where its value comes from: "suppl. C", SimSiam's paper or code, "GSG" (the paper
+    of guided stop-gradient, Lee and Lee 2023), or "unstated" with what we took instead.
     """
 
     # unstated; the 71.3 % that suppl. Table 1 compares with is SimSiam's at 800
@@ -58,8 +58,8 @@ class Config(RunConfig):
     output_affine: bool = False  # affine batch norm at the projector's output; SimSiam's code: no
     predictor_hidden: PositiveInt = 512  # SimSiam Sec. 3
     views: ViewName = "simsiam"  # unstated; SimSiam's code; cifar: GSG App. B.2
-    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; s of SimCLR's App. A
-    crop_min: Share = 0.2  # smallest share of the area; SimSiam's code
+    jitter_strength: NotNegative = later(1.0)  # scales --views' colour jitter; s of SimCLR's App. A
+    crop_min: Share = 0.2  # smallest area of a crop, as a share of the image's; SimSiam's code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # SimSiam's code
 
 

@@ -76,7 +76,8 @@ class Config(RunConfig):
     projector: Literal["none", "linear", "mlp"] = "mlp"  # Sec. 2.1; none, linear: Sec. 4.2, code
     # batch norm after each FC; the equation of Sec. 2.1 shows none; code: yes, no offset at the end
     projector_norm: bool = True
-    projector_hidden: Count = later(0)  # of mlp; 0: as wide as the encoder's output; code
+    # with --projector mlp; 0: as wide as the encoder's output; code
+    projector_hidden: Count = later(0)
     output_dim: PositiveInt = 128  # Sec. 2.3; not with --projector none
     # what the second view goes through. shared: the first's encoder and projector; same: another
     # pair of --arch; an arch: another pair with this encoder (VICReg paper, Table 5). The first is
@@ -84,8 +85,8 @@ class Config(RunConfig):
     second_arch: Literal["shared", "same", ARCHS] = later("shared")
     zero_init_residual: bool = True  # last batch norm of each block; unstated; code
     views: ViewName = "simclr"  # App. A; cifar: App. B.9, half the strength and no blur
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of App. A
-    crop_min: Share = 0.08  # smallest share of the area; App. A; code
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; s of App. A
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; App. A; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
 
 

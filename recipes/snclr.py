@@ -60,7 +60,8 @@ class Config(RunConfig):
     """SNCLR: soft neighbours as positives (Ge et al. 2023).
 
     Each flag says where its value comes from: "Sec." and "App." are the paper's, "code" the
-    authors' released code. The arch sets the optimizer and its rates (see the presets).
+    authors' released code, "GSG" the paper of guided stop-gradient (Lee and Lee 2023). The arch
+    sets the optimizer and its rates (see the presets).
     """
 
     follow: Literal["paper", "official"] = "paper"  # official: sets each flag to the released code
@@ -94,8 +95,8 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # Sec. 4.1 "follow BYOL", BYOL Sec. 3.3; code
     output_dim: PositiveInt = 256  # Table 6 (128 000 x 256); BYOL Sec. 3.3; code
     views: ViewName = "byol"  # App. A "follow BYOL"; cifar: GSG App. B.2
-    jitter_strength: NotNegative = later(1.0)  # factor of --views' colours; s of SimCLR's App. A
-    crop_min: Share = 0.08  # smallest share of the area; BYOL App. B; code
+    jitter_strength: NotNegative = later(1.0)  # scales --views' colour jitter; s of SimCLR's App. A
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; BYOL App. B; code
 
 
 # unstated: no paper has SNCLR on CIFAR-10. Views, budget: GSG's App. B.2, C.2; the rest is ours

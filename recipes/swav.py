@@ -50,7 +50,7 @@ class Config(RunConfig):
     """SwAV: swapped prediction of cluster codes (Caron et al. 2020).
 
     Each flag says where its value comes from: "code" is the authors' released code (main_swav.py
-    and its scripts).
+    and its scripts), "GSG" the paper of guided stop-gradient (Lee and Lee 2023).
     """
 
     prototypes: PositiveInt = 3000  # K; code
@@ -65,7 +65,8 @@ class Config(RunConfig):
     multi_crop: bool = True  # add small crops, which predict codes and have none; code; no ViT
     small_crops: Count = 6  # with --multi-crop; code
     small_crop_size: PositiveInt = 96  # with --multi-crop, pixels; code
-    # with --multi-crop: the area that parts small from large crops, instead of --crop-min; code
+    # with --multi-crop, instead of --crop-min: small crops have at most this share of the image's
+    # area, large ones at least; code
     multi_crop_scale: Share = 0.14
 
     epochs: PositiveInt = 800  # its longest; code
@@ -81,8 +82,9 @@ class Config(RunConfig):
     projector_hidden: PositiveInt = 2048  # its one hidden layer; code
     output_dim: PositiveInt = 128  # of embeddings and prototypes; code
     views: ViewName = "simclr"  # code: the same for all crops; cifar: GSG App. B.2
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; code: s
-    crop_min: Share = 0.08  # smallest share of the area without --multi-crop; code
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code: s
+    # without --multi-crop: smallest area of a crop, as a share of the image's; code
+    crop_min: Share = 0.08
     crop_interpolation: Literal["bicubic", "bilinear"] = "bilinear"  # of crops; code
 
 
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(optimizer, rate)
         model.normalize_prototypes()
 
-        with run.autocast():  # a forward for each resolution, one of the head for all crops (code)
+        with run.autocast():  # one encoder pass per resolution, one head pass for all crops (code)
             features = encode(torch.cat([x1, x2]))
             if small:
                 features += encode(torch.cat(small))

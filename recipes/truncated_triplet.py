@@ -46,10 +46,10 @@ from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, wa
 from common.run.flags import parse
 from common.run.run import Run
 
-WARMUP_START = 1e-4  # of the rate: code, warmup_ratio
+WARMUP_START = 1e-4  # where the warm-up starts, as a share of the rate: code, warmup_ratio
 # smallest side of an online and of a target view under --random-resize, of 224 pixels: code
 ONLINE_SIDE, TARGET_SIDE = 96, 128
-RESIZE_KEY = 0x547269  # parts the draws of --random-resize from others of the same seed
+RESIZE_KEY = 0x547269  # keeps the draws of --random-resize apart from others of the same seed
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Config(RunConfig):
     """Truncated triplet: smoothed rank-k triplets on BYOL's networks (Wang et al. 2021).
 
     Each flag says where its value comes from: "slides" are of the paper's Sec. 3, "code" is the
-    authors' released code and its configuration for 1000 epochs.
+    authors' released code and its configuration for 1000 epochs, "GSG" the paper of guided
+    stop-gradient (Lee and Lee 2023).
     """
 
     follow: Literal["paper", "official"] = "paper"  # official: sets each flag to the released code
@@ -90,8 +91,8 @@ class Config(RunConfig):
     predictor_hidden: PositiveInt = 4096  # code
     output_dim: PositiveInt = 256  # code
     views: ViewName = "byol"  # code; cifar: GSG App. B.2
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; code: 1
-    crop_min: Share = 0.08  # smallest share of the area; code
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code: 1
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # code
 
 

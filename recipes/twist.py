@@ -49,18 +49,20 @@ class Config(RunConfig):
     """TWIST: twin class distributions (Wang et al. 2021).
 
     Each flag says where its value comes from: "code" is the authors' released code, with the
-    command of its README for ResNet-50 without small crops.
+    command of its README for ResNet-50 without small crops, "GSG" the paper of guided stop-gradient
+    (Lee and Lee 2023).
     """
 
     lam1: float = 0.0  # the sharpness counts 1 + lam1 times; code (its ViTs: -0.6)
-    lam2: float = 1.0  # the diversity counts so many times; code
+    lam2: float = 1.0  # the diversity counts lam2 times; code
     tau: Positive = 1.0  # temperature of sharpness and diversity, not of consistency; code
-    # batch norm before the softmax, without scale and offset; code: lbn_type
+    # batch norm of the logits before the softmax, without scale and offset; code: lbn_type
     logit_norm: bool = True
-    # images whose statistics it takes, both their views together; 0: the global batch; code: 256
+    # images over which --logit-norm takes its statistics, both views of each; 0: the global batch;
+    # code: 256
     bunch_size: Count = 256
     projector_layers: PositiveInt = 3  # the last gives the logits; code
-    projector_hidden: PositiveInt = 4096  # of its hidden layers; code
+    projector_hidden: PositiveInt = 4096  # width of the projector's hidden layers; code
     output_dim: PositiveInt = 32768  # classes; code's README (4096 with small crops)
 
     epochs: PositiveInt = 800  # code's README
@@ -68,15 +70,16 @@ class Config(RunConfig):
     lr: NotNegative = 0.5  # base rate, times batch/lr-batch; code
     lr_batch: Count = 256  # the batch that --lr is given for, 0: not scaled; code
     lr_end: Share = 0.001  # last rate as a share of the highest; code
-    # unguarded_lars: divides by |g| + decay |w|, rate inside the momentum; code (lars.py)
+    # unguarded_lars: trust ratio |w| / (|g| + decay |w|) without a guard against norms of 0, the
+    # rate inside the momentum; code (lars.py)
     optimizer: Literal["unguarded_lars", "lars", "sgd", "adamw"] = "unguarded_lars"
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; code
     weight_decay: NotNegative = 1.5e-6  # code; LARS leaves out biases and norms
     # from 0; default: 10, 5 for 50 epochs or fewer, 3 for 20 or fewer; code
     warmup_epochs: NotNegative | None = None
     views: ViewName = "byol"  # code: --aug barlow; cifar: GSG App. B.2
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of SimCLR's App. A
-    crop_min: Share = 0.08  # smallest share of the area; code
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; s of SimCLR's App. A
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops; code
 
 

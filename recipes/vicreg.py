@@ -48,7 +48,8 @@ class Config(RunConfig):
     """VICReg: variance, invariance and covariance (Bardes et al. 2022).
 
     Each flag says where its value comes from: "Sec." and "App." are the paper's, "code" the
-    authors' released code (main_vicreg.py).
+    authors' released code (main_vicreg.py), "GSG" the paper of guided stop-gradient (Lee and Lee
+    2023).
     """
 
     follow: Literal["paper", "official"] = "paper"  # official: sets each flag to the released code
@@ -76,8 +77,8 @@ class Config(RunConfig):
     projector_layers: PositiveInt = 3  # the expander, 8192-8192-8192; Sec. 4.2
     projector_hidden: PositiveInt = 8192  # Sec. 4.2
     output_dim: PositiveInt = 8192  # Sec. 4.2
-    crop_min: Share = 0.08  # smallest share of the area; App. C.1
-    jitter_strength: NotNegative = 1.0  # factor of --views' colours; s of SimCLR's App. A
+    crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; App. C.1
+    jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; s of SimCLR's App. A
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # unstated; code
 
 

@@ -26,9 +26,11 @@ VERSION = 1
 # what reading a damaged npz file raises (zipfile: a method of compression that does not exist)
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile)
 ARRAYS = ("paths", "labels", "shard", "offset", "length")
-AHEAD = 16  # images that a process has asked for before their turn
-AHEAD_BYTES = 16 << 20  # and at most this much, or one image
-SLOW = 0.5e-3  # seconds from which on a read is slow; 110 kB of page cache take 0.05, a thread 0.03
+AHEAD = 16  # at most so many images are read before their turn, per process
+AHEAD_BYTES = 16 << 20  # and at most so many bytes, unless a single image is larger
+# a read that takes longer (seconds) counts as slow: 110 kB from the page cache take 0.05 ms,
+# reading ahead costs 0.03 ms
+SLOW = 0.5e-3
 
 Place = tuple[str, int, int]  # path of a shard, offset, length
 

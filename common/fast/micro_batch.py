@@ -77,7 +77,9 @@ class Pieces:
             return self.encoder(torch.cat(views)).chunk(len(views))
 
     def in_pieces(self, images: Tensor) -> Tensor:
-        """Returns features without graph; if gradients are wanted, `replay` goes on from them."""
+        """Encodes without an autograd graph. If gradients are enabled, the features collect theirs,
+        and `replay` carries these on to the encoder.
+        """
         with torch.no_grad():
             parts = [self.encoder(part) for part in self.parts(images)]
             features = torch.stack(parts, dim=1).flatten(0, 1)

@@ -42,17 +42,17 @@ class SegmentationConfig(DenseConfig):
     momentum: Share = 0.9  # GSG App. D.3
     # GSG App. D.3; norms and biases have none (ssl-transfer train.py)
     weight_decay: NotNegative = 1e-4
-    # of the polynomial schedule (1 - t/T)**power: GSG App. D.3's "decay rate of 0.9"
+    # exponent of the polynomial schedule (1 - t/T)**power: GSG App. D.3's "decay rate of 0.9"
     power: float = 0.9
     # iterations between changes of the rate: GSG App. D.3; ssl-transfer's code has 1
     decay_every: PositiveInt = 500
-    # weight of the loss of a head on layer3: ssl-transfer's deep_sup_scale, which its code leaves
-    # out for UPerNet: 0 is what it runs
+    # weight of the loss of a head on layer3: ssl-transfer's deep_sup_scale. Its code ignores that
+    # for UPerNet, so 0 is what it runs
     deep_supervision: NotNegative = 0.4
     sizes: str = "300,375,450,525,600"  # shorter sides, one drawn for each batch: ssl-transfer
     # shorter sides whose probabilities are averaged in the test: ssl-transfer, all of them
     test_sizes: str = "300,375,450,525,600"
-    longest: PositiveInt = 1000  # bound of the longer side: ssl-transfer
+    longest: PositiveInt = 1000  # the longer side has at most so many pixels: ssl-transfer
 
 
 def parse_arguments(argv: list[str] | None = None) -> SegmentationConfig:
