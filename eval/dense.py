@@ -138,7 +138,7 @@ class DenseEvaluation(Evaluation):
             if not math.isfinite(loss.item()):
                 raise UserError(
                     f"the loss is {loss.item()} at iteration {step + 1}: lower the learning rate; "
-                    "the checkpoint before is kept"
+                    "the previous checkpoint is kept"
                 )
             optimizer.zero_grad()
             loss.backward()

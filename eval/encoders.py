@@ -361,7 +361,7 @@ def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, di
     if name == RANDOM and arch is None:
         raise UserError("--backbone random needs --arch")
     if name == PIXELS and arch is not None:
-        raise UserError("--backbone pixels has no --arch")
+        raise UserError("--backbone pixels takes no --arch")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = Pixels(image_size) if name == PIXELS else build(arch, image_size)
@@ -388,7 +388,8 @@ class FirstFeatures(nn.Module):
     def __init__(self, encoder: nn.Module, number: int):
         super().__init__()
         if number > encoder.embed_dim:
-            raise UserError(f"--first-features {number}: the encoder has {encoder.embed_dim}")
+            has = f"the encoder has {encoder.embed_dim} features"
+            raise UserError(f"--first-features {number}: {has}")
         self.encoder, self.embed_dim = encoder, number
 
     def forward(self, images: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Evaluation:
         if distributed.any_rank([distributed.from_rank_zero(sha256) != sha256])[0]:
             raise UserError(f"{config.backbone} changed while the ranks read it: start again")
         if self.facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
-            raise UserError("--method and --pretrained-on are for checkpoints of others")
+            raise UserError("--method and --pretrained-on are for other projects' checkpoints")
         self.config = config = self.with_defaults(config)
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoder.to(self.device, self.dtype).eval()
@@ -495,8 +495,8 @@ def held_out(labels: np.ndarray, imagenet: bool, seed: int) -> tuple[np.ndarray,
         words = f"{len(held)} of {len(labels)} training images"
     if not len(held):
         raise UserError(
-            "no training image can be held out to choose by, since every class has one alone: give "
-            "one setting instead of several"
+            "no training image can be held out to choose a setting by, since every class has only "
+            "one: give one setting instead of several"
         )
     return kept, held, words
 
@@ -528,5 +528,5 @@ def parse_numbers(text: str, flag: str) -> list[float]:
     except ValueError:
         numbers = []
     if not numbers or not all(0 <= n < float("inf") for n in numbers):
-        raise UserError(f"{flag} {text}: numbers with commas between them, like 0.1,0.3")
+        raise UserError(f"{flag} {text}: give numbers with commas between them, like 0.1,0.3")
     return list(dict.fromkeys(numbers))

@@ -170,11 +170,13 @@ def triplet_loss(
 
 
 def ranks_of(config: Config) -> tuple[int, int]:
-    """Returns --ranks as numbers; raises UserError if they are none."""
+    """Returns the first and the last of --ranks; raises UserError if the text is not of that form
+    or the last comes before the first.
+    """
     found = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", config.ranks)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:
-        raise UserError(f"--ranks {config.ranks}: the first and the last, as 2-10")
+        raise UserError(f"--ranks {config.ranks}: give the first and the last rank, like 2-10")
     return first, last
 
 

@@ -154,14 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=in_80_columns(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tier", help="whose curves: a tier of claims.yaml, as photos")
+    parser.add_argument("tier", help="the tier of claims.yaml to draw, for example photos")
     parser.add_argument("--output", type=Path, required=True, help="picture: .png, .pdf or .svg")
     arguments = parser.parse_args(argv)
     pictures.check_target(arguments.output)
     joined = load()
     known = tiers(joined)
     if arguments.tier not in known:
-        raise UserError(f"{arguments.tier}: no tier of claims.yaml; there are {', '.join(known)}")
+        raise UserError(f"claims.yaml has no tier {arguments.tier}, only {', '.join(known)}")
     numbers = numbers_of(known[arguments.tier], joined)
     if not numbers["families"]:
         raise UserError(f"{arguments.tier}: no record of these runs has a history to draw")

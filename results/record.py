@@ -309,7 +309,7 @@ def facts_of(run: Path) -> dict[str, Any]:
             "command again, which notes them"
         )
     if results.checksum(run / results.BACKBONE) != found["backbone_sha256"]:
-        raise UserError(f"{run / results.BACKBONE} is not the one that {results.NAME} is of")
+        raise UserError(f"{run / results.BACKBONE} is not the one that {results.NAME} describes")
     if not results.is_finished(run):
         raise UserError(f"{run} goes on after its results: start its command again, and let it end")
     return {

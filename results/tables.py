@@ -45,10 +45,10 @@ def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
         if (row["value"] is None) != (row["grade"] == "not at hand"):
             raise UserError(f"{path}: row {number} ({row['method']}): grade and value do not fit")
         if wrong := [n for n in row.get("assumed", []) if row[n] is None]:
-            raise UserError(f"{path}: row {number} assumes {', '.join(wrong)}, has none")
+            raise UserError(f"{path}: row {number} assumes {', '.join(wrong)}, but gives no value")
         if wrong := {*row.get("unstated", [])} & {*(row.get("settings") or {})}:
             raise UserError(
-                f"{path}: row {number} states {', '.join(wrong)} and leaves it unstated"
+                f"{path}: row {number} states {', '.join(wrong)} and lists it as unstated"
             )
     return rows
 

@@ -161,7 +161,7 @@ def merged(
     if recipe not in (known := {**cards.load(), **SCRIPTS}):
         raise UserError(f"{where}: no recipe {recipe}{nearest_name(recipe, known)}")
     if "classifier" in fields["evaluations"] and recipe not in SCRIPTS:
-        raise UserError(f"{where}: {recipe} trains no classifier to evaluate")
+        raise UserError(f"{where}: {recipe} trains no classifier: leave that evaluation out")
     if unknown := set(families) - set(cards.FAMILIES):
         raise UserError(f"{where}: its tier has flags of no known family {', '.join(unknown)}")
     values = {"dataset": of_tier["dataset"], "arch": of_tier.get("arch")}

@@ -174,8 +174,8 @@ def check_options(resources: Resources) -> None:
     own |= {"ntasks": "nodes and tasks_per_node", "cpus-per-task": "cpus_per_task"}
     for name in given.keys() & own.keys():
         raise UserError(
-            f"options: {name}: say {own[name]} beside `options` instead of in them: the runs count "
-            "on it"
+            f"options: {name}: give {own[name]} beside `options`, not in it: the launcher reads it "
+            "there"
         )
     gpus = [n for n in given if re.fullmatch("gpus?|gpus-.*", n)]
     gpus += [n for n in given if n == "gres" and "gpu" in str(given[n])]

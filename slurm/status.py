@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scratch", default=None, metavar="FOLDER", help="instead of the file's")
     arguments = parser.parse_args(argv)
     if arguments.every < 1:
-        raise UserError("--every: at least 1 second, for the cluster's sake")
+        raise UserError("--every: give at least 1 second, to spare the cluster")
     layer = cluster_layer(arguments.cluster)
     given = {} if arguments.scratch is None else {"scratch": arguments.scratch}
     resources = resources_of(layer, ("the command line", given))

@@ -259,13 +259,13 @@ WRONG = {  # dataset, images, empty folders, the folder that the message names, 
     "flat imagenet": ("imagenet", ("train/1.png", *FULL[2:]), (), "train", "one tar file for each"),
     "flat val in imagenet": ("imagenet", (*FULL[:2], "val/1.png"), (), "val", "valprep.sh"),
     "flat cifar10": ("cifar10", ("train/1.png", "test/cat/1.png"), (), "train", "train/CLASS/"),
-    "fewer classes in val": ("imagenet", FULL[:3], (), "", "1 in train/ alone ('dog')"),
+    "fewer classes in val": ("imagenet", FULL[:3], (), "", "1 only in train/: 'dog'"),
     "other classes in val": (
         "imagefolder",
         (*FULL, "val/x/1.png"),
         (),
         "",
-        "1 in val/ alone ('x')",
+        "1 only in val/: 'x'",
     ),
     "cifar10 without train": ("cifar10", ("test/cat/1.png",), (), "", "train/"),
     "cifar10 without test": ("cifar10", FULL[:2], (), "", "test/"),
@@ -295,7 +295,7 @@ def test_wrong_layout_is_named_with_its_folder(tmp_path, case):
 def test_class_folders_that_differ_in_unicode_form_are_said_to(tmp_path):
     write_images(tmp_path, *FULL, "train/caf\u00e9/1.png", "val/cafe\u0301/1.png")
     message = refused("imagenet", str(tmp_path))
-    assert "1 class folders of train/ and val/ differ in Unicode form alone" in message
+    assert "1 class folders of train/ and val/ differ only in Unicode form" in message
     assert r"'caf\xe9' and 'cafe\u0301'" in message and "convmv" in message
     write_images(tmp_path, "train/cafe\u0301/1.png", "val/caf\u00e9/1.png")
     assert f"{tmp_path}/train has 2 class folders whose names" in refused("imagenet", str(tmp_path))

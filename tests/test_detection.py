@@ -608,10 +608,10 @@ def test_the_detector_has_the_backbone(miniature, tmp_path, monkeypatch):
     [
         (["--task", "voc0712_faster_rcnn_R50_C4", "--override", ""], "needs detectron2"),
         (["--override", "MODEL.ROI_HEADS.NUM_CLASSES=3"], "torchvision's detector has no such"),
-        (["--gpus", "2"], "of detectron2's launcher"),
+        (["--gpus", "2"], "for detectron2's launcher"),
         (["--arch", "vit_small"], "vit_small has no pyramid of feature maps"),
         (["--arch", "tiny"], "tiny has no pyramid of feature maps"),
-        (["--data", "/nowhere"], "--data /nowhere: a folder with annotations/"),
+        (["--data", "/nowhere"], "--data /nowhere: give a folder with annotations/"),
         (["--override", "SOLVER.IMS_PER_BATCH=64"], "for 8 images with objects"),
         (["--override", TINY + " SOLVER.BASE_LR=1e30"], "is nan|lower the learning rate"),
     ],

@@ -125,7 +125,7 @@ def test_a_setting_that_the_source_leaves_open_may_have_any_value(tmp_path):
 def test_what_a_source_states_it_does_not_leave_open(tmp_path):
     row = NNCLR | {"unstated": ["neighbours"], "settings": {"neighbours": 0}}
     (tmp_path / "published.yaml").write_text(yaml.safe_dump([row]))
-    with pytest.raises(UserError, match="row 1 states neighbours and leaves it unstated"):
+    with pytest.raises(UserError, match="row 1 states neighbours and lists it as unstated"):
         tables.load_published(tmp_path / "published.yaml")
 
 

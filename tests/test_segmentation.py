@@ -278,7 +278,7 @@ def test_protocol_of_the_paper_is_called_so(finished, miniature, tmp_path):
         (["--data", "/nowhere"], "--data /nowhere: ADEChallengeData2016 with images/"),
         (["--data", ""], "--data is missing"),
         (["--batch-size", "64"], "--batch-size 64 is the batch over all 1 ranks"),
-        (["--sizes", "30.5"], "--sizes 30.5: whole numbers above 0"),
+        (["--sizes", "30.5"], "--sizes 30.5: give whole numbers above 0"),
         (["--decay-every", "0"], "--decay-every 0: must be above 0"),
         (["--iterations", "0"], "--iterations 0: must be above 0"),
         (["--lr", "1e30"], "lower the learning rate"),

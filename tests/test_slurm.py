@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line_before_submission(flags, expected, code, tmp_path
         ("eval/linear_probe/run.py", ["--protocl", "snclr"], "did you mean --protocol?"),
         ("eval/semi_supervised/run.py", ["--percent", "2"], "percent"),
         ("recipes/byol_gsg.py", ["--batch-size", "10"], "does not divide over 4 ranks"),
-        ("recipes/byol_gsg.py", ["--batch-size", "4"], "each of 4 ranks needs 2 images"),
+        ("recipes/byol_gsg.py", ["--batch-size", "4"], "each of 4 ranks needs at least 2 images"),
     ],
 )
 def test_the_check_is_the_recipes_own(script, flags, expected):
@@ -261,10 +261,10 @@ def test_flags_win_over_the_sweep_over_the_cluster_file_over_defaults():
         ({"options": {"gpus": 8}}, "options: {gpus-per-node: null, gpus: 8}"),
         ({"options": {"gpus-per-node": "a100:4"}}, "say it as gpus_per_node: TYPE:COUNT"),
         ({"options": {"gpus_per_task": 1}}, "say it as gpus_per_node: TYPE:COUNT"),
-        ({"options": {"nodes": 2}}, "say nodes beside `options`"),
-        ({"options": {"ntasks-per-node": 2}}, "say tasks_per_node beside `options`"),
-        ({"options": {"time": "1h"}}, "say time beside `options`"),
-        ({"options": {"cpus_per_task": 6}}, "say cpus_per_task beside `options`"),
+        ({"options": {"nodes": 2}}, "give nodes beside `options`"),
+        ({"options": {"ntasks-per-node": 2}}, "give tasks_per_node beside `options`"),
+        ({"options": {"time": "1h"}}, "give time beside `options`"),
+        ({"options": {"cpus_per_task": 6}}, "give cpus_per_task beside `options`"),
         ({"options": {"exclude": ["a", "b"]}}, "write it as sbatch takes it, in one text"),
         ({"options": {"comment": "a\nscancel 1"}}, "comment 'a\\nscancel 1' has a line break"),
         ({"options": {"comment\nx": 1}}, "has a line break"),

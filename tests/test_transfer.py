@@ -409,7 +409,7 @@ def test_mistakes_get_one_line(trained, tmp_path):
         run.main([*flags, "--datasets", "pet"])
     with pytest.raises(UserError, match="--image-size 0: must be above 0"):
         run.main([*flags, "--image-size", "0"])
-    with pytest.raises(UserError, match="--method and --pretrained-on are for checkpoints"):
+    with pytest.raises(UserError, match="--method and --pretrained-on are for other projects"):
         run.main([*flags, "--method", "Mine"])
     for missing, few in (("--root DIR", flags[:2]), ("--backbone", flags[2:])):
         with pytest.raises(UserError, match=f"{missing}.* is missing"):

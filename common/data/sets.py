@@ -85,14 +85,14 @@ def check_same_classes(root: Path, train: Images, test: Images, split: str) -> N
     one, two = own.values()
     if {*map(composed, one)} == {*map(composed, two)}:
         raise UserError(
-            f"{root}: {len(one)} class folders of train/ and {split}/ differ in Unicode form alone "
+            f"{root}: {len(one)} class folders of train/ and {split}/ differ only in Unicode form "
             f"({one[0]!a} and {two[0]!a}): rename those of one side, for example by `convmv -f "
             f"utf8 -t utf8 --nfc -r --notest {root}`"
         )
-    said = [f"{len(n)} in {side}/ alone ({some(n)})" for side, n in own.items() if n]
+    said = [f"{len(n)} only in {side}/: {some(n)}" for side, n in own.items() if n]
     raise UserError(
-        f"{root}: train/ and {split}/ differ in class folders, {' and '.join(said)}: both need "
-        "the same ones, since labels are places among them"
+        f"{root}: train/ and {split}/ do not have the same class folders ({'; '.join(said)}): both "
+        "need the same ones, since a class's label is its folder's place in sorted order"
     )
 
 
@@ -192,7 +192,7 @@ def class_folders(folder: Path, found: Sequence[os.DirEntry]) -> dict[str, None]
     forms = Counter(map(composed, names))
     if twice := [name for name in names if forms[composed(name)] > 1]:
         raise UserError(
-            f"{folder} has {len(twice)} class folders whose names differ in Unicode form alone "
+            f"{folder} has {len(twice)} class folders whose names differ only in Unicode form "
             f"({', '.join(map(ascii, twice[:2]))}): they would be two classes; merge them"
         )
     return names

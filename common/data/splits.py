@@ -98,6 +98,6 @@ def balanced(images: Images, number: int, draw: int = 0) -> np.ndarray:
 def check_draw(draw: int, there_are: int) -> None:
     if draw >= there_are:
         raise UserError(
-            f"--subset-seed {draw}: there are {there_are} draws of so many images without one in "
-            f"common, 0 to {there_are - 1}"
+            f"--subset-seed {draw}: only {there_are} draws of so many images have none in common, "
+            f"0 to {there_are - 1}"
         )

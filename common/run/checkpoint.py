@@ -42,10 +42,10 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         cause = disk_error_behind(error)
         if cause is None:
             raise
-        kept = "the checkpoint before is kept: " if path.exists() else ""
+        kept = ", the previous checkpoint is kept" if path.exists() else ""
         cure = "free space" if cause.errno in FULL else "make it writable"
         raise UserError(
-            f"cannot save {path}: {cause.strerror}; {kept}{cure} and start the same command again"
+            f"cannot save {path} ({cause.strerror}){kept}: {cure} and start the same command again"
         ) from None
 
 

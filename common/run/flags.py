@@ -345,7 +345,8 @@ def snapshot_epochs(config: Any) -> set[int]:
         return {int(word) for word in config.snapshot_epochs.split(",") if word.strip()}
     except ValueError:
         raise UserError(
-            f"--snapshot-epochs {config.snapshot_epochs}: whole numbers with commas, as 0,1,10",
+            f"--snapshot-epochs {config.snapshot_epochs}: give whole numbers with commas, like "
+            "0,1,10",
         ) from None
 
 

@@ -78,7 +78,7 @@ def check_batch(batch: int, ranks: int, micro_batch: int = 0) -> None:
             f"ranks: take {below or above} or {above}",
         )
     if batch // ranks < 2:
-        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs 2 images")
+        raise UserError(f"--batch-size {batch}: each of {ranks} ranks needs at least 2 images")
     if not micro_batch:
         return
     fits = [size for size in range(2 * ranks, batch + 1, ranks) if batch % size == 0]

@@ -87,7 +87,7 @@ def folder_of(split: str, data: str) -> Path:
     for folder in (root, root / inner):
         if data and (folder / mark).is_dir():
             return folder
-    raise UserError(f"--data {data or 'is missing'}: a folder with {LAYOUTS[kind]}")
+    raise UserError(f"--data {data or 'is missing'}: give a folder with {LAYOUTS[kind]}")
 
 
 def load(splits: list[str], data: str, name: str) -> Detections:

@@ -67,7 +67,7 @@ class Detection(Job):
             torchvision_backend.check(self.settings)
             if config.gpus >= 0:
                 raise UserError(
-                    "--gpus is of detectron2's launcher: start torchvision's ranks by torchrun",
+                    "--gpus is for detectron2's launcher: start torchvision's ranks by torchrun",
                 )
         elif config.precision != "fp32":
             raise UserError("--precision bf16 is for --backend torchvision")

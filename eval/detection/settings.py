@@ -120,5 +120,5 @@ def parse_overrides(text: str, task: str) -> dict[str, Any]:
         if name == "SOLVER.IMS_PER_BATCH" and found[name] == 0:
             found[name] = None
         if not isinstance(found[name], kind) or (number and isinstance(found[name], bool)):
-            raise UserError(f"--override {word}: {known[name]!r} is in the file, of another type")
+            raise UserError(f"--override {word}: the file has {known[name]!r}, of another type")
     return found

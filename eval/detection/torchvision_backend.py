@@ -123,7 +123,7 @@ def loader(job: Job, first: int, last: int) -> torch.utils.data.DataLoader:
     if batch % job.ranks or len(examples) < batch:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {batch} for {len(examples)} images with objects and {job.ranks} "
-            "ranks: --override it by a multiple of the ranks, at most as many as the images",
+            "ranks: --override it with a multiple of the ranks, at most as many as the images",
         )
     return torch.utils.data.DataLoader(
         examples,

@@ -90,8 +90,8 @@ def load(data: str, part: str, max_pixels: int = MAX_PIXELS) -> Scenes:
     folders = [f for f in (root, root / FOLDER) if data and (f / "images" / part).is_dir()]
     if not folders:
         raise UserError(
-            f"--data {data or 'is missing'}: {FOLDER} with images/ and annotations/, each with "
-            "training/ and validation/",
+            f"--data {data or 'is missing'}: give {FOLDER} with images/ and annotations/, each "
+            "with training/ and validation/",
         )
     images = sorted((folders[0] / "images" / part).glob("*.jpg"))
     labels = [folders[0] / "annotations" / part / f"{path.stem}.png" for path in images]

@@ -244,7 +244,7 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
 def whole_numbers(text: str, flag: str) -> list[int]:
     numbers = parse_numbers(text, flag)
     if not all(n == int(n) > 0 for n in numbers):
-        raise UserError(f"{flag} {text}: whole numbers above 0")
+        raise UserError(f"{flag} {text}: give whole numbers above 0")
     return list(map(int, np.asarray(numbers, dtype=int)))
 
 

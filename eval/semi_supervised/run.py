@@ -179,7 +179,7 @@ class FineTuning:
         if config.epochs:
             numbers = parse_numbers(config.epochs, "--epochs")
             if not all(n == int(n) > 0 for n in numbers):
-                raise UserError(f"--epochs {config.epochs}: whole numbers above 0")
+                raise UserError(f"--epochs {config.epochs}: give whole numbers above 0")
             epochs = tuple(map(int, numbers))
         heads, encoders = protocol.head_lrs[percent], protocol.encoder_lrs[percent]
         tied = protocol.tied and not (config.head_lrs or config.encoder_lrs)

@@ -120,7 +120,7 @@ class Transfer:
         if words := in_words(facts):
             print(f"backbone: {words}")
         if facts["layout"] == "ours" and (config.method or config.pretrained_on != "other"):
-            raise UserError("--method and --pretrained-on are for checkpoints of others")
+            raise UserError("--method and --pretrained-on are for other projects' checkpoints")
         torch.backends.cudnn.allow_tf32 = False  # features are float32 on a GPU too
         return encoder.to(self.device).eval(), facts
 
