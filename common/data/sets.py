@@ -75,7 +75,7 @@ def how_to_sort(val: FolderImages) -> str:
 
 
 def check_same_classes(root: Path, train: Images, test: Images, split: str) -> None:
-    """Raises UserError that says which class folders are on one side alone, if any are."""
+    """Raises UserError if a side has class folders that the other lacks, and names some of them."""
     own = {
         "train": sorted(set(train.classes) - set(test.classes)),
         split: sorted(set(test.classes) - set(train.classes)),
