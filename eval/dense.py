@@ -193,7 +193,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def load_image(path: str | Path, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Returns an RGB image, `upright` as its camera says; UserError if the file cannot be read."""
+    """Returns an RGB image, `upright` as its camera says; raises UserError if the file cannot be
+    read.
+    """
     try:
         with open_image(path, max_pixels) as image:
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
@@ -229,7 +231,7 @@ def or_error(load: Callable[[], Any]) -> Any:
 
 
 def raise_errors(items: list[Any]) -> list[Any]:
-    """Returns the items; UserError if one of them is an error's text."""
+    """Returns the items; raises UserError if one of them is an error's text."""
     for item in items:
         if isinstance(item, str):
             raise UserError(item)

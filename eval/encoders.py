@@ -69,7 +69,7 @@ def load_encoder(
 
 def newest_of(folder: Path) -> Path:
     """Returns the newest file of a run's encoder: the backbone if the run has ended, else the
-    newest checkpoint. UserError if the folder has neither.
+    newest checkpoint. Raises UserError if the folder has neither.
     """
     exported, saved = folder / backbone.NAME, checkpoint.find(folder)
     if saved is not None and not (exported.exists() and results.is_finished(folder)):
@@ -189,7 +189,7 @@ def with_counters(tensors: dict[str, Tensor], encoder: nn.Module) -> dict[str, T
 
 def size_of(path: Path, arch: str, tensors: dict[str, Tensor], image_size: int | None) -> int:
     """Returns the image size to build another project's encoder for: a ViT's own, by its positions.
-    UserError if that size is not the default of images, and --image-size is not given.
+    Raises UserError if that size is not the default of images, and --image-size is not given.
     """
     positions = tensors.get("pos_embed")
     patch = tensors.get("patch_embed.proj.weight")
@@ -222,7 +222,7 @@ def at_size(
 
 
 def build(arch: str, image_size: int) -> nn.Module:
-    """Returns `build_encoder`'s encoder; UserError for a size that the arch cannot take."""
+    """Returns `build_encoder`'s encoder; raises UserError for a size that the arch cannot take."""
     try:
         return build_encoder(arch, image_size)
     except ValueError as error:
@@ -383,7 +383,7 @@ def control(name: str, arch: str | None, image_size: int) -> tuple[nn.Module, di
 
 
 class FirstFeatures(nn.Module):
-    """An encoder cut to its first `number` features; UserError if it has fewer."""
+    """An encoder cut to its first `number` features; raises UserError if it has fewer."""
 
     def __init__(self, encoder: nn.Module, number: int):
         super().__init__()

@@ -160,7 +160,7 @@ class Evaluation:
         return dataclasses.replace(config, **values)
 
     def load_images(self) -> tuple[Images, Images]:
-        """Returns training and labelled test images; UserError if labels are missing."""
+        """Returns training and labelled test images; raises UserError if labels are missing."""
         config = self.config
         train, test = load_dataset(config.dataset, config.data, max_pixels=config.max_pixels)
         if test is None or train.labels is None:
@@ -261,8 +261,8 @@ class Evaluation:
     # -- resume ---------------------------------------------------------------------------------
 
     def begin(self, name: str) -> None:
-        """Prepares the folder of the evaluation of this name, which says its protocol; UserError if
-        it holds another evaluation. `self.config` is complete by now.
+        """Prepares the folder of the evaluation of this name, which says its protocol; raises
+        UserError if it holds another evaluation. `self.config` is complete by now.
         """
         self.folder = distributed.from_rank_zero(self.choose_folder(name))
         holds = {
@@ -522,7 +522,7 @@ def linear_weights(classes: int, dim: int, init: str, seed: int) -> Tensor:
 
 
 def parse_numbers(text: str, flag: str) -> list[float]:
-    """Parses numbers: "0.1,0.3" gives [0.1, 0.3]; UserError for anything else."""
+    """Parses numbers: "0.1,0.3" gives [0.1, 0.3]; raises UserError for anything else."""
     try:
         numbers = [float(word) for word in text.split(",")]
     except ValueError:

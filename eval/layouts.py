@@ -104,7 +104,7 @@ LAYOUTS = (
 def unwrap(tensors: dict[str, Tensor], where: str) -> tuple[Layout, dict[str, Tensor]]:
     """Returns (layout, the encoder's tensors under torchvision's or timm's names). It removes
     wrappers and prefixes, and drops by name what is known not to be the encoder's. Anything else
-    stays, so that the exact match names it. UserError if two tensors get one name.
+    stays, so that the exact match names it. Raises UserError if two tensors get one name.
     """
     # of torch.compile, at any depth, and of DistributedDataParallel
     tensors = renamed(tensors, lambda name: re.sub(r"(^|\.)_orig_mod\.", r"\1", name), where)
@@ -125,7 +125,7 @@ def fits(layout: Layout, names: dict[str, Tensor]) -> bool:
 def renamed(
     tensors: dict[str, Tensor], rename: Callable[[str], str], where: str
 ) -> dict[str, Tensor]:
-    """Returns the tensors under other names; UserError if two of them get the same name."""
+    """Returns the tensors under other names; raises UserError if two of them get the same name."""
     found = {rename(name): t for name, t in tensors.items()}
     if len(found) < len(tensors):
         names = [rename(name) for name in tensors]
@@ -136,7 +136,7 @@ def renamed(
 
 def adapt_stem(encoder: nn.Module, layout: Layout, arch: str, where: str) -> str:
     """Gives a ResNet-18 for 32x32 pixels the layout's own stem, which no name or shape tells;
-    returns the layout in words. UserError if the stem is unknown.
+    returns the layout in words. Raises UserError if the stem is unknown.
     """
     if arch != CIFAR:
         return layout.name

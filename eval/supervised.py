@@ -88,7 +88,7 @@ class Supervised(nn.Module):
 
     def start_from(self, run: str, arch: str) -> None:
         """Loads the encoder of a finished run; `started_from` keeps its checksum for the record,
-        also over restarts. UserError if there is none or it is another arch.
+        also over restarts. Raises UserError if there is none or it is another arch.
         """
         folder = documents.expanded(run)
         if not results.is_finished(folder):

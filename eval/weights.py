@@ -57,7 +57,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def read(path: Path) -> tuple[Any, str]:
     """Returns (what the file holds, its sha256), of one and the same file though a run may replace
-    its checkpoint meanwhile. UserError if it cannot be read.
+    its checkpoint meanwhile. Raises UserError if it cannot be read.
     """
     with open(path, "rb") as file:
         content = load(path, file)
@@ -66,7 +66,9 @@ def read(path: Path) -> tuple[Any, str]:
 
 
 def load(path: Path, file: BinaryIO) -> Any:
-    """Returns what an open file holds; UserError that says what is refused, and how to go on."""
+    """Returns what an open file holds; raises UserError that says what is refused, and how to go
+    on.
+    """
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -96,7 +98,7 @@ def load(path: Path, file: BinaryIO) -> Any:
 
 def weights_of(content: Any, where: str) -> dict[str, Any]:
     """Returns `tensors`, and the `arch` and `epoch` that the content names (None if it does not);
-    UserError if it has no weights.
+    raises UserError if it has no weights.
     """
     found: dict[str, Any] = {"arch": None, "epoch": None}
     state = content

@@ -16,7 +16,7 @@ NOT_YET = "not measured"
 
 
 def pages(joined: Joined, folder: Path) -> dict[Path, str]:
-    """Returns the text of each page with such cells; UserError for an unknown claim."""
+    """Returns the text of each page with such cells; raises UserError for an unknown claim."""
     known = joined.claims.get("lab", {"claims": []})["claims"]
     judged = lab.judge_all(known, joined.runs)
     by_name = {claim["name"]: claim for claim in known}

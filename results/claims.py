@@ -32,7 +32,7 @@ Runs = dict[str, dict[str, dict[int, tuple[str, dict[str, Any]]]]]
 
 
 def load(path: Path, planned: dict[str, Planned]) -> dict[str, Any]:
-    """Reads claims.yaml; UserError if it names a run that is not planned."""
+    """Reads claims.yaml; raises UserError if it names a run that is not planned."""
     what = documents.read_yaml(path, "claims")
     prefixes = [tier["prefix"] for tier in what["tiers"]]
     unknown = [n for n in what["runs"] if not any(p + n in planned for p in prefixes)]
@@ -90,7 +90,9 @@ def arms_of(claim: dict[str, Any]) -> list[str]:
 
 
 def recorded(records: Sequence[tuple[str, dict[str, Any]]], planned: dict[str, Planned]) -> Runs:
-    """Returns the records of the plan's runs; UserError for two of one run, seed and protocol."""
+    """Returns the records of the plan's runs; raises UserError for two of one run, seed and
+    protocol.
+    """
     found: Runs = {}
     for name, one in records:
         run = planned.get(one.get("plan", ""))

@@ -63,7 +63,7 @@ def join(
 
 def load_figures(folder: Path) -> list[dict[str, str]]:
     """Reads figures.yaml: file, caption and command of each picture, and its page, which is
-    claims.md for those of the claims. UserError if a picture is missing.
+    claims.md for those of the claims. Raises UserError if a picture is missing.
     """
     listed = folder / "figures.yaml"
     if not listed.exists():

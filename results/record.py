@@ -81,8 +81,8 @@ def not_finite(item: Any, where: str = "") -> Iterator[tuple[str, float]]:
 
 
 def text_of(record: dict[str, Any]) -> str:
-    """Returns a record as JSON. What was tried and diverged becomes null; UserError if one of the
-    record's own values is not finite: then there is no record.
+    """Returns a record as JSON. What was tried and diverged becomes null; raises UserError if one
+    of the record's own values is not finite: then there is no record.
     """
     scores = [record, *record.get("scores", [])]
     if bad := next((v for s in scores for v in s["values"] if not math.isfinite(v)), None):
@@ -229,7 +229,7 @@ def of_failure(run: Path) -> dict[str, Any]:
 
 
 def add_failure(record: dict[str, Any], allow_dirty: bool, folder: Path) -> Path:
-    """Stores the record of a failed run of the plan; UserError if its tree had changes."""
+    """Stores the record of a failed run of the plan; raises UserError if its tree had changes."""
     if record["dirty"] and not allow_dirty:
         raise UserError(
             "the run started from a tree with uncommitted changes: commit and run again"
@@ -401,7 +401,7 @@ def name_of(record: dict[str, Any]) -> str:
 
 
 def add(record: dict[str, Any], allow_dirty: bool = False, folder: Path = RECORDS) -> Path:
-    """Validates a record and stores it; returns its path. UserError if it is refused."""
+    """Validates a record and stores it; returns its path. Raises UserError if it is refused."""
     if isinstance(record, dict):
         if record.get("commit") in (None, "unknown"):
             raise UserError(
@@ -436,7 +436,9 @@ def twins(path: Path) -> list[str]:
 
 
 def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
-    """Returns every stored record with its file's name, in order; UserError for a broken one."""
+    """Returns every stored record with its file's name, in order; raises UserError for a broken
+    one.
+    """
     records = []
     for path in sorted(folder.glob("*.json")):
         if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
@@ -449,7 +451,7 @@ def load_all(folder: Path = RECORDS) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads a file with a record in it, for `problems` to check; UserError if there is none."""
+    """Reads a file with a record, for `problems` to check; raises UserError if there is none."""
     return documents.read_json(path, "block")
 
 

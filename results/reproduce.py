@@ -228,7 +228,7 @@ def nothing_left(runs: Sequence[Planned], here: Sequence[Planned], work: Work) -
 
 
 def nothing_of(run: Planned, work: Work, again: bool) -> str:
-    """Says why there is nothing to do of this one run; UserError if its data is missing."""
+    """Says why there is nothing to do of this one run; raises UserError if its data is missing."""
     states = {seed: work.state(Piece(run, seed)) for seed in run.seeds}
 
     def having(*wanted: str) -> str:
@@ -253,7 +253,7 @@ def of_name(everything: dict[str, Planned], name: str) -> list[Planned]:
 
 
 def recorded_part(run: Planned, work: Work) -> Planned:
-    """Returns the run with those of its seeds that are recorded; UserError if none is."""
+    """Returns the run with those of its seeds that are recorded; raises UserError if none is."""
     seeds = [seed for seed in run.seeds if work.state(Piece(run, seed)) == "recorded"]
     if not seeds:
         raise UserError(f"{run.name} is not recorded yet: run it without --again")

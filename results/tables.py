@@ -39,7 +39,9 @@ class Row:
 
 
 def load_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
-    """Reads published.yaml's rows; UserError for one that lacks a field or has no known grade."""
+    """Reads published.yaml's rows; raises UserError for one that lacks a field or has no known
+    grade.
+    """
     rows = documents.read_yaml(path, "published")
     for number, row in enumerate(rows, 1):
         if (row["value"] is None) != (row["grade"] == "not at hand"):

@@ -116,7 +116,9 @@ def pieces(runs: Sequence[Planned]) -> Iterator[Piece]:
 
 
 def load(path: Path) -> dict[str, Planned]:
-    """Returns a plan's runs by name; UserError if one lacks a field or names what is unknown."""
+    """Returns a plan's runs by name; raises UserError if one lacks a field or names what is
+    unknown.
+    """
     found: dict[str, dict[str, Any]] = {}
     tiers = documents.read_yaml(path, "plan")["tiers"]
     for tier, of_tier in tiers.items():

@@ -26,7 +26,9 @@ def commit(repository: Path) -> tuple[str, list[str]]:
 
 
 def check(repository: Path, allow_dirty: bool) -> tuple[str, bool]:
-    """Returns (commit, dirty); UserError for a dirty tree that is not allowed, or no checkout."""
+    """Returns (commit, dirty); raises UserError for a dirty tree that is not allowed, or no
+    checkout.
+    """
     head, changed = commit(repository)
     if changed and not allow_dirty:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -71,7 +73,7 @@ def copy_tree(repository: Path, folder: Path) -> None:
 
 
 def git(repository: Path, *arguments: str) -> bytes:
-    """Returns what git prints; UserError if there is no git or no checkout."""
+    """Returns what git prints; raises UserError if there is no git or no checkout."""
     try:
         done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True)
     except OSError as error:

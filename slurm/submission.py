@@ -30,7 +30,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def script_path(text: str) -> str:
-    """Returns the path of this repository's script, relative to its root; UserError for others."""
+    """Returns the path of this repository's script, relative to its root; raises UserError for
+    others.
+    """
     for path in (REPOSITORY / documents.expanded(text), Path(text).absolute()):
         path = path.resolve()
         if path.is_file() and path.suffix == ".py" and path.is_relative_to(REPOSITORY):

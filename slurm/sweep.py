@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """Returns the file's values with defaults; UserError for values that are not valid."""
+    """Returns the file's values with defaults; raises UserError for values that are not valid."""
     spec = documents.read_yaml(path, "sweep")
     spec = {key: spec.get(key) for key in KEYS}
     spec["name"] = check_name(str(spec["name"] or path.stem))

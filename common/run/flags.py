@@ -357,7 +357,7 @@ def is_free(config_class: type, name: str) -> bool:
 
 
 def values_before(config: Any) -> dict[str, Any]:
-    """Returns, for each field that was added later, what runs did that are older than it."""
+    """Returns for each field that was added later what the runs before it did."""
     fields = dataclasses.fields(config)
     return {f.name: f.metadata["before"] for f in fields if "before" in f.metadata}
 

@@ -24,7 +24,7 @@ from eval.encoders import load_encoder
 
 
 def take(backbone: str, arch: str | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Returns (encoder, facts) of `load_encoder`; UserError for anything but a ResNet-50."""
+    """Returns (encoder, facts) of `load_encoder`; raises UserError for anything but a ResNet-50."""
     encoder, facts = load_encoder(backbone, arch)
     if facts["arch"] != "resnet50":
         raise UserError(f"{backbone} is {facts['arch']}: detectron2 takes a resnet50")

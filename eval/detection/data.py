@@ -91,7 +91,9 @@ def folder_of(split: str, data: str) -> Path:
 
 
 def load(splits: list[str], data: str, name: str) -> Detections:
-    """Returns the images of several splits, one after the other; UserError for a wrong layout."""
+    """Returns the images of several splits, one after the other; raises UserError for a wrong
+    layout.
+    """
     parts = []
     for split in splits:
         kind, year, part = split.split("_")

@@ -220,7 +220,7 @@ def run(job: Job) -> dict[str, dict[str, float]]:
 
 
 def processes(job: Job) -> int:
-    """Returns how many to start, 0 or 1 for this one alone; UserError if that cannot be."""
+    """Returns how many to start, 0 or 1 for this one alone; raises UserError if that cannot be."""
     there, batch = torch.cuda.device_count(), job.settings["SOLVER.IMS_PER_BATCH"]
     gpus = job.config.gpus if job.config.gpus >= 0 else there
     if job.ranks > 1:

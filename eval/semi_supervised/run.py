@@ -110,8 +110,8 @@ class Classifier(nn.Module):
 
 def with_projector(encoder: nn.Module, source: str, layers: int) -> nn.Module:
     """Returns the encoder, and behind it the first layers of the projector (linear, batch norm,
-    ReLU each) that its run trained with it. UserError if `source` is no run's folder or file of it
-    that has a checkpoint with such a projector.
+    ReLU each) that its run trained with it. Raises UserError if `source` is no run's folder or file
+    of it that has a checkpoint with such a projector.
     """
     path = documents.expanded(source)
     folder = path if path.is_dir() else path.parent

@@ -48,8 +48,8 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
 
 def unpack(path: Path, folder: Path) -> None:
     """Unpacks a tar or zip archive into `folder`, whole or not at all: it unpacks next to the
-    folder, and moves all of it there at the end. UserError for one that is damaged, encrypted, or
-    that holds a path leaving the folder.
+    folder, and moves all of it there at the end. Raises UserError for one that is damaged,
+    encrypted, or that holds a path leaving the folder.
     """
     beside = folder / f"{path.name}.{os.getpid()}.partial"
     try:

@@ -37,8 +37,8 @@ def cached(
     between: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, float | None]:
     """Returns ((N,D) float32 features on the CPU, in order; seconds that extracting took, or None
-    if they were there already). `between` is told how many images each batch has. UserError for an
-    image that cannot be read.
+    if they were there already). `between` is told how many images each batch has. Raises UserError
+    for an image that cannot be read.
 
     The file is named after the backbone's hash, its arch and the image size, and after the names
     and sizes of the image files (after the pixels, if they are in memory).

@@ -49,7 +49,7 @@ def load(key: str) -> Manifest:
 
 def chosen(names: str) -> list[str]:
     """Returns the keys of a comma-separated list, in the order of DATASETS; all for an empty list.
-    UserError for a name that is no data set's.
+    Raises UserError for a name that is no data set's.
     """
     given = [name.strip().lower() for name in names.split(",") if name.strip()]
     for name in given:

@@ -67,7 +67,7 @@ def empty_files(pool: "Pool") -> list[str]:
 
 
 def download(manifest: Manifest, root: Path) -> None:
-    """Fetches and unpacks a dataset's archives; UserError for the first that cannot be had."""
+    """Fetches and unpacks a dataset's archives; raises UserError for the first that fails."""
     from eval.transfer.archives import fetch, is_archive, unpack
 
     for archive in manifest.archives:

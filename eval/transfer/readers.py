@@ -51,7 +51,9 @@ class Part:
 
 
 def read(manifest: Manifest, root: Path) -> Pool:
-    """Returns the dataset below `root`; UserError if it is not there or cannot be understood."""
+    """Returns the dataset below `root`; raises UserError if it is not there or cannot be
+    understood.
+    """
     try:
         return READERS[manifest.key](root)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, AssertionError) as error:

@@ -108,7 +108,7 @@ class Transfer:
             print(f"warning: {why}", flush=True)
 
     def load(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Returns the encoder on its device; UserError for a size that it cannot take."""
+        """Returns the encoder on its device; raises UserError for a size that it cannot take."""
         config = self.config
         encoder, facts = load_encoder(config.backbone, config.arch or None, config.image_size)
         if "vit" in facts["arch"] and facts["image_size"] != self.size:
@@ -432,7 +432,9 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def checked(config: TransferConfig) -> TransferConfig:
-    """Returns the configuration itself; UserError for what shows without encoder and images."""
+    """Returns the configuration itself; raises UserError for a mistake that shows before encoder
+    and images are read.
+    """
     if not config.backbone:
         raise UserError("--backbone RUN_OR_FILE is missing")
     if not config.root:

@@ -33,8 +33,8 @@ def make(
     lists: Path | None = None,
     allow_incomplete: bool = False,
 ) -> Splits:
-    """Returns the splits of a protocol; UserError if their sizes are not the protocol's, unless
-    `allow_incomplete`, which says the counts instead.
+    """Returns the splits of a protocol; raises UserError if their sizes are not the protocol's,
+    unless `allow_incomplete`, which says the counts instead.
     """
     rule = manifest.split(protocol)
     rng = np.random.RandomState(seed)
