@@ -57,7 +57,7 @@ class Config(RunConfig):
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; Goyal
     weight_decay: NotNegative = 1e-4  # Goyal; here of biases and norms too, but for LARS
     warmup_epochs: NotNegative = 5  # Goyal; from 0
-    zero_init_residual: bool = True  # last batch norm of each block; Goyal
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; Goyal
     views: ViewName = "crop-flip"  # ours: one of the names that the recipes' views have
     jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; ours
     # smallest area of a crop, as a share of the image's; ours, torchvision's default

@@ -75,7 +75,7 @@ class Config(RunConfig):
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # Sec. 2.2
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; unstated; code
     warmup_epochs: NotNegative = 10  # Sec. 2.2; from 0: unstated; code
-    zero_init_residual: bool = True  # last batch norm of each block; unstated; code
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; unstated; code
     projector_layers: PositiveInt = 3  # 8192-8192-8192; Sec. 2.2
     projector_hidden: PositiveInt = 8192  # Sec. 2.2
     output_dim: PositiveInt = 8192  # Sec. 2.2

@@ -63,7 +63,9 @@ class Config(RunConfig):
     predictor: bool = True
     # first weights of the target; code: random ones of its own; online: a copy, as App. J
     target_start: Literal["random", "online"] = "random"
-    zero_init_residual: bool = False  # code: yes, but its README has the paper's numbers without
+    # start the last batch norm of each block at 0; the code does, but its README has the paper's
+    # numbers without
+    zero_init_residual: bool = False
     projector_hidden: PositiveInt = 4096  # Sec. 3.3
     predictor_hidden: PositiveInt = 4096  # Sec. 3.3
     output_dim: PositiveInt = 256  # Sec. 3.3

@@ -65,8 +65,9 @@ class Config(RunConfig):
     warmup_epochs: NotNegative = later(0.0)  # linear from 0; paper and code: none
     # unstated; SimSiam Sec. 4.2; the code's README has --fix-pred-lr for SimSiam only
     fixed_predictor_lr: bool = True
-    momentum: Share = 0.99  # of the momentum encoder, constant; code
-    zero_init_residual: bool = True  # last batch norm of each block; SimSiam App. A; code
+    momentum: Share = 0.99  # momentum of the momentum encoder, constant; code
+    # start the last batch norm of each block at 0; SimSiam App. A; code
+    zero_init_residual: bool = True
     projector_layers: PositiveInt = 3  # 2048-2048-2048; App. C.1
     projector_hidden: PositiveInt = 2048  # App. C.1
     output_dim: PositiveInt = 2048  # App. C.1

@@ -79,7 +79,7 @@ class Config(RunConfig):
     # with --projector mlp; 0: as wide as the encoder's output; code: 2048
     projector_hidden: Count = 0
     output_dim: PositiveInt = 128  # with --projector linear and mlp; code
-    zero_init_residual: bool = True  # last batch norm of each block; unstated; code
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; unstated; code
     views: ViewName = "byol"  # App. D.1 names the steps; code: their numbers; cifar: GSG App. B.2
     jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code: 1
     crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; unstated; code

@@ -65,7 +65,7 @@ class Config(RunConfig):
     # rows of the memory, times --batch-size; 0: neither memory nor momentum encoder; paper: an
     # extra; code: 16
     memory: Count = 0
-    momentum: Share = 0.999  # of --memory's momentum encoder, the same at every step; code
+    momentum: Share = 0.999  # with --memory: momentum of its momentum encoder, constant; code
     support_views: Count = 8  # paper; code; 0: main views look for false negatives themselves
     # what becomes of false negatives; with none they are not looked for; paper: both; code: attract
     cancel: Literal["attract", "eliminate", "none"] = "attract"
@@ -89,8 +89,9 @@ class Config(RunConfig):
     projector_layers: PositiveInt = 3  # paper: SimCLR v2's; code
     projector_hidden: Count = 0  # 0: as wide as the encoder's output; code
     output_dim: PositiveInt = 128  # code
-    zero_init_residual: bool = True  # last batch norm of each block; code
-    views: ViewName = "simclr"  # of all views; paper: SimCLR's; code: and RandAugment, not here
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; code
+    # main and support views; paper: SimCLR's; code: RandAugment too, which is not here
+    views: ViewName = "simclr"
     jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code
     crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; code
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # code

@@ -71,14 +71,15 @@ class Config(RunConfig):
     # App. A: 1.5e-6; ViTs 0.1
     weight_decay: NotNegative | None = None
     warmup_epochs: NotNegative = 10  # linear from 0; code; ViTs 40, Sec. 5
-    # of the momentum encoder, where it starts; code: 0.99, 0.996 (1000 epochs), App. A: 0.996; ViTs
-    # 0.99, Sec. 6.2
+    # momentum of the momentum encoder at the start; code: 0.99, 0.996 (1000 epochs), App. A: 0.996;
+    # ViTs 0.99, Sec. 6.2
     momentum: Share | None = None
-    momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1; App. A; code: --moco-m-cos
+    # cosine: the momentum rises to 1; App. A; code: --moco-m-cos
+    momentum_schedule: Literal["cosine", "fixed"] = "cosine"
     temperature: Positive = 1.0  # T; App. A; code (its default); ViTs 0.2, Sec. 5
-    predictor: bool = True  # no: the query is the projection itself; Sec. 6.2
+    predictor: bool = True  # without it the query is the projection itself; Sec. 6.2
     freeze_patch_embedding: bool = False  # ViTs only: yes, Sec. 4.2; code: --stop-grad-conv1
-    zero_init_residual: bool = True  # last batch norm of each block; code
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; code
     projector_hidden: PositiveInt = 4096  # Sec. 5; code: --moco-mlp-dim
     predictor_hidden: PositiveInt = 4096  # Sec. 5; code: --moco-mlp-dim
     output_dim: PositiveInt = 256  # Sec. 5; code: --moco-dim

@@ -67,8 +67,10 @@ class Config(RunConfig):
     # add the term normalised over neighbours: a secondary reading of Sec. 3.2
     symmetric_loss: bool = False
     momentum_encoder: bool = False  # suppl. Algorithm 2
-    momentum: Share = 0.996  # start of the momentum; unstated: BYOL's for 1000 epochs
-    momentum_schedule: Literal["cosine", "fixed"] = "cosine"  # to 1; unstated: BYOL's
+    # with --momentum-encoder: its momentum at the start; unstated: BYOL's for 1000 epochs
+    momentum: Share = 0.996
+    # cosine: the momentum rises to 1; unstated: BYOL's
+    momentum_schedule: Literal["cosine", "fixed"] = "cosine"
     projector_layers: PositiveInt = 3  # secondary (lightly quotes the paper): 2048-2048-256
     projector_hidden: PositiveInt = 2048  # secondary (quote)
     predictor_hidden: PositiveInt = 4096  # secondary (quote)
@@ -78,8 +80,9 @@ class Config(RunConfig):
     crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; BYOL App. B
     crop_interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # BYOL App. B
     multi_crop: bool = False  # add small crops; no source at hand states how, see SwAV's values
-    small_crops: Count = 6  # with --multi-crop; SwAV's code
-    small_crop_size: PositiveInt = 96  # with --multi-crop, pixels; SwAV's code
+    small_crops: Count = 6  # with --multi-crop: small crops per image; SwAV's code
+    # with --multi-crop: side of a small crop in pixels; SwAV's code
+    small_crop_size: PositiveInt = 96
     # with --multi-crop, instead of --crop-min: small crops have at most this share of the image's
     # area, large ones at least; SwAV
     multi_crop_scale: Share = 0.14

@@ -51,7 +51,7 @@ class Config(RunConfig):
     warmup_epochs: NotNegative = 10  # linear from 0; unstated; SimSiam Sec. 4 for batches from 1024
     fixed_predictor_lr: bool = True  # unstated; SimSiam Sec. 4.2 and its --fix-pred-lr
     queue_size: PositiveInt = 98304  # unstated; NNCLR's
-    zero_init_residual: bool = True  # last batch norm of each block; SimSiam App. A
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; SimSiam App. A
     projector_layers: PositiveInt = 3  # "SimSiam" (suppl. C): 2048-2048-2048, SimSiam Sec. 3
     projector_hidden: PositiveInt = 2048  # SimSiam Sec. 3
     output_dim: PositiveInt = 2048  # suppl. C

@@ -83,7 +83,7 @@ class Config(RunConfig):
     # pair of --arch; an arch: another pair with this encoder (VICReg paper, Table 5). The first is
     # exported
     second_arch: Literal["shared", "same", ARCHS] = later("shared")
-    zero_init_residual: bool = True  # last batch norm of each block; unstated; code
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; unstated; code
     views: ViewName = "simclr"  # App. A; cifar: App. B.9, half the strength and no blur
     jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; s of App. A
     crop_min: Share = 0.08  # smallest area of a crop, as a share of the image's; App. A; code

@@ -62,7 +62,8 @@ class Config(RunConfig):
     cosine_per: Literal["epoch", "step"] = "epoch"  # when the cosine moves the rate; code
     warmup_epochs: NotNegative = later(0.0)  # linear from 0; paper and code: none
     fixed_predictor_lr: bool = True  # SimSiam Sec. 4.2; --fix-pred-lr of the code's README
-    zero_init_residual: bool = True  # last batch norm of each block; SimSiam App. A; code
+    # start the last batch norm of each block at 0; SimSiam App. A; code
+    zero_init_residual: bool = True
     projector_layers: PositiveInt = 3  # 2048-2048-2048; App. C.1
     projector_hidden: PositiveInt = 2048  # App. C.1
     output_dim: PositiveInt = 2048  # App. C.1

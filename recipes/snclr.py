@@ -67,7 +67,8 @@ class Config(RunConfig):
     follow: Literal["paper", "official"] = "paper"  # official: sets each flag to the released code
     loss: Literal["paper", "official"] = "paper"  # Eq. 2; code: soft-label cross-entropy x 2 tau
     heads: Literal["paper", "official"] = "paper"  # Sec. 4.1: FC-BN-ReLU-FC; code: MoCo-v3's
-    momentum_schedule: Literal["fixed", "cosine"] = "fixed"  # App. A; code: cosine to 1
+    # cosine: the momentum rises to 1, as in the code; App. A: fixed
+    momentum_schedule: Literal["fixed", "cosine"] = "fixed"
     # Eq. 1 for so long, App. A, m unstated: the lr warm-up, or 5 % without one; code: 0
     neighbour_free_epochs: NotNegative | None = None
     queue_scope: Literal["global", "rank"] = "global"  # unstated; code: one private queue per rank
@@ -85,7 +86,7 @@ class Config(RunConfig):
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; unstated; code
     weight_decay: NotNegative = 1e-6  # unstated for ResNet-50, the code's default; ViTs 0.1, App. A
     warmup_epochs: NotNegative = 10  # Sec. 4.1 (ResNet-50); ViTs 40
-    momentum: Share = 0.99  # of the momentum branch; Sec. 4.1
+    momentum: Share = 0.99  # momentum of the momentum branch; Sec. 4.1
     neighbours: Count = 30  # K; Sec. 4.1
     queue_size: PositiveInt = 128000  # annex, Table 6 (Table 5: the largest set); code
     temperature: Positive = 0.2  # tau, unstated; code (ViT-S)

@@ -54,17 +54,18 @@ class Config(RunConfig):
     """
 
     prototypes: PositiveInt = 3000  # K; code
-    epsilon: Positive = 0.05  # of Sinkhorn, smaller: sharper codes; code (0.03 against collapse)
+    # Sinkhorn's epsilon: a smaller one makes codes sharper; code (0.03 against collapse)
+    epsilon: Positive = 0.05
     sinkhorn_iterations: Count = 3  # balancing steps for each code; code
-    temperature: Positive = 0.1  # of the predictions; code
+    temperature: Positive = 0.1  # temperature of the predictions; code
     # steps from the start in which prototypes get no gradient; code: 313, an epoch at batch 4096
     freeze_prototypes_steps: Count = 313
     # past embeddings of each large crop that join Sinkhorn, 0: none; code: 3840 at batch 256
     queue_size: Count = 0
     queue_start_epoch: Count = 15  # with --queue-size: whole epochs before it is filled; code
     multi_crop: bool = True  # add small crops, which predict codes and have none; code; no ViT
-    small_crops: Count = 6  # with --multi-crop; code
-    small_crop_size: PositiveInt = 96  # with --multi-crop, pixels; code
+    small_crops: Count = 6  # with --multi-crop: small crops per image; code
+    small_crop_size: PositiveInt = 96  # with --multi-crop: side of a small crop in pixels; code
     # with --multi-crop, instead of --crop-min: small crops have at most this share of the image's
     # area, large ones at least; code
     multi_crop_scale: Share = 0.14
@@ -80,7 +81,7 @@ class Config(RunConfig):
     warmup_epochs: NotNegative = 10  # code; none at batch 256
     warmup_start: Share = 0.0625  # first rate of a warm-up, a share of the highest; code: 0.3
     projector_hidden: PositiveInt = 2048  # its one hidden layer; code
-    output_dim: PositiveInt = 128  # of embeddings and prototypes; code
+    output_dim: PositiveInt = 128  # dimension of embeddings and prototypes; code
     views: ViewName = "simclr"  # code: the same for all crops; cifar: GSG App. B.2
     jitter_strength: NotNegative = 1.0  # scales --views' colour jitter; code: s
     # without --multi-crop: smallest area of a crop, as a share of the image's; code

@@ -85,8 +85,8 @@ class Config(RunConfig):
     weight_decay: NotNegative = 1e-6  # code; LARS leaves out biases and norms
     warmup_epochs: NotNegative = 10  # linear from 1e-4 of the rate; code
     cosine_per: Literal["epoch", "step"] = "epoch"  # when the cosine moves the rate; code
-    momentum: Share = 0.99  # of the target, where it starts; to 1 by a cosine; code
-    zero_init_residual: bool = False  # last batch norm of each block; code
+    momentum: Share = 0.99  # momentum of the target at the start; a cosine takes it to 1; code
+    zero_init_residual: bool = False  # start the last batch norm of each block at 0; code
     projector_hidden: PositiveInt = 4096  # code
     predictor_hidden: PositiveInt = 4096  # code
     output_dim: PositiveInt = 256  # code

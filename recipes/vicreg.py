@@ -73,7 +73,7 @@ class Config(RunConfig):
     sgd_momentum: Share = 0.9  # momentum of LARS or SGD; unstated; code
     weight_decay: NotNegative = 1e-6  # Sec. 4.2; LARS leaves out biases and norms, as the code
     warmup_epochs: NotNegative = 10  # from 0; Sec. 4.2
-    zero_init_residual: bool = True  # last batch norm of each block; unstated; code
+    zero_init_residual: bool = True  # start the last batch norm of each block at 0; unstated; code
     projector_layers: PositiveInt = 3  # the expander, 8192-8192-8192; Sec. 4.2
     projector_hidden: PositiveInt = 8192  # Sec. 4.2
     output_dim: PositiveInt = 8192  # Sec. 4.2

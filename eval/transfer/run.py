@@ -71,8 +71,8 @@ class TransferConfig(EncoderConfig):
     allow_incomplete: bool = False  # datasets of other sizes too; the record has the counts
     # pixels; default: 224 (GSG App. D.1). A ViT's positions are interpolated
     image_size: PositiveInt | None = None
-    few_shot: bool = False  # also 5-way 5-shot and 20-shot episodes
-    seed: Seed = 0  # of random splits and episodes
+    few_shot: bool = False  # also evaluate 5-way 5-shot and 20-shot episodes
+    seed: Seed = 0  # decides random splits and episodes
     device: Literal["cuda", "cpu"] | None = free(None)  # default: cuda if there is a GPU
     # folder of the records; default: transfer in the run folder, else below runs/transfer
     output: str = free("")
