@@ -50,7 +50,7 @@ from common.models import (
 )
 from common.optim import build_optimizer, momentum_to_one, scaled_lr, set_lr, warmup_cosine
 from common.run.flags import parse
-from common.run.monitors import same_label_auc
+from common.run.monitors import weights_read
 from common.run.run import Run
 from common.support_set import SupportSet
 
@@ -299,17 +299,14 @@ def main(argv: list[str] | None = None) -> None:
         if config.momentum_schedule == "cosine":
             momentum_of_next_step = momentum_to_one(step + 1, run.total_steps, config.momentum)
         retrieved = queue.ids[torch.cat([found1, found2], dim=1)] if k else None
+        of_neighbours = run.ids, queue.ids[found2] if k else None, run.labels
         run.log(
             loss=loss,
             lr=rate,
             z=y1,
             retrieved=retrieved,
             momentum=momentum_of_next_step,
-            **(
-                positiveness_statistics(y1, near2, run.ids, queue.ids[found2], run.labels)
-                if k
-                else {}
-            ),
+            **(weights_read(positiveness(y1.detach(), near2), *of_neighbours) if k else {}),
         )
         queue.enqueue(key2, ids)  # view 2 of the momentum branch only, after both look-ups (code)
 
@@ -344,20 +341,6 @@ def neighbours_of(
     if k == 0:
         return keys.new_zeros(len(keys), 0, keys.shape[1]), keys.new_zeros(len(keys), 0)
     return queue.nearest(keys, k, exclude_ids=others)
-
-
-@torch.no_grad()
-def positiveness_statistics(
-    y1: Tensor, neighbours: Tensor, ids: Tensor, retrieved: Tensor, labels: Tensor | None
-) -> dict[str, Tensor]:
-    """Returns the mean positiveness over neighbours (1/K), its spread within one image's and, with
-    labels, how often it is larger for a neighbour of the image's class than for another (Fig. 3).
-    """
-    w = positiveness(y1, neighbours)
-    found = {"positiveness_mean": w.mean(), "positiveness_std": w.std(dim=1, correction=0).mean()}
-    if labels is not None:
-        found["positiveness_auc"] = same_label_auc(w, ids, retrieved, labels)
-    return found
 
 
 if __name__ == "__main__":

@@ -57,8 +57,7 @@ class Config(RunConfig):
     """Truncated triplet: smoothed rank-k triplets on BYOL's networks (Wang et al. 2021).
 
     Each flag says where its value comes from: "slides" are of the paper's Sec. 3, "code" is the
-    authors' released code and its configuration for 1000 epochs, "GSG" the paper of guided
-    stop-gradient (Lee and Lee 2023).
+    authors' code for 1000 epochs, "GSG" the paper of guided stop-gradient (Lee and Lee 2023).
     """
 
     follow: Literal["paper", "official"] = "paper"  # official: sets each flag to the released code
@@ -170,9 +169,7 @@ def triplet_loss(
 
 
 def ranks_of(config: Config) -> tuple[int, int]:
-    """Returns the first and the last of --ranks; raises UserError if the text is not of that form
-    or the last comes before the first.
-    """
+    """Returns the first and the last of --ranks; raises UserError if they are not two such."""
     found = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", config.ranks)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:

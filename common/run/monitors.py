@@ -70,6 +70,20 @@ def same_label_auc(
 
 
 @torch.no_grad()
+def weights_read(
+    weights: Tensor, query_ids: Tensor, retrieved_ids: Tensor, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """Returns the mean of the positiveness (N,k) of retrieved entries, its spread in one image's
+    and, with labels, how often it is larger for an entry of the image's class.
+    """
+    spread = weights.std(dim=1, correction=0).mean()
+    found = {"positiveness_mean": weights.mean(), "positiveness_std": spread}
+    if labels is not None:
+        found["positiveness_auc"] = same_label_auc(weights, query_ids, retrieved_ids, labels)
+    return found
+
+
+@torch.no_grad()
 def shares_found(
     mask: Tensor, others: Tensor, query_ids: Tensor, column_ids: Tensor, labels: Tensor | None
 ) -> dict[str, Tensor]:
