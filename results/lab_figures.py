@@ -20,6 +20,8 @@ PARTS, EFFECTS, MORE = "lab-parts.png", "lab-effects.png", "lab-secondary.png"
 METHODS, SPECTRA, DROPS = "lab-methods.png", "lab-spectra.png", "lab-drops.png"
 FRONT = (PARTS, EFFECTS)  # in the README of the project too
 COMMAND = "python results/report.py"
+# of the controls' lines, in the order of claims.yaml
+DASHES = ("--", (0, (8, 2)), (0, (3, 4)), ":", "-.", (0, (1, 4)))
 # the heading for each verdict, by the words that the verdict begins with
 ORDER = {lab.SEEN: lab.SEEN, lab.REVERSED: lab.REVERSED, "smaller": "smaller than is of interest"}
 ORDER |= {word: word for word in (lab.OPEN, lab.NOT_TESTABLE)}
@@ -135,7 +137,7 @@ def ones(by_protocol: dict[str, Any], evaluation: str) -> list[dict[str, Any]]:
 
 
 def parts_caption(numbers: dict[str, Any]) -> str:
-    lines = f" Lines: {' and '.join(numbers['controls'])}." if numbers["controls"] else ""
+    lines = f" Lines: {'; '.join(numbers['controls'])}." if numbers["controls"] else ""
     return (
         "Take one part away: k-NN on test images, a dot for each seed, filled for the whole method "
         "and hollow without the part. The short bar is the run's own random encoder, calibrated: a "
@@ -165,7 +167,7 @@ def draw_parts(path: Path, numbers: dict[str, Any]) -> None:
         axis.scatter([], [], s=34, edgecolors="black", label=label, **styles[side])
     axis.plot([], [], marker="|", ms=10, mew=2.5, color="0.35", lw=0, label="its random encoder")
     for (name, value), dashes in zip(
-        numbers["controls"].items(), itertools.cycle(("--", ":", "-.")), strict=False
+        numbers["controls"].items(), itertools.cycle(DASHES), strict=False
     ):
         axis.axvline(value, color="0.35", ls=dashes, lw=1.3, label=name, zorder=1)
     axis.set_yticks(range(len(rows)), [named(row) for row in rows], fontsize=9)

@@ -13,6 +13,7 @@ from results.claims import Runs
 TWO = 2  # views of an image in a step, of most methods
 LINES = {"embedding": "-", "representation": "--"}
 COLUMNS = 4
+LEGEND = 3  # entries in a line: those of the controls are long
 FLOOR = -6.0  # decades below the largest: what is less is float32's rounding
 MARKS = {"k-NN": ("o", "black"), "linear": ("s", "0.55"), "k-NN, at equal views": ("o", "white")}
 
@@ -150,11 +151,13 @@ def draw_spectra(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def finish(figure, path: Path, plt, axis, title: str, numbers: dict[str, Any]) -> None:
-    """Puts the title above and the legend of `axis`, in one line, below all panels, and saves."""
+    """Puts the title above and the legend of `axis`, at most three to a line, below all panels, and
+    saves.
+    """
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="lower center", ncols=len(labels), fontsize=8.5, frameon=False
-    )
+    lines = math.ceil(len(labels) / LEGEND)
+    columns = math.ceil(len(labels) / lines)
+    figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8.5, frameon=False)
     figure.suptitle(f"{title}\n{numbers['title']}", fontsize=11)
-    figure.tight_layout(rect=(0, 0.32 / figure.get_figheight(), 1, 1))
+    figure.tight_layout(rect=(0, (0.1 + 0.22 * lines) / figure.get_figheight(), 1, 1))
     pictures.save(figure, path, plt, {curves.DIGEST: curves.digest(numbers)})

@@ -70,12 +70,13 @@ def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
     """
     found = what.get("lab", {}).get("claims", [])
     judged = lab.judge_all(found, runs)
-    words = [judged[claim["name"]].word for claim in found if claim["primary"]]
-    words = [SMALLER if word.startswith(SMALLER[:8]) else word for word in words]
+    said = {claim["claim"]: judged[claim["name"]].word for claim in found if claim["primary"]}
+    said = {c: SMALLER if word.startswith(SMALLER[:8]) else word for c, word in said.items()}
+    words = [*said.values()]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     text = f"Of the lab's {len(words)} primary claims: **{counts}**."
-    for word in (lab.SEEN, lab.REVERSED, lab.OPEN, lab.NOT_TESTABLE):
-        if named := [c["claim"] for c in found if c["primary"] and judged[c["name"]].word == word]:
+    for word in (lab.SEEN, lab.REVERSED, SMALLER, lab.OPEN, lab.NOT_TESTABLE):
+        if named := [claim for claim, its in said.items() if its == word]:
             text += f" {word.capitalize()}: {'; '.join(named)}."
     return [text] if words else []
 

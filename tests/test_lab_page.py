@@ -266,7 +266,8 @@ def test_the_summary_counts_the_labs_verdicts():
     [text] = summary.of_lab(of.claims, of.runs)
     assert text.startswith("Of the lab's 8 primary claims: **3 seen here, 1 reversed here, 1 small")
     assert "Seen here: the claim is-seen; the claim falls; the claim has-more-rank." in text
-    assert "Reversed here: the claim is-reversed. Open: the claim is-open. Not testable" in text
+    assert "Reversed here: the claim is-reversed. Smaller here than is of interest: the" in text
+    assert "the claim is-smaller. Open: the claim is-open. Not testable" in text
     assert summary.of_lab(golden_set.what(), of.runs) == []
 
 
@@ -292,18 +293,29 @@ def test_pictures_show_the_records_and_are_drawn_alike(tmp_path):
     assert names == ["lab-parts", "lab-effects", "lab-methods"]
 
 
-def test_no_title_is_cut(tmp_path, monkeypatch):
-    """All pictures have the title that the lab's own records give them, the longest there is."""
+def test_no_title_and_no_legend_is_cut(tmp_path, monkeypatch):
+    """All pictures have the title that the lab's own records give them, the longest there is, and
+    that of parts its four controls.
+    """
     titles = []
 
     def look(figure, path, *_):
-        title = figure._suptitle.get_window_extent(figure.canvas.get_renderer())
-        titles.append((path.stem, title.x0 >= 0 and title.x1 <= figure.bbox.x1))
+        texts = [figure._suptitle, *figure.legends]
+        ends = [text.get_window_extent(figure.canvas.get_renderer()) for text in texts]
+        titles.append((path.stem, all(e.x0 >= 0 and e.x1 <= figure.bbox.x1 for e in ends)))
 
     monkeypatch.setattr(lab_figures.pictures, "save", look)
     title = "CIFAR-10 (JPEG copy, 10000 images, without 4 % held out), resnet_lab, batch 128, "
+    names = (
+        "supervised",
+        "supervised, 10 % of the labels (top-1)",
+        "random encoder, as initialised",
+    )
     for path, numbers in lab_figures.stale(join(invented_records()), tmp_path).items():
-        lab_figures.draw(path, numbers | {"title": title + "batch 128, 20 epochs"})
+        numbers |= {"title": title + "20 epochs"}
+        if "controls" in numbers:
+            numbers |= {"controls": dict.fromkeys([*names, names[1].replace("10", "1")], 40.0)}
+        lab_figures.draw(path, numbers)
     assert titles == [(name, True) for name in PICTURES]
 
 
