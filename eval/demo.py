@@ -7,7 +7,6 @@ encoder and the trained one by k-NN and by a linear read-out. Nothing is downloa
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from common.models import build_encoder
 from common.run import documents
 from common.run.backbone import load_backbone
 from common.run.calibrate import calibrated
+from common.run.signals import run_child
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,9 +41,11 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"SNCLR on {len(photos.PHOTOS)} photographs: which one is a 32x32 patch from?\n")
     flags = ["--dataset", "photos", "--seed", str(arguments.seed), "--output", str(folder)]
-    trained = subprocess.run([sys.executable, str(ROOT / "recipes" / "snclr.py"), *flags])
-    if trained.returncode:
-        raise UserError(f"the training above ended with exit code {trained.returncode}")
+    code = run_child([sys.executable, str(ROOT / "recipes" / "snclr.py"), *flags])
+    if code:
+        raise UserError(
+            f"the training above ended with exit code {code}; the same command continues"
+        )
 
     encoder, metadata = load_backbone(folder)
     torch.manual_seed(arguments.seed)  # the run's own random weights: its encoder is drawn first

@@ -11,7 +11,6 @@ mechanism, on other images and one seed, and judges nothing: results/claims.md d
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from common import cards
 from common.errors import UserError, command, nearest_name
 from common.run import documents, geometry, metrics, results
 from common.run.help import in_80_columns
+from common.run.signals import run_child
 from results import claims, lab
 from results.lab_page import formula
 from slurm import plan
@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     by_name = {claim["name"]: claim for claim in what.get("lab", {"claims": []})["claims"]}
     if arguments.name is None:
         print(listed([*by_name.values()]) or "no claims yet")
+        print(
+            "\nmake claim NAME=… trains one on photographs, in minutes; results/claims.md judges."
+        )
         return
     if arguments.name not in by_name:
         hint = nearest_name(arguments.name, by_name)
@@ -77,9 +80,8 @@ def show(claim: dict[str, Any], planned: dict[str, plan.Planned], seed: int) -> 
     for arm, (recipe, flags) in arms.items():
         folder = RUNS / f"{claim['name']}-{seed}" / arm
         line = [str(ROOT / plan.script_of(recipe)), *flags, "--seed", str(seed)]
-        done = subprocess.run([sys.executable, *line, "--output", str(folder)])
-        if done.returncode:
-            raise UserError(f"{arm} ended with exit code {done.returncode}, see above")
+        if code := run_child([sys.executable, *line, "--output", str(folder)]):
+            raise UserError(f"{arm} ended with exit code {code}, see above")
         found[arm] = of_folder(folder)
     print("\n" + "\n".join(table(claim, found)))
 

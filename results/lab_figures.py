@@ -140,8 +140,8 @@ def parts_caption(numbers: dict[str, Any]) -> str:
     lines = f" Lines: {'; '.join(numbers['controls'])}." if numbers["controls"] else ""
     return (
         "Take one part away: k-NN on test images, a dot for each seed, filled for the whole method "
-        "and hollow without the part. The short bar is the run's own random encoder, calibrated: a "
-        f"hollow dot at its bar has learned nothing.{lines}"
+        "and hollow without the part. The short bar is the mean of the runs' own random encoders, "
+        f"calibrated: hollow dots about or left of it have learned nothing.{lines}"
     )
 
 

@@ -72,11 +72,12 @@ def of_lab(what: dict[str, Any], runs: claims.Runs) -> list[str]:
     judged = lab.judge_all(found, runs)
     said = {claim["claim"]: judged[claim["name"]].word for claim in found if claim["primary"]}
     said = {c: SMALLER if word.startswith(SMALLER[:8]) else word for c, word in said.items()}
+    why = {c["claim"]: f" ({y})" if (y := judged[c["name"]].why) else "" for c in found}
     words = [*said.values()]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     text = f"Of the lab's {len(words)} primary claims: **{counts}**."
     for word in (lab.SEEN, lab.REVERSED, SMALLER, lab.OPEN, lab.NOT_TESTABLE):
-        if named := [claim for claim, its in said.items() if its == word]:
+        if named := [f"{claim}{why[claim]}" for claim, its in said.items() if its == word]:
             text += f" {word.capitalize()}: {'; '.join(named)}."
     return [text] if words else []
 

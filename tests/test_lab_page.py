@@ -661,9 +661,9 @@ def test_the_command_prints_numbers_a_picture_and_that_it_judges_nothing(
         whole |= {"epoch": 3, "step": 9, "loss": 0.1, "loss_first": 0.2, "hours": 0.1}
         whole |= {"dirty": False, "images_per_second": 1.0, "unreadable": {}}
         (folder / "results.json").write_text(json.dumps(whole | found))
-        return subprocess.CompletedProcess(line, 0)
+        return 0
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "run_child", run)
     command.main(["guides", "--seed", "3"])
     said = capsys.readouterr().out
     assert [line[line.index("--seed") + 1] for line in lines] == ["3", "3"]

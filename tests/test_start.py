@@ -2,17 +2,22 @@
 
 import datetime
 import os
+import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import only_error, run_script, start_ranks
+from conftest import ROOT, only_error, run_script, start_ranks
 
 from common.data.loaders import default_workers
 from common.distributed import ranks_on_this_machine
 from common.errors import UserError, command
 from common.run import ranks
+from common.run.run import check_name
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MEET}
@@ -161,6 +166,7 @@ import torch
 import torch.distributed as dist
 from common.errors import command
 from common.run import ranks
+from common.run.run import check_name
 
 real = dist.init_process_group
 dist.init_process_group = lambda backend, **more: real("gloo", **more)  # NCCL wants a GPU
@@ -193,3 +199,34 @@ def test_a_rank_that_does_not_say_which_of_several_gpus_is_its_own(variables, mo
     variables({**TWO, "LOCAL_RANK": None})
     with pytest.raises(UserError, match="LOCAL_RANK is not set"):
         ranks.start()
+
+
+def test_a_script_that_runs_under_anothers_name_is_refused():
+    with pytest.raises(UserError, match=r'yours.py runs as simclr: write Run\("yours", config\)'):
+        check_name("simclr", Path("recipes/yours.py"))
+    check_name("yours", Path("recipes/yours.py"))
+    check_name("supervised", Path("eval/supervised.py"))
+    check_name("simclr", Path("pytest"))
+
+
+CHILD = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def stop(*_):
+    time.sleep(0.6)
+    open(sys.argv[1], "w").close()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_asks_a_child_to_stop_and_waits_until_it_has_saved(tmp_path):
+    line = [sys.executable, "-c", CHILD, str(tmp_path / "saved")]
+    code = f"import sys; from common.run.signals import run_child; sys.exit(run_child({line}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 75 and (tmp_path / "saved").exists()

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -107,6 +108,14 @@ def check_memory(config: Any, ranks: int) -> None:
             )
 
 
+def check_name(recipe: str, script: Path) -> None:
+    """Raises UserError for a script of recipes/ that runs under the name of another: its numbers
+    would be that one's.
+    """
+    if script.parent.name == "recipes" and script.stem != recipe:
+        raise UserError(f'{script} runs as {recipe}: write Run("{script.stem}", config) there')
+
+
 def default_folder(recipe: str, config: Any) -> Path:
     """Returns --output or runs/<recipe>/<dataset>-<arch>-<seed>, a new one with --resume never."""
     name = f"{config.dataset}-{config.arch}-{config.seed}"
@@ -117,6 +126,7 @@ class Run:
     """One training run of a recipe. Every rank makes one; rank 0 writes and speaks."""
 
     def __init__(self, recipe: str, config: Any):
+        check_name(recipe, Path(sys.argv[0]))
         self.recipe, self.config = recipe, config
         self.device = start()
         if self.device.type == "cpu":

@@ -123,7 +123,7 @@ class Probe:
         if name is None:
             raise UserError(
                 f"no recipe's card names a protocol for {config.backbone}: give --protocol "
-                f"({', '.join(PROTOCOLS)})"
+                f'({", ".join(PROTOCOLS)}); to make evaluate, as FLAGS="--protocol …"'
             )
         protocol = PROTOCOLS[name]
         batch = PHOTOS_BATCH if config.dataset == "photos" else protocol.batch
