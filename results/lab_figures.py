@@ -80,6 +80,9 @@ def scale(arms: list[str], runs: Runs) -> str:
     """Says what the runs were trained on and for how long, as far as they have it in common."""
     ones = [one for arm in arms for _, one in fixed.records_of(runs, arm)]
     said = [{tables.data_cell(one["pretraining"], "dataset") for one in ones}]
+    if len(said[0]) > 1:  # runs on parts of it: what they are parts of
+        parts = [one["pretraining"] | {"incomplete": None} for one in ones]
+        said = [{tables.data_cell(part, "dataset") for part in parts}]
     said.append({one["arch"] for one in ones})
     for name, unit in (("batch", "batch {}"), ("epochs", "{} epochs")):
         said.append({unit.format(f"{one['pretraining'][name]:g}") for one in ones})

@@ -96,7 +96,7 @@ def test_the_card_of_a_first_try_is_whole(tmp_path, monkeypatch):
     (tmp_path / "recipes.yaml").write_text(textwrap.dedent(block))
     monkeypatch.setattr(cards, "load", functools.partial(cards.load, tmp_path / "recipes.yaml"))
     assert cards.method_of("yourname", {}) == "Your Name"
-    assert cards.protocol("yourname", "linear", ["gsg"]) is None
+    assert cards.protocol("yourname", "linear", ["gsg", "simsiam"]) == "simsiam"
     said = model_card.method_of({"recipe": "yourname", "method": "Your Name"})
     assert said == "Your Name (recipe `yourname`)"
 

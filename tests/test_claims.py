@@ -311,7 +311,10 @@ def test_the_check_names_a_figure_that_is_out_of_date(on_golden):
 
 def test_curves_are_of_a_tier_that_has_records(on_golden, tmp_path):
     on_golden()
-    for tier, expected in (("photos", "photos: no record"), ("mars", "mars: no tier")):
+    for tier, expected in (
+        ("photos", "photos: no record"),
+        ("mars", "has no tier mars"),
+    ):
         with pytest.raises(UserError, match=expected):
             curves.main([tier, "--output", str(tmp_path / "x.png")])
     on_golden(with_history("photos-nnclr", 0, 0.3))

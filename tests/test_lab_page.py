@@ -267,7 +267,8 @@ def test_the_summary_counts_the_labs_verdicts():
     assert text.startswith("Of the lab's 8 primary claims: **3 seen here, 1 reversed here, 1 small")
     assert "Seen here: the claim is-seen; the claim falls; the claim has-more-rank." in text
     assert "Reversed here: the claim is-reversed. Smaller here than is of interest: the" in text
-    assert "the claim is-smaller. Open: the claim is-open. Not testable" in text
+    assert "the claim is-smaller. Open: the claim is-open (" in text
+    assert "seeds would settle it). Not testable here: the claim is-untestable (e is 5.0" in text
     assert summary.of_lab(golden_set.what(), of.runs) == []
 
 

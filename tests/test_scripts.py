@@ -335,7 +335,7 @@ def test_a_checkpoint_that_cannot_be_saved(number, advice, tmp_path, monkeypatch
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(torch, "save", refuse)
-    with pytest.raises(UserError, match=f"{os.strerror(number)}; {advice} and start the same"):
+    with pytest.raises(UserError, match=rf"\({os.strerror(number)}\): {advice} and start the same"):
         checkpoint.save(tmp_path, {"step": 1})
 
 

@@ -275,7 +275,7 @@ def test_protocol_of_the_paper_is_called_so(finished, miniature, tmp_path):
     [
         (["--arch", "vit_small"], "vit_small has no pyramid of feature maps"),
         (["--backbone", "pixels", "--arch", ""], "raw pixels have no pyramid"),
-        (["--data", "/nowhere"], "--data /nowhere: ADEChallengeData2016 with images/"),
+        (["--data", "/nowhere"], "--data /nowhere: give ADEChallengeData2016 with images/"),
         (["--data", ""], "--data is missing"),
         (["--batch-size", "64"], "--batch-size 64 is the batch over all 1 ranks"),
         (["--sizes", "30.5"], "--sizes 30.5: give whole numbers above 0"),

@@ -176,7 +176,7 @@ def test_draws_of_a_subset_have_no_image_in_common():
     assert [np.bincount(d.labels).tolist() for d in draws] == [[6, 6, 6]] * 3
     assert len(set().union(*map(numbers, draws))) == 3 * 18
     assert numbers(draws[0]) == numbers(parts(whole, None, 18, 0.0)[0])  # as before draws existed
-    with pytest.raises(UserError, match="--subset-seed 3: there are 3 draws"):
+    with pytest.raises(UserError, match="--subset-seed 3: only 3 draws"):
         parts(whole, None, 18, 0.0, 3)
     with pytest.raises(UserError, match="chooses the images of --train-images"):
         parts(whole, None, 0, 0.0, 1)
