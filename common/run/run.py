@@ -254,6 +254,7 @@ class Run:
         facts = facts_of_run(self.recipe, self.config, self.store.saved)
         if self.rank == 0 and finished:
             self.store.complete_config(**facts)
+            print(f"{self.folder} is finished, its results again; --resume never trains anew")
         elif self.rank == 0:
             self.store.write_config(**facts)
             kept = metrics.cut(self.folder / metrics.NAME, self.step or -1)
