@@ -321,8 +321,10 @@ def test_a_folder_from_before_says_what_it_is_once_it_is_continued(finished, who
         (folder / "results.json").unlink()
     again = start("snclr", folder, 1)
     assert again.wait(timeout=60) == 0, again.communicate()[0]
-    expected = yaml.safe_load(now) | {"output": str(folder)}
-    assert yaml.safe_load(path.read_text()) == expected and [*expected] == names
+    found = yaml.safe_load(path.read_text())
+    places = {"output": str(folder), "data": found["data"]}  # of this process's images
+    expected = yaml.safe_load(now) | places
+    assert found == expected and [*expected] == names
     assert expected["method"] == "SNCLR" and expected["plan"] is None
 
 
