@@ -36,8 +36,8 @@ FOREIGN = {"init", "subset-seed"}  # another run of the lab, another draw of its
 EPOCHS = 3  # for a recipe of no family that the tier names
 SIDES = 2  # a claim of more runs than these has fewer epochs: all of them take four minutes
 HERE_TOO = {"knn", "gain", "rank", "std", "feature_rank"}  # of a run without a read-out
-WIDTH = 40  # of the text
-PRIMARY = "primary, judged"  # a heading of the list's bars
+WIDTH = 40  # of the text's bars
+PRIMARY = "primary, judged"  # a heading of the list
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from common.run import pictures
 from results import lab
 from results.claims import Runs
-from results.lab_methods import COLUMNS, TWO, finish
+from results.lab_methods import COLUMNS, TWO, finish, panels
 
 STYLES = (("o", "-"), ("s", "--"), ("^", ":"))  # of a panel's lines, in the order of claims.yaml
 BEYOND = 1.5  # where published drops stand, in multiples of the most views seen
@@ -74,16 +74,12 @@ def caption(numbers: dict[str, Any]) -> str:
 def draw(path: Path, numbers: dict[str, Any]) -> None:
     """Draws a panel for each method."""
     plt = pictures.headless_pyplot()
-    panels, style = numbers["panels"], dict(zip(numbers["order"], STYLES, strict=False))
-    seen = {p["views"] for of in panels.values() for line in of["lines"].values() for p in line}
+    shown, style = numbers["panels"], dict(zip(numbers["order"], STYLES, strict=False))
+    seen = {p["views"] for of in shown.values() for line in of["lines"].values() for p in line}
     paper = max(seen) * BEYOND
-    columns = min(COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(9, 1.1 + 2.0 * rows), sharex=True, sharey=True, squeeze=False
-    )
-    for axis, (label, of) in zip(axes.flat, panels.items(), strict=False):
-        axis.set_title(label, fontsize=9)
+    columns = min(COLUMNS, len(shown))
+    figure, axes = panels(plt, shown, columns, 2.0)
+    for axis, of in zip(axes, shown.values(), strict=True):
         draw_lines(axis, of["lines"], style)
         for value in of["published"].values():
             axis.plot(paper, value, "kD", mfc="white", ms=6)
@@ -92,19 +88,15 @@ def draw(path: Path, numbers: dict[str, Any]) -> None:
         axis.set_xlim(min(seen) / BEYOND, paper * BEYOND)
         axis.set_xticks([*doublings(seen), paper], [*map("{:g}".format, doublings(seen)), "paper"])
         axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=8, labelbottom=True)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    first = axes.flat[0]
     for name in numbers["order"]:
-        if any(name in of["lines"] for of in panels.values()):
-            first.plot([], [], "k", marker=style[name][0], ls=style[name][1], ms=4.5, label=name)
-    first.plot([], [], "kD", mfc="white", ms=6, lw=0, label="published")
-    axes.flat[0].set_ylabel("points of k-NN lost", fontsize=9)
-    for axis in axes[-1]:
+        if any(name in of["lines"] for of in shown.values()):
+            axes[0].plot([], [], "k", marker=style[name][0], ls=style[name][1], ms=4.5, label=name)
+    axes[0].plot([], [], "kD", mfc="white", ms=6, lw=0, label="published")
+    for axis in axes[::columns]:
+        axis.set_ylabel("points of k-NN lost", fontsize=9)
+    for axis in axes[-columns:]:
         axis.set_xlabel("views of an image", fontsize=9)
-    finish(figure, path, plt, first, "What views are worth", numbers)
+    finish(figure, path, plt, axes[0], "What views are worth", numbers)
 
 
 def draw_lines(axis, lines: dict[str, list[dict[str, float]]], style: dict[str, Any]) -> None:

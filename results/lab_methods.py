@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +133,29 @@ def draw_spectra(path: Path, numbers: dict[str, Any]) -> None:
     """Draws a panel for each method."""
     plt = pictures.headless_pyplot()
     methods = numbers["methods"]
-    rows = -(-len(methods) // COLUMNS)
-    figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(9, 1.1 + 1.6 * rows), sharex=True, sharey=True, squeeze=False
-    )
-    for axis, (label, lines) in zip(axes.flat, methods.items(), strict=False):
+    figure, axes = panels(plt, methods, COLUMNS, 1.6)
+    for axis, lines in zip(axes, methods.values(), strict=True):
         for where, style in LINES.items():
             values = lines[where]
             axis.plot(range(1, len(values) + 1), values, "k", ls=style, lw=1.4, label=where)
-        axis.set_title(label, fontsize=9)
+    figure.supylabel("log10 of value / largest", fontsize=9)
+    finish(figure, path, plt, axes[0], "Singular values, largest first", numbers)
+
+
+def panels(plt, titles: Iterable[str], columns: int, height: float) -> tuple[Any, list[Any]]:
+    """Returns a figure and a panel for each title, in rows of so many, on common axes."""
+    titles = [*titles]
+    rows = -(-len(titles) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(9, 1.1 + height * rows), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, title in zip(axes.flat, titles, strict=False):
+        axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8, labelbottom=True)
-    for axis in axes.flat[len(methods) :]:
+    for axis in axes.flat[len(titles) :]:
         axis.set_visible(False)
-    figure.supylabel("log10 of value / largest", fontsize=9)
-    finish(figure, path, plt, axes.flat[0], "Singular values, largest first", numbers)
+    return figure, [*axes.flat[: len(titles)]]
 
 
 def finish(figure, path: Path, plt, axis, title: str, numbers: dict[str, Any]) -> None:

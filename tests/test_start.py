@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -223,10 +224,22 @@ time.sleep(60)
 """
 
 
-def test_ctrl_c_asks_a_child_to_stop_and_waits_until_it_has_saved(tmp_path):
-    line = [sys.executable, "-c", CHILD, str(tmp_path / "saved")]
+def interrupted(child, path):
+    line = [sys.executable, "-c", child, str(path)]
     code = f"import sys; from common.run.signals import run_child; sys.exit(run_child({line}))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 75 and (tmp_path / "saved").exists()
+    return process
+
+
+def test_ctrl_c_asks_a_child_to_stop_and_waits_until_it_has_saved(tmp_path):
+    assert interrupted(CHILD, tmp_path / "saved").wait(30) == 75
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_second_ctrl_c_ends_a_child_at_once(tmp_path):
+    process = interrupted(CHILD.replace("0.6", "40"), tmp_path / "saved")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(15) != 0 and not (tmp_path / "saved").exists()

@@ -38,11 +38,13 @@ class StopRequests:
 
 def run_child(line: Sequence[str]) -> int:
     """Runs a command to its end and returns its exit code. At Ctrl-C it is asked to stop and waited
-    for, so that a run saves (`subprocess.run` kills it after a quarter of a second).
+    for, so that a run saves (`subprocess.run` kills it after a quarter of a second); a second Ctrl-C
+    ends it at once.
     """
-    process = subprocess.Popen(line)
+    process, end = subprocess.Popen(line), signal.SIGTERM
     while True:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(end)
+            end = signal.SIGKILL
