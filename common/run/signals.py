@@ -38,7 +38,7 @@ class StopRequests:
 
 def run_child(line: Sequence[str]) -> int:
     """Runs a command to its end and returns its exit code. At Ctrl-C it is asked to stop and waited
-    for, so that a run saves (`subprocess.run` kills it after a quarter of a second); a second Ctrl-C
+    for, so that a run saves (`subprocess.run` kills it after a quarter second); a second Ctrl-C
     ends it at once.
     """
     process, end = subprocess.Popen(line), signal.SIGTERM
